@@ -1,0 +1,221 @@
+"""Checkpoints that are complete or not there (law 3), and the finished network.
+
+A checkpoint is a directory `step-NNNNNNN` with `model.safetensors`, `optimizer.safetensors` and `state.json`. It is
+written under a temporary name, synced and renamed; state.json holds a sha256 of each file and of itself. From it
+alone any tool rebuilds the network: it names network, classes and normalisation. There is no pickle.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from cifar import files, recipes
+from cifar.errors import UserError
+from cifar.recipes import Recipe
+
+FORMAT = 1
+KEEP = 3  # checkpoints of a run; one is enough to go on, the others are for a disk that lies
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all of a training's state that is not in network and optimizer."""
+
+    step: int = 0  # optimizer steps taken
+    seconds: float = 0.0  # spent so far, over all attempts
+    # Sums over the images trained on since the last evaluation, for that epoch's mean loss and accuracy.
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    scaler: dict[str, Any] | None = None  # of float16 losses
+
+    def count(self, images: int, loss: float, correct: int) -> None:
+        """Takes note of one optimizer step and its mean loss."""
+        self.step += 1
+        self.loss_sum += loss * images
+        self.correct += correct
+        self.seen += images
+
+
+class Broken(Exception):
+    """A checkpoint that is not what was saved: the message names it and says what is wrong."""
+
+
+def save(
+    directory: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
+) -> Path:
+    """Writes `directory/step-NNNNNNN` and then deletes all but the newest KEEP. Call it on rank 0 alone.
+
+    `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises UserError where the disk is full or not writable; earlier checkpoints are then as they were.
+    """
+    path = directory / f"step-{progress.step:07d}"
+    temporary = directory / f".{path.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
+        sums = {name: _write(temporary / name, _serialize(value)) for name, value in tensors.items()}
+        state = {"format": FORMAT, **facts, "progress": asdict(progress), "sha256": sums}
+        state["sha256"] = {**sums, STATE: _state_sum(state)}
+        _write(temporary / STATE, json.dumps(state, indent=1).encode())
+        files.sync(temporary)
+        if path.exists():  # broken, passed over at the start, and now reached again
+            os.rename(path, path.with_name(f".{path.name}.broken"))
+        os.rename(temporary, path)
+        files.sync(directory)
+        shutil.rmtree(path.with_name(f".{path.name}.broken"), ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{path}: checkpoint not written ({error.strerror}); make room there and start again with the same "
+            "command: training goes on from the checkpoint before"
+        ) from None
+    older = [other for other in found(directory) if step_of(other) < progress.step]
+    for old in older[KEEP - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def found(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, newest first, whole or not."""
+    return sorted((p for p in directory.glob("step-*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint directory's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint, or None, and what is wrong with each one that was passed over."""
+    broken = []
+    for path in found(directory):
+        try:
+            verify(path)
+        except Broken as error:
+            broken.append(str(error))
+        else:
+            return path, broken
+    return None, broken
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The checkpoint's state, after every file's sum was found right.
+
+    Raises Broken where one is not, and UserError for a format that a later version of this project wrote.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+        sums = dict(state["sha256"])
+        own_sum = sums.pop(STATE)
+        if _state_sum({**state, "sha256": sums}) != own_sum:
+            raise Broken(f"{path / STATE} does not match its own sha256")
+        if state["format"] > FORMAT:
+            raise UserError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update it")
+        for name, digest in sums.items():
+            with (path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise Broken(f"{path / name} does not match its sha256")
+    except OSError as error:
+        raise Broken(f"{error.filename}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Broken(f"{path / STATE} is damaged ({error})") from None
+    return state
+
+
+def choose(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume` asks for, None to start from the beginning, and a line for each one passed over.
+
+    Raises UserError where none of those that are there is complete, or the one that was named is not.
+    """
+    if resume not in ("auto", "never"):
+        path = Path(resume)
+        try:
+            step = verify(path)["progress"]["step"]
+        except Broken as error:
+            raise UserError(f"--resume {resume}: {error}; name a complete checkpoint, or use --resume auto") from None
+        later = [other for other in found(directory) if step_of(other) > step]
+        if later:
+            raise UserError(f"{directory} holds a later checkpoint, {later[0].name}; give a new --run to branch off")
+        return path, []
+    path_or_none, broken = newest(directory)
+    if broken and path_or_none is None:
+        raise UserError(f"{broken[0]}, and {directory} has no complete checkpoint; choose a new --run")
+    return path_or_none, broken
+
+
+def restore(
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, data_fingerprint: str
+) -> Progress:
+    """Loads a verified checkpoint into network and optimizer, and says how far it had come.
+
+    Raises UserError where it comes from another recipe, other images or another network.
+    """
+    state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    different = recipes.differences(recipe, state["recipe"])
+    if different:
+        raise UserError(f"{path} is of another recipe: {', '.join(different)}; give the same, or start a new --run")
+    if state["data_fingerprint"] != data_fingerprint:
+        raise UserError(f"{path} was trained on other images than --data {recipe.data}; give the same --data")
+    load_weights(path / WEIGHTS, network)
+    tensors = safetensors.torch.load_file(path / OPTIMIZER)
+    for name, parameter in network.named_parameters():
+        optimizer.state[parameter] = {}
+        for key in [key for key in tensors if key.rpartition(".")[0] == name]:
+            value = tensors.pop(key)
+            if value.shape == parameter.shape:  # a moment: laid out in memory as its parameter is
+                value = torch.empty_like(parameter).copy_(value)
+            optimizer.state[parameter][key.rpartition(".")[2]] = value.to(parameter.device)
+    if tensors:
+        raise UserError(f"{path / OPTIMIZER} is of another network ({min(tensors)}); choose another checkpoint")
+    return Progress(**state["progress"])
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Loads a safetensors file into the network. Raises UserError, naming a tensor, where names or shapes differ."""
+    theirs, ours = safetensors.torch.load_file(path), network.state_dict()
+    odd = sorted(name for name in theirs.keys() | ours.keys()
+                 if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape)  # fmt: skip
+    if odd:
+        raise UserError(f"{path} is of another network ({len(odd)} tensors differ, {odd[0]} first); choose another")
+    network.load_state_dict(theirs)
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as '<parameter's name>.<key>', e.g. 'linear.weight.exp_avg'."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def export(directory: Path, network: nn.Module, config: dict[str, Any]) -> None:
+    """Writes the result, `model.safetensors` and `config.json`, each atomically. Raises OSError."""
+    weights = _serialize(network.state_dict())
+    config = {"format": FORMAT, **config, "sha256": hashlib.sha256(weights).hexdigest()}
+    for name, content in ((WEIGHTS, weights), ("config.json", json.dumps(config, indent=1).encode())):
+        files.replace(directory / name, content)
+
+
+def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
+    # safetensors refuses channels-last memory; the layout is the loading side's business.
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _state_sum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> str:
+    files.write(path, content)
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,32 @@
+"""Writing files so that a crash, or a full disk, leaves the old content or the new and nothing between."""
+
+import os
+from pathlib import Path
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file and waits until it is on the disk. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes under a temporary name, syncs and renames: readers see the old file or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary, content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """Waits until a directory's entries, such as a rename within it, are on the disk. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

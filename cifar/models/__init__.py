@@ -1,0 +1,23 @@
+"""Networks, one per file, found by name: `cifar/models/<name>.py` has `build(classes, dropout)`."""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from cifar.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def names() -> list[str]:
+    """The networks there are, without importing any of them (nor torch)."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def build(name: str, classes: int, dropout: float) -> "nn.Module":
+    """The named network, freshly initialised from torch's global generator. Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"network {name!r} is unknown; choose one of: {', '.join(names())}")
+    network: nn.Module = importlib.import_module(f"{__name__}.{name}").build(classes, dropout)
+    return network

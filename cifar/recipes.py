@@ -1,0 +1,165 @@
+"""Recipes: every hyper-parameter of a training run as one typed, frozen, validated value.
+
+A recipe is a function that returns a `Recipe`; its docstring states command, cost and expected score. A new one is a
+function with the `@recipe` decorator, and the command line and the tests find it. The flags of `train.py` are made
+from the fields' types. Nothing here imports torch, so that `train.py --help` answers at once.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cifar.errors import UserError
+
+
+class Recipe(BaseModel):
+    """What is trained, on what, and how. Processes and precision are not here: they belong to the launcher."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Annotated[str, Field(min_length=1, description="cifar10, digits, or an archive, zip or folder of images")] = (
+        "cifar10"
+    )
+    network: Annotated[str, Field(description="a file of cifar/models")] = "resnet"
+    epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training images")] = 24
+    global_batch_size: Annotated[
+        int, Field(ge=1, le=1_000_000, description="images per optimizer step, over all processes together")
+    ] = 512
+    gradient_accumulation_steps: Annotated[
+        int, Field(ge=1, description="parts that a process cuts its share of the batch into, to save memory")
+    ] = 1
+    augmentation: Annotated[str, Field(description="an entry of cifar/data/augment.py")] = "crop_flip_cutout"
+    peak_learning_rate: Annotated[float, Field(gt=0, le=100, description="Adam's learning rate at its peak")] = 0.01
+    peak_epoch: Annotated[float, Field(gt=0, description="epoch at which the learning rate peaks")] = 5.0
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="L2 penalty on every parameter")] = 1e-4
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="probability spread over all classes")] = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1, description="rate on the features before the linear layer")] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="fixes weights, order and augmentation")] = 0
+
+    @model_validator(mode="after")
+    def peak_lies_within_training(self) -> "Recipe":
+        if self.peak_epoch >= self.epochs:
+            raise ValueError(
+                f"peak_epoch {self.peak_epoch:g} must come before the last of {self.epochs} epochs; "
+                "set --peak-epoch or more --epochs"
+            )
+        return self
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {}
+
+
+def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """Lists a recipe under its function's name."""
+    RECIPES[function.__name__] = function
+    return function
+
+
+@recipe
+def resnet() -> Recipe:
+    """The 6.6 M network on CIFAR-10: 24 epochs of Adam, one cycle of the learning rate, crop, flip and cutout."""
+    return Recipe()
+
+
+@recipe
+def digits() -> Recipe:
+    """The same network on scikit-learn's 1,797 scanned digits, which need no download."""
+    return Recipe(
+        data="digits",
+        epochs=6,
+        global_batch_size=64,
+        augmentation="crop_cutout",
+        peak_learning_rate=2e-3,
+        peak_epoch=2.0,
+    )
+
+
+class Options(NamedTuple):
+    """What a run does that is no part of its result: where it is written, how it resumes, how often it saves."""
+
+    run: Path
+    resume: str
+    checkpoint_every: int
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
+    """The recipe and the options that `train.py`'s arguments ask for.
+
+    Raises UserError for an unknown recipe or flag and for values outside their range; `--help` prints the values of
+    the recipe that is named beside it, and exits.
+    """
+    chosen = _Parser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--recipe", default="resnet")
+    name = chosen.parse_known_args(argv)[0].recipe
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name!r} is unknown; choose one of: {', '.join(RECIPES)}")
+    defaults = RECIPES[name]()
+
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Train an image classifier.\n\nRecipe {name}: {inspect.getdoc(RECIPES[name])}",
+        epilog="Processes and precision belong to the launcher: accelerate launch --mixed_precision bf16 train.py ...",
+    )
+    parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
+    parser.add_argument("--run", type=Path, default=None, metavar="DIR", help=f"run directory (runs/{name})")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the run's newest complete checkpoint (auto), start in a new directory (never), "
+        "or go on from the checkpoint at PATH (auto)",
+    )
+    parser.add_argument(
+        "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, epochs' ends aside (500)"
+    )
+    group = parser.add_argument_group("fields of the recipe")
+    for field, info in Recipe.model_fields.items():
+        group.add_argument(
+            "--" + field.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            metavar=getattr(info.annotation, "__name__", "VALUE").upper(),
+            help=f"{info.description} ({getattr(defaults, field)})",
+        )
+    arguments = vars(parser.parse_args(argv))
+    overrides = {field: arguments[field] for field in Recipe.model_fields if field in arguments}
+    every = arguments["checkpoint_every"]
+    if not every.isdecimal() or int(every) < 1:
+        raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
+    options = Options(arguments["run"] or Path("runs", name), arguments["resume"], int(every))
+    return override(defaults, overrides), options
+
+
+def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """`base` with some fields changed (strings are converted). Raises UserError, naming the flag, if one is off."""
+    try:
+        return Recipe(**{**base.model_dump(), **overrides})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        wrong = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise UserError(wrong) from None
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"{flag} {first['input']}: {wrong[0].lower()}{wrong[1:]}") from None
+
+
+def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
+    """The fields that decide the result and differ, as 'field: ours, theirs' (the data is compared by content)."""
+    mine = ours.model_dump()
+    return [
+        f"{field} ({theirs.get(field)!r} there, {mine.get(field)!r} here)"
+        for field in sorted(mine.keys() | theirs.keys())
+        if field != "data" and mine.get(field) != theirs.get(field)
+    ]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see train.py --help")

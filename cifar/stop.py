@@ -1,0 +1,39 @@
+"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 set a number, and the training loop looks at it between steps.
+
+A handler does nothing else. The process may be inside a collective operation when the signal comes, and a survivor of
+a crashed peer gets SIGTERM too: saving or talking to other ranks from a handler would hang. Imported first by the
+scripts, before torch takes its seconds, so that an early signal is not lost.
+"""
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_received = 0
+
+
+def _remember(number: int, _frame: FrameType | None) -> None:
+    global _received
+    _received = number
+
+
+def catch() -> None:
+    """From now on the three signals are remembered instead of ending the process."""
+    for number in SIGNALS:
+        signal.signal(number, _remember)
+
+
+def ignore() -> None:
+    """For helper processes: the training process decides when they end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def requested() -> int:
+    """The number of the last signal received, or 0."""
+    return _received
+
+
+def name() -> str:
+    """The last signal received by its name, e.g. SIGTERM, or ''."""
+    return signal.Signals(_received).name if _received else ""

@@ -1,0 +1,143 @@
+"""What a person watches: TensorBoard, the pictures beside it, and the lines on the terminal. Rank 0 alone."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from cifar import figures
+from cifar.checkpoint import Progress
+from cifar.data import order
+from cifar.data.cache import Data
+from cifar.data.loading import TrainingImages
+from cifar.loop import Evaluation, Totals
+from cifar.recipes import Recipe
+from cifar.run import EpochMetrics, History
+
+LINE_EVERY = 30  # seconds between lines where the output is no terminal
+
+
+class Tracker:
+    """What a person watches of a run that goes on from `step`, and the record of its evaluations."""
+
+    def __init__(
+        self, directory: Path, recipe: Recipe, data: Data, history: History, step: int, total_steps: int
+    ) -> None:
+        self.directory, self.recipe, self.data, self.history = directory, recipe, data, history
+        self.first_step, self.total_steps = step, total_steps
+        # What an earlier attempt logged beyond this step is purged, so that the curves have no zig-zag.
+        self.writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        self.said = time.monotonic()
+        self.counted: list[tuple[int, float]] = []  # images and seconds of each step of this attempt
+        self.epoch_began = 0  # entries of `counted` before this epoch
+
+    def start(self, topology: str, table: str, training_images: TrainingImages) -> None:
+        """Says what is trained where; at a run's first start also recipe, network and samples to TensorBoard."""
+        self.say(topology)
+        self.say(table)
+        if self.first_step:
+            return
+        self.writer.add_text("recipe", f"```json\n{json.dumps(self.recipe.model_dump(), indent=1)}\n```")
+        self.writer.add_text("network", f"```\n{table}\n```")
+        samples = self._samples(training_images)
+        samples.savefig(self.directory / "samples.png")
+        self.writer.add_figure("samples", samples)
+
+    def _samples(self, training_images: TrainingImages) -> Figure:
+        first = order.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
+        tensors, labels = training_images.__getitems__(first)
+        seen = tensors.permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
+        test = np.random.default_rng(0).permutation(len(self.data.test_labels))[:20]
+        names = self.data.classes
+        return figures.samples({
+            f"training images, augmented ({self.recipe.augmentation})":
+                ((seen.clip(0, 1) * 255).round().astype(np.uint8), [names[label] for label in labels]),
+            "test images":
+                (self.data.test_images[test], [names[label] for label in self.data.test_labels[test]]),
+        })  # fmt: skip
+
+    def count(self, images: int, seconds: float) -> None:
+        """Takes note of one step's images and time, the wait for its input included."""
+        self.counted.append((images, seconds))
+
+    def images_per_second(self, since: int = 0) -> float:
+        """Training speed of this attempt; its first step, which warms up, is left out. 0 if there was no other."""
+        images, seconds = np.sum(self.counted[max(1, since) :] or [(0, 1.0)], axis=0)
+        return float(images / seconds)
+
+    def log_step(self, step: int, totals: Totals, learning_rate: float, gradient_norm: float, memory: int) -> None:
+        """One point of the training curves, and of the progress on the terminal."""
+        accuracy, speed = totals.correct / self.recipe.global_batch_size, self.images_per_second(len(self.counted) - 10)
+        values = {"loss": totals.loss, "accuracy": accuracy, "learning_rate": learning_rate,
+                  "gradient_norm": gradient_norm, "images_per_second": speed, "memory_bytes": memory}  # fmt: skip
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        text = f"loss {totals.loss:.3f}  accuracy {accuracy:.1%}  lr {learning_rate:.2g}  {speed:.0f} images/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.monotonic() - self.said > LINE_EVERY:
+            self.say(f"step {step}/{self.total_steps}  {text}")
+
+    def log_epoch(self, epoch: int, progress: Progress, learning_rate: float, evaluation: Evaluation) -> None:
+        """Records an evaluation in metrics.jsonl, predictions.safetensors, TensorBoard and curves.png."""
+        metrics = EpochMetrics(
+            epoch=epoch,
+            step=progress.step,
+            train_loss=progress.loss_sum / progress.seen,
+            train_accuracy=progress.correct / progress.seen,
+            test_loss=evaluation.loss,
+            test_accuracy=evaluation.accuracy,
+            learning_rate=learning_rate,
+            images_per_second=self.images_per_second(self.epoch_began),
+            seconds=progress.seconds,
+        )
+        self.epoch_began = len(self.counted)
+        self.history.record(metrics, evaluation.probabilities)
+        for split in ("train", "test"):
+            for kind in ("loss", "accuracy"):
+                value = getattr(metrics, f"{split}_{kind}")
+                self.writer.add_scalar(f"epoch/{split}_{kind}", value, progress.step)
+        confusion = self._confusion(evaluation)
+        for number, (name, row) in enumerate(zip(self.data.classes, confusion, strict=True)):
+            self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), progress.step)
+        self.writer.add_figure("confusion", figures.confusion(confusion, self.data.classes), progress.step)
+        figures.curves(self.history.epochs).savefig(self.directory / "curves.png")
+        self.writer.flush()
+        self.say(
+            f"epoch {epoch}/{self.recipe.epochs}  loss {metrics.train_loss:.3f}  accuracy {metrics.train_accuracy:.2%}  "
+            f"test loss {metrics.test_loss:.3f}  test accuracy {metrics.test_accuracy:.2%}  "
+            f"{metrics.images_per_second:.0f} images/s  {metrics.seconds:.0f} s"
+        )
+
+    def _confusion(self, evaluation: Evaluation) -> npt.NDArray[np.int64]:
+        classes = len(self.data.classes)
+        pairs = self.data.test_labels.astype(np.int64) * classes + evaluation.probabilities.argmax(axis=1)
+        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The hyper-parameters with the accuracy that they reached (add_hparams would open a second run for it)."""
+        accuracy = {"hparams/test_accuracy": result["test_accuracy"]}
+        for part in hparams(self.recipe.model_dump(), accuracy):
+            self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
+        self.writer.add_scalar(*accuracy.popitem(), result["steps"])
+        self.say(f"finished: test accuracy {result['test_accuracy']:.2%} in {result['seconds']:.0f} s; see {self.directory}")
+
+    def say(self, text: str) -> None:
+        """Lines of their own, above the bar."""
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self.said = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        self.bar.close()
+        self.writer.close()

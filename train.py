@@ -1,0 +1,196 @@
+"""Trains an image classifier: recipe -> data -> network -> loop -> result.
+
+    accelerate launch train.py                    # CIFAR-10
+    accelerate launch train.py --recipe digits    # handwritten digits, no download
+    python train.py --help
+
+A run that was stopped, killed or crashed goes on with the same command, and ends with the same weights.
+"""
+
+from cifar import stop
+
+stop.catch()  # first of all: torch takes seconds to import, and a stop request must not be lost meanwhile
+
+import math  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+
+from cifar import run  # noqa: E402
+from cifar.errors import UserError  # noqa: E402
+from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
+
+LOG_EVERY = 10  # steps between points in TensorBoard
+
+
+def train(recipe: Recipe, options: Options) -> None:
+    """Trains, going on from the newest checkpoint if there is one, and writes the run directory."""
+    # Imported here so that --help and a wrong flag are answered before torch has loaded.
+    import torch
+    from accelerate.utils import broadcast_object_list
+
+    from cifar import checkpoint, launch, loop, models, optim, summary
+    from cifar.data import loading, order
+    from cifar.data.augment import Augmentation
+    from cifar.data.cache import open_data
+    from cifar.tracking import Tracker
+
+    began = time.monotonic()
+    accelerator = launch.start()
+    device, main, rank, ranks = (
+        accelerator.device, accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    )  # fmt: skip
+    launch.check_split(accelerator, recipe.global_batch_size, recipe.gradient_accumulation_steps)
+
+    # Data: one process of each machine decodes the images, then all of them map what it wrote.
+    with launch.together(accelerator):
+        if accelerator.is_local_main_process:
+            open_data(recipe.data)
+    with launch.together(accelerator):
+        data = open_data(recipe.data)
+        augmentation = Augmentation(recipe.augmentation, data.mean, data.std, recipe.seed)
+    images = len(data.train_labels)
+    total_steps = order.total_steps(images, recipe.epochs, recipe.global_batch_size)
+
+    def epochs_completed(step: int) -> int:
+        return order.epochs_completed(step, images, recipe.global_batch_size)
+
+    # Network and optimizer: from the seed, or from the checkpoint that rank 0 chooses for all.
+    torch.manual_seed(recipe.seed)
+    network = models.build(recipe.network, len(data.classes), recipe.dropout)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.build(network, recipe)
+    chosen, evaluated = None, 0
+    with launch.together(accelerator):
+        if main:
+            run.start(options.run, recipe, data.fingerprint)
+            chosen, passed_over = checkpoint.choose(options.run / "checkpoints", options.resume)
+            history = run.History(options.run, checkpoint.step_of(chosen) if chosen else 0, data.test_labels)
+            evaluated = history.last_epoch()
+    chosen, evaluated = broadcast_object_list([chosen, evaluated])
+    progress = checkpoint.Progress()
+    with launch.together(accelerator):
+        if chosen:
+            progress = checkpoint.restore(chosen, network, optimizer, recipe, data.fingerprint)
+    table = summary.table(network)
+    model, stepper = accelerator.prepare(network, optimizer)  # `network` stays what is evaluated and saved
+    launch.restore_scaler(accelerator, progress.scaler)
+
+    # Batches are augmented ahead, by other processes; an epoch's end does not interrupt them.
+    training_images = loading.TrainingImages(data, augmentation)
+    shares = order.RankBatches(recipe, images, progress.step, total_steps, rank, ranks)
+    batches = iter(loading.training_batches(training_images, shares, launch.loader_workers(), device))
+
+    facts = {
+        "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
+        "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
+        "world_size": ranks, "precision": accelerator.mixed_precision,
+    }  # fmt: skip
+    tracker = None
+    if main:
+        tracker = Tracker(options.run, recipe, data, history, progress.step, total_steps)
+        tracker.start(launch.topology(accelerator, recipe.global_batch_size), table, training_images)
+        for line in passed_over:
+            tracker.say(f"passed over a broken checkpoint: {line}")
+        if chosen:
+            tracker.say(f"going on from {chosen}")
+        run.write_status(options.run, "running", progress.step)
+    with run.failure_recorded(options.run if main else None, progress):
+        seconds_before, stopping = progress.seconds, False
+        while True:
+            # An epoch's end: its checkpoint is on disk already, so an evaluation that is cut short is made again.
+            epoch = epochs_completed(progress.step)
+            if progress.step and epoch > epochs_completed(progress.step - 1):
+                if epoch > evaluated:
+                    evaluation = loop.evaluate(accelerator, network, data)
+                    if evaluation is None:
+                        stopping = True
+                        break
+                    if tracker:
+                        progress.seconds = seconds_before + time.monotonic() - began
+                        rate = optim.lr_at(progress.step - 1, total_steps, recipe)
+                        tracker.log_epoch(epoch, progress, rate, evaluation)
+                progress.loss_sum, progress.correct, progress.seen = 0.0, 0, 0
+            if progress.step == total_steps:
+                break
+
+            clock = time.perf_counter()
+            batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            learning_rate = optim.lr_at(progress.step, total_steps, recipe)
+            optim.set_lr(optimizer, learning_rate)
+            torch.manual_seed(order.generator_seed(recipe.seed, progress.step, rank))  # for dropout
+            totals = loop.accumulate_gradients(accelerator, model, batch, labels, recipe)
+            if not math.isfinite(totals.loss):
+                last = checkpoint.newest(options.run / "checkpoints")[0]
+                raise UserError(
+                    f"loss {totals.loss} in step {progress.step + 1} at learning rate {learning_rate:.3g}; lower "
+                    f"--peak-learning-rate in a new --run (last good checkpoint: {last or 'none yet'})"
+                )
+            log = (progress.step + 1) % LOG_EVERY == 0
+            gradient_norm = loop.gradient_norm(accelerator, network) if log else math.nan
+            stepper.step()
+            stepper.zero_grad()
+            progress.count(recipe.global_batch_size, totals.loss, totals.correct)
+            if tracker:
+                tracker.count(recipe.global_batch_size, time.perf_counter() - clock)
+                if log:
+                    tracker.log_step(progress.step, totals, learning_rate, gradient_norm, launch.memory_bytes(device))
+
+            ends_epoch = epochs_completed(progress.step) > epochs_completed(progress.step - 1)
+            if totals.stop or ends_epoch or progress.step % options.checkpoint_every == 0:
+                with launch.together(accelerator):
+                    if main:
+                        progress.seconds = seconds_before + time.monotonic() - began
+                        progress.scaler = launch.scaler_state(accelerator)
+                        checkpoint.save(options.run / "checkpoints", network, optimizer, progress, facts)
+                        run.write_status(options.run, "running", progress.step)
+            if totals.stop:
+                stopping = True
+                break
+
+        if tracker and stopping:
+            run.write_status(options.run, "preempted", progress.step, f"{stop.name() or 'another rank'} asked to stop")
+            tracker.say(f"stopped on request after step {progress.step}; the same command goes on from there")
+        elif tracker:
+            last = history.epochs[-1]
+            progress.seconds = seconds_before + time.monotonic() - began
+            checkpoint.export(options.run, network, {**facts, "test_accuracy": last.test_accuracy})
+            result = {
+                "test_accuracy": last.test_accuracy,
+                "test_loss": last.test_loss,
+                "images_per_second": tracker.images_per_second(),
+                "seconds": progress.seconds,
+                "steps": progress.step,
+                "epochs": recipe.epochs,
+                "world_size": ranks,
+                "precision": accelerator.mixed_precision,
+                "parameters": summary.parameter_count(network),
+            }
+            run.write_result(options.run, result)
+            run.write_status(options.run, "finished", progress.step)
+            tracker.finish(result)
+    if tracker:
+        tracker.close()
+    accelerator.end_training()
+
+
+def main() -> None:
+    """Reads the command line and trains; a user's mistake ends in one line and exit status 2."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe, options = parse_command_line(sys.argv[1:])
+        run.check(options.run, recipe, options.resume)
+        if run.read_status(options.run).get("state") == "finished":
+            if speaks:
+                accuracy = run.read_result(options.run)["test_accuracy"]
+                print(f"{options.run} is finished: test accuracy {accuracy:.2%}; choose a new --run to train again")
+            return
+        train(recipe, options)
+    except UserError as error:
+        if speaks:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
