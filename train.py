@@ -152,12 +152,12 @@ def train(recipe: Recipe, options: Options) -> None:
             run.write_status(options.run, "preempted", progress.step, f"{stop.name() or 'another rank'} asked to stop")
             tracker.say(f"stopped on request after step {progress.step}; the same command goes on from there")
         elif tracker:
-            last = history.epochs[-1]
+            final = history.epochs[-1]
             progress.seconds = seconds_before + time.monotonic() - began
-            checkpoint.export(options.run, network, {**facts, "test_accuracy": last.test_accuracy})
+            checkpoint.export(options.run, network, {**facts, "test_accuracy": final.test_accuracy})
             result = {
-                "test_accuracy": last.test_accuracy,
-                "test_loss": last.test_loss,
+                "test_accuracy": final.test_accuracy,
+                "test_loss": final.test_loss,
                 "images_per_second": tracker.images_per_second(),
                 "seconds": progress.seconds,
                 "steps": progress.step,

@@ -7,7 +7,6 @@ alone any tool rebuilds the network: it names network, classes and normalisation
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ class Progress:
         self.seen += images
 
 
-class Broken(Exception):
+class BrokenCheckpointError(Exception):
     """A checkpoint that is not what was saved: the message names it and says what is wrong."""
 
 
@@ -55,7 +54,8 @@ def save(
 ) -> Path:
     """Writes `directory/step-NNNNNNN` and then deletes all but the newest KEEP. Call it on rank 0 alone.
 
-    `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises UserError where the disk is full or not writable; earlier checkpoints are then as they were.
+    `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint.
+    Raises UserError where the disk is full or not writable; earlier checkpoints are then as they were.
     """
     path = directory / f"step-{progress.step:07d}"
     temporary = directory / f".{path.name}.tmp"
@@ -69,8 +69,8 @@ def save(
         _write(temporary / STATE, json.dumps(state, indent=1).encode())
         files.sync(temporary)
         if path.exists():  # broken, passed over at the start, and now reached again
-            os.rename(path, path.with_name(f".{path.name}.broken"))
-        os.rename(temporary, path)
+            path.rename(path.with_name(f".{path.name}.broken"))
+        temporary.rename(path)
         files.sync(directory)
         shutil.rmtree(path.with_name(f".{path.name}.broken"), ignore_errors=True)
     except OSError as error:
@@ -101,7 +101,7 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
     for path in found(directory):
         try:
             verify(path)
-        except Broken as error:
+        except BrokenCheckpointError as error:
             broken.append(str(error))
         else:
             return path, broken
@@ -111,24 +111,24 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
 def verify(path: Path) -> dict[str, Any]:
     """The checkpoint's state, after every file's sum was found right.
 
-    Raises Broken where one is not, and UserError for a format that a later version of this project wrote.
+    Raises BrokenCheckpointError where one is not, UserError for a format that a later version of this project wrote.
     """
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_bytes())
         sums = dict(state["sha256"])
         own_sum = sums.pop(STATE)
         if _state_sum({**state, "sha256": sums}) != own_sum:
-            raise Broken(f"{path / STATE} does not match its own sha256")
+            raise BrokenCheckpointError(f"{path / STATE} does not match its own sha256")
         if state["format"] > FORMAT:
             raise UserError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update it")
         for name, digest in sums.items():
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise Broken(f"{path / name} does not match its sha256")
+                    raise BrokenCheckpointError(f"{path / name} does not match its sha256")
     except OSError as error:
-        raise Broken(f"{error.filename}: {error.strerror}") from None
+        raise BrokenCheckpointError(f"{error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Broken(f"{path / STATE} is damaged ({error})") from None
+        raise BrokenCheckpointError(f"{path / STATE} is damaged ({error})") from None
     return state
 
 
@@ -141,7 +141,7 @@ def choose(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
         path = Path(resume)
         try:
             step = verify(path)["progress"]["step"]
-        except Broken as error:
+        except BrokenCheckpointError as error:
             raise UserError(f"--resume {resume}: {error}; name a complete checkpoint, or use --resume auto") from None
         later = [other for other in found(directory) if step_of(other) > step]
         if later:

@@ -17,7 +17,7 @@ def replace(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary, content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

@@ -101,7 +101,9 @@ def evaluate(accelerator: Accelerator, network: nn.Module, data: Data) -> Evalua
                 return None
     finally:
         network.train()
-    indices = accelerator.gather(accelerator.pad_across_processes(torch.from_numpy(mine).to(accelerator.device), pad_index=-1))
+    indices = accelerator.gather(
+        accelerator.pad_across_processes(torch.from_numpy(mine).to(accelerator.device), pad_index=-1)
+    )
     rows = accelerator.gather(accelerator.pad_across_processes(torch.cat(results)))
     order = indices.argsort()[-count:]  # what was padded has index -1 and sorts to the front
     judged = int((indices >= 0).sum())

@@ -125,7 +125,9 @@ class History:
             before = load_file(directory / "predictions.safetensors")
             kept = {metrics.epoch for metrics in self.epochs}
             self.predictions = {
-                int(epoch): row for epoch, row in zip(before["epochs"], before["predictions"], strict=True) if epoch in kept
+                int(epoch): row
+                for epoch, row in zip(before["epochs"], before["predictions"], strict=True)
+                if epoch in kept
             }
 
     def last_epoch(self) -> int:
@@ -138,7 +140,7 @@ class History:
 
         self.epochs.append(metrics)
         self.predictions[metrics.epoch] = probabilities.argmax(axis=1).astype(np.uint8)
-        tensors = {
+        tensors: dict[str, npt.NDArray[Any]] = {
             "epochs": np.array(list(self.predictions), np.int64),
             "predictions": np.stack(list(self.predictions.values())),
             "labels": np.array(self.labels),

@@ -31,10 +31,15 @@ def table(network: nn.Module, image_size: int = 32) -> str:
             handle.remove()
     total = parameter_count(network)
     head = ("layer", "type", "output", "parameters")
-    cells = [head, *((name, kind, shape, f"{own:,}") for name, kind, shape, own in rows), ("total", "", "", f"{total:,}")]
+    cells = [
+        head,
+        *((name, kind, shape, f"{own:,}") for name, kind, shape, own in rows),
+        ("total", "", "", f"{total:,}"),
+    ]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = [
-        f"{name:{widths[0]}}  {kind:{widths[1]}}  {shape:>{widths[2]}}  {own:>{widths[3]}}" for name, kind, shape, own in cells
+        f"{name:{widths[0]}}  {kind:{widths[1]}}  {shape:>{widths[2]}}  {own:>{widths[3]}}"
+        for name, kind, shape, own in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"{total * 4 / 1e6:.3f} MB in float32"])
 

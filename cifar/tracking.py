@@ -113,7 +113,8 @@ class Tracker:
         figures.curves(self.history.epochs).savefig(self.directory / "curves.png")
         self.writer.flush()
         self.say(
-            f"epoch {epoch}/{self.recipe.epochs}  loss {metrics.train_loss:.3f}  accuracy {metrics.train_accuracy:.2%}  "
+            f"epoch {epoch}/{self.recipe.epochs}  "
+            f"loss {metrics.train_loss:.3f}  accuracy {metrics.train_accuracy:.2%}  "
             f"test loss {metrics.test_loss:.3f}  test accuracy {metrics.test_accuracy:.2%}  "
             f"{metrics.images_per_second:.0f} images/s  {metrics.seconds:.0f} s"
         )
@@ -126,10 +127,12 @@ class Tracker:
     def finish(self, result: dict[str, Any]) -> None:
         """The hyper-parameters with the accuracy that they reached (add_hparams would open a second run for it)."""
         accuracy = {"hparams/test_accuracy": result["test_accuracy"]}
-        for part in hparams(self.recipe.model_dump(), accuracy):
+        for part in hparams(self.recipe.model_dump(), accuracy):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
         self.writer.add_scalar(*accuracy.popitem(), result["steps"])
-        self.say(f"finished: test accuracy {result['test_accuracy']:.2%} in {result['seconds']:.0f} s; see {self.directory}")
+        self.say(
+            f"finished: test accuracy {result['test_accuracy']:.2%} in {result['seconds']:.0f} s; see {self.directory}"
+        )
 
     def say(self, text: str) -> None:
         """Lines of their own, above the bar."""

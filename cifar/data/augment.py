@@ -17,8 +17,8 @@ from cifar.errors import UserError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks a package index for its newest version at import
 
-import albumentations as A  # noqa: E402
-import cv2  # noqa: E402
+import albumentations as A
+import cv2
 
 Statistics = tuple[float, float, float]
 

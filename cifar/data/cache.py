@@ -89,7 +89,7 @@ def _write(path: Path, classes: list[str], splits: dict[str, sources.Split]) -> 
         meta = {"classes": classes, "mean": mean, "std": std, "fingerprint": fingerprint.hexdigest()}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
-            os.rename(temporary, path)
+            temporary.rename(path)
         except OSError:
             if not (path / "meta.json").is_file():  # else another job was faster, with the same bytes
                 raise

@@ -1,5 +1,7 @@
 """From the cache to batches: worker processes augment ahead of the training, evaluation reads in order."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import torch
@@ -30,11 +32,13 @@ class TrainingImages(Dataset[Batch]):
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
-def training_batches(images: TrainingImages, batches: RankBatches, workers: int, device: torch.device) -> DataLoader[Batch]:
+def training_batches(
+    images: TrainingImages, batches: RankBatches, workers: int, device: torch.device
+) -> DataLoader[Batch]:
     """A loader that goes through `batches` with `workers` processes (0: in this one), each a few batches ahead."""
     return DataLoader(
         images,
-        batch_sampler=batches,  # type: ignore[arg-type]  # its elements are tuples, which __getitems__ takes
+        batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_start_worker,
@@ -42,7 +46,7 @@ def training_batches(images: TrainingImages, batches: RankBatches, workers: int,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

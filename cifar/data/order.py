@@ -33,7 +33,9 @@ def epochs_completed(step: int, images: int, global_batch_size: int) -> int:
 @lru_cache(maxsize=2)  # an epoch's end and the next one's beginning may share a batch
 def permutation(seed: int, epoch: int, images: int) -> npt.NDArray[np.int64]:
     """The order of the images in an epoch (epochs count from 0)."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(ORDER, epoch)))).permutation(images)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(ORDER, epoch)))).permutation(
+        images
+    )
 
 
 def batch(seed: int, step: int, images: int, global_batch_size: int) -> list[Sample]:

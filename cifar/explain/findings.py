@@ -63,7 +63,8 @@ class Findings:
     @property
     def predictions(self) -> UInt8:
         """[n] the most probable class of each test image."""
-        return self.probabilities.argmax(axis=1).astype(np.uint8)
+        most_probable: UInt8 = self.probabilities.argmax(axis=1).astype(np.uint8)
+        return most_probable
 
     @property
     def accuracy(self) -> float:

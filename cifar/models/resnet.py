@@ -31,7 +31,8 @@ class Residual(nn.Module):
         self.block2 = conv_block(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.block2(self.block1(x))
+        branch: torch.Tensor = self.block2(self.block1(x))
+        return x + branch
 
 
 class ResNet(nn.Module):
@@ -52,7 +53,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.layer3(self.layer2(self.layer1(self.prep(x))))
-        return self.linear(self.dropout(self.pool(x).flatten(1)))
+        logits: torch.Tensor = self.linear(self.dropout(self.pool(x).flatten(1)))
+        return logits
 
 
 build = ResNet
