@@ -61,13 +61,21 @@ def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
 
 @recipe
 def resnet() -> Recipe:
-    """The 6.6 M network on CIFAR-10: 24 epochs of Adam, one cycle of the learning rate, crop, flip and cutout."""
+    """The 6.6 M network on CIFAR-10: 24 epochs of Adam, one cycle of the learning rate, crop, flip and cutout.
+
+    accelerate launch --mixed_precision bf16 train.py
+    TODO minutes, test accuracy
+    """
     return Recipe()
 
 
 @recipe
 def digits() -> Recipe:
-    """The same network on scikit-learn's 1,797 scanned digits, which need no download."""
+    """The same network on scikit-learn's 1,797 scanned digits, which need no download.
+
+    accelerate launch train.py --recipe digits
+    TODO minutes, test accuracy
+    """
     return Recipe(
         data="digits",
         epochs=6,

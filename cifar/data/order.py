@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from cifar.errors import UserError
 from cifar.recipes import Recipe
 
 # First element of the spawn key, so that one seed gives independent random numbers for each use.
@@ -21,7 +22,12 @@ Sample = tuple[int, int]  # (epoch, index of the image)
 
 
 def total_steps(images: int, epochs: int, global_batch_size: int) -> int:
-    """Optimizer steps until the stream has passed `epochs` times over all images (the last batch may begin another)."""
+    """Optimizer steps until the stream has passed `epochs` times over all images (the last batch may begin another).
+
+    Raises UserError where a batch would be larger than the set of images.
+    """
+    if global_batch_size > images:
+        raise UserError(f"--global-batch-size {global_batch_size} is more than the {images} training images; lower it")
     return math.ceil(images * epochs / global_batch_size)
 
 

@@ -4,6 +4,7 @@ Everything here runs once per machine and set of images: what is decoded goes in
 """
 
 import hashlib
+import http.client
 import io
 import os
 import pickle
@@ -165,8 +166,8 @@ def download(url: str, path: Path, md5: str) -> None:
         if digest.hexdigest() != md5:
             raise UserError(f"{url}: the download has md5 {digest.hexdigest()}, not {md5}; {mend}")
         part.replace(path)
-    except OSError as error:  # URLError and timeouts are OSErrors
-        reason = getattr(error, "reason", None) or error.strerror or error
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        reason = getattr(error, "reason", None) or error
         raise UserError(f"{url}: cannot be downloaded ({reason}); {mend}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -309,5 +310,7 @@ def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
         raise refuse("is not an image") from None
+    except Image.DecompressionBombError:
+        raise refuse("has far too many pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
         raise refuse(f"is damaged ({error})") from None

@@ -5,6 +5,8 @@ stages that each halve the map, residual branches on the first and the third, a 
 With ten classes it has 6,575,370 parameters and costs 379 M multiply-adds per image.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -38,8 +40,8 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     """Maps images [n, 3, 32, 32] (normalised) to logits [n, classes]."""
 
-    # The places that an explanation may look at, shallow to deep: 32x32, 16x16, 8x8 and 4x4 cells.
-    explainable_layers = ("prep", "layer1", "layer2", "layer3")
+    # The places that an explanation may look at, shallow to deep, and their cells along a side.
+    explainable_layers: ClassVar = {"prep": 32, "layer1": 16, "layer2": 8, "layer3": 4}
 
     def __init__(self, classes: int, dropout: float) -> None:
         super().__init__()

@@ -1,0 +1,98 @@
+"""The command line of explain.py. Nothing here imports torch, so that --help and a wrong flag are answered at once."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cifar import models
+from cifar.errors import UserError
+from cifar.explain import layers
+from cifar.explain.runs import Run
+
+# The maps' methods, and the class of the grad-cam package that makes each. A new method is one more entry.
+METHODS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+}
+ORDERS = ("confident", "uncertain", "random")
+COUNT = 10
+
+
+class Options(NamedTuple):
+    """What is asked for; None is 'what belongs to the run'."""
+
+    run: Path
+    data: str | None
+    output: Path | None
+    count: int | None  # None: COUNT, or as many as there are
+    order: str
+    seed: int
+    true: str | None
+    predicted: str | None
+    method: str
+    layer: str | None
+    opacity: float
+    check: bool
+    neighbours: bool
+    compare: list[Path]
+
+
+def parse_command_line(argv: Sequence[str]) -> Options:
+    """Raises UserError for an unknown flag or a value outside its range; `--help` prints and exits."""
+    places = "; ".join(f"{name}: {layers.listed(layers.of(name))}" for name in models.names())
+    parser = _Parser(
+        prog="explain.py",
+        allow_abbrev=False,
+        description="Show what a finished run gets wrong, and what in the picture made it say so.",
+        epilog="Processes and precision belong to the launcher: accelerate launch explain.py --run runs/resnet",
+    )
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR",
+        help="a finished run, or one of an unfinished run's checkpoints (runs/resnet)")
+    add("--data", metavar="PATH", help="where the images are (as in training)")
+    add("--output", type=Path, metavar="DIR", help="where pictures and report go (explain/ in the run)")
+    add("--count", type=int, metavar="N", help=f"mistakes in the pictures ({COUNT}); the report has all of them")
+    add("--order", default="confident", metavar="|".join(ORDERS), help="which mistakes come first (confident)")
+    add("--seed", type=int, default=0, metavar="N", help="of --order random and of --check (0)")
+    add("--true", metavar="CLASS", help="only mistakes on images of this class")
+    add("--predicted", metavar="CLASS", help="only mistakes that were taken for this class")
+    add("--method", default="gradcam", metavar="NAME", help=f"of the maps: {', '.join(METHODS)} (gradcam)")
+    add("--layer", metavar="NAME", help=f"where the maps are made (the deepest of at least 8x8 cells); {places}")
+    add("--opacity", type=float, default=0.5, metavar="0..1", help="of a map over its picture (0.5)")
+    add("--check", action="store_true", help="measure whether the maps are worth anything; takes a few minutes on a CPU")
+    add("--neighbours", action="store_true",
+        help="the nearest training images of each mistake, and test images with a near-duplicate in the training set")
+    add("--compare", type=Path, nargs="+", default=[], metavar="RUN",
+        help="other runs on the same images: in which of them is an image wrong too?")  # fmt: skip
+    options = Options(**vars(parser.parse_args(argv)))
+    if options.count is not None and options.count < 1:
+        raise UserError(f"--count {options.count} shows nothing; give at least 1")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed} is negative; give 0 or more")
+    if not 0 <= options.opacity <= 1:
+        raise UserError(f"--opacity {options.opacity:g} is outside 0..1; give e.g. 0.5")
+    for flag, value, known in (("--order", options.order, ORDERS), ("--method", options.method, METHODS)):
+        if value not in known:
+            raise UserError(f"{flag} {value!r} is unknown; choose one of: {', '.join(known)}")
+    return options
+
+
+def check(options: Options, run: Run) -> None:
+    """Raises UserError for a class or a layer that the run's network does not know."""
+    for flag, name in (("--true", options.true), ("--predicted", options.predicted)):
+        if name is not None and name not in run.classes:
+            raise UserError(f"{flag} {name!r} is not a class of {run.path}; choose one of: {', '.join(run.classes)}")
+    known = layers.of(run.network)
+    if options.layer is not None and options.layer not in known:
+        raise UserError(f"--layer {options.layer!r} is unknown; choose one of: {layers.listed(known)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see explain.py --help")

@@ -1,0 +1,270 @@
+"""The page: every mistake of a run in one HTML file that needs no network.
+
+Python ships numbers (base64 of typed arrays) and one sprite of all pictures; `report.js` colours and filters them, so
+that opacity, class, difference and scale change at once. The template, the script and the style sheet are the files
+`report.html.j2`, `report.js` and `report.css` beside this module.
+"""
+
+import base64
+import hashlib
+import io
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from cifar import files
+from cifar.explain.findings import Findings, Neighbours, Shown, UInt8
+
+BINS = 10  # of the calibration diagram, equally wide; printed on the page, as the picture depends on it
+MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is reached through the filters
+
+# The page stays under 15 MB whatever the network: base64 adds a third to these.
+LOSSLESS_BYTES = 6_000_000  # a larger sprite of mistakes is compressed with loss, and the page says so
+MAP_BYTES = 3_000_000  # maps of the most confident mistakes; the rest are left out, and the page says so
+NEIGHBOUR_PICTURES = 3_000  # different training pictures; fewer neighbours of each mistake are shown if there are more
+
+Array = npt.NDArray[Any]
+
+
+def write(path: Path, findings: Findings) -> None:
+    """Writes the page, whole or not at all. Raises OSError."""
+    files.replace(path, render(findings))
+
+
+def render(findings: Findings) -> str:
+    """The page as text."""
+    package = resources.files("cifar.explain")
+    script = package.joinpath("report.js").read_text(encoding="utf-8")
+    style = package.joinpath("report.css").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("cifar.explain", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    count, right = len(findings.labels), int((findings.predictions == findings.labels).sum())
+    sprite, lossless = _sprite(np.concatenate([findings.mistakes.pictures, findings.companions.pictures]))
+    nearest = _neighbours(findings.neighbours) if findings.neighbours else None
+    return environment.get_template("report.html.j2").render(
+        findings=findings,
+        count=count,
+        mistakes=len(findings.mistakes.indices),
+        accuracy=right / count,
+        interval=wilson(right, count),
+        facts=findings.facts,
+        checks={name.replace("_", " "): _figure(value) for name, value in findings.checks.items()},
+        pairs=_pairs(findings),
+        expected_error=_calibration_error(findings),
+        bins=BINS,
+        most_classes=MATRIX_CLASSES,
+        lossless=lossless,
+        data={**_data(findings), "nearest": nearest},
+        sprite=sprite,
+        # Markup: these two are ours, and the policy below lets exactly these texts run.
+        script=Markup(script),  # noqa: S704
+        style=Markup(style),  # noqa: S704
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+    )
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a fraction `right / count` (Wilson's, which also holds near 0 and 1 and for small counts)."""
+    if count == 0:
+        return 0.0, 1.0
+    z = 1.959964
+    share = right / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
+
+
+def _data(findings: Findings) -> dict[str, Any]:
+    """What the script reads. Rows are the mistakes followed by the companions."""
+    shown, companions = findings.mistakes, findings.companions
+    mistakes, cells = len(shown.indices), shown.maps.shape[2] * shown.maps.shape[3]
+    confidences = findings.probabilities.max(axis=1)
+    bins = _bins(findings)
+    mapped = min(mistakes, MAP_BYTES // (2 * max(1, cells)))
+    maps = np.concatenate([shown.maps[:mapped], companions.maps])
+    tops = maps.max(axis=(2, 3), initial=0)
+    # One byte a cell, each map on its own maximum: finer than the 256 colours that show it.
+    levels = np.rint(255 * maps / np.where(tops > 0, tops, 1)[:, :, None, None])
+    matrix = _confusion(findings)
+    involved = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
+    wrong = np.array([findings.wrong_in[run][shown.indices] for run in findings.wrong_in], dtype=np.uint8)
+    arrays = {
+        "labels": _packed(findings.labels, "uint8"),
+        "predictions": _packed(findings.predictions, "uint8"),
+        "confidences": _packed(confidences, "float32"),
+        "index": _packed(np.concatenate([shown.indices, companions.indices]), "int32"),
+        "bin": _packed(bins[shown.indices], "uint8"),
+        "probabilities": _packed(findings.probabilities[shown.indices], "float32"),
+        "history": _packed(findings.epoch_predictions[:, shown.indices], "uint8"),
+        "companion": _packed(findings.companion_of, "int32"),
+        "wrong": _packed(wrong, "uint8"),
+        "levels": _packed(levels, "uint8"),
+        "tops": _packed(tops, "float32"),
+        **{
+            name: _packed(np.concatenate([getattr(shown, name), getattr(companions, name)]), kind)
+            for name, kind in (("targets", "uint8"), ("peaks", "float32"), ("votes", "float32"), ("bias", "float32"))
+        },
+        "margins": _packed(np.concatenate([shown.margins, companions.margins]), "float32"),
+        "unsigned": _packed(_colours("viridis", 256), "uint8"),
+        "signed": _packed(_colours("RdBu_r", 255), "uint8"),  # odd: the middle one is zero's, and neutral
+    }
+    return {
+        "classes": findings.classes,
+        "matrixClasses": sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist()),
+        "mistakes": mistakes,
+        "mapped": mapped,
+        "files": shown.files,
+        "epochs": findings.epochs.tolist(),
+        "runs": list(findings.wrong_in),
+        "side": shown.pictures.shape[1],
+        "spriteColumns": _columns(mistakes + len(companions.indices)),
+        "mapShape": list(shown.maps.shape[2:]),
+        "voteShape": list(shown.votes.shape[1:]),
+        "pageTop": float(tops[:mapped].max(initial=0)),
+        "pageDifference": float(np.abs(maps[:mapped, 0] - maps[:mapped, 1]).max(initial=0)),
+        "sameForBoth": bool(mapped) and bool(np.allclose(maps[:, 0], maps[:, 1])),
+        "bins": _bin_figures(findings, bins, confidences),
+        "identity": _identity(findings, shown),
+        "arrays": arrays,
+    }
+
+
+def _identity(findings: Findings, shown: Shown) -> str:
+    """Names these mistakes, so that the verdicts a browser keeps for one page never turn up on another."""
+    parts = (shown.indices, findings.labels[shown.indices], findings.predictions[shown.indices])
+    names = "/".join(findings.classes).encode()
+    return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts) + names).hexdigest()[:16]
+
+
+def _neighbours(neighbours: Neighbours) -> dict[str, Any]:
+    """The nearest training images. A picture that is near to many mistakes is shipped once."""
+    depth = neighbours.indices.shape[1]
+    while depth > 1 and len(np.unique(neighbours.indices[:, :depth])) > NEIGHBOUR_PICTURES:
+        depth -= 1
+    indices = neighbours.indices[:, :depth]
+    unique, first, slot = np.unique(indices, return_index=True, return_inverse=True)
+    pictures = neighbours.pictures[:, :depth].reshape(-1, *neighbours.pictures.shape[2:])[first]
+    sprite, _ = _sprite(pictures, lossless=False)
+    return {
+        "sprite": sprite,
+        "spriteColumns": _columns(len(unique)),
+        "depth": depth,
+        "found": neighbours.indices.shape[1],
+        "nearDuplicates": neighbours.near_duplicates.tolist(),
+        "arrays": {
+            "slot": _packed(slot, "int32"),
+            "index": _packed(indices, "int32"),
+            "labels": _packed(neighbours.labels[:, :depth], "uint8"),
+            "distances": _packed(neighbours.distances[:, :depth], "float32"),
+        },
+    }
+
+
+def _columns(count: int) -> int:
+    """A nearly square sprite: WebP ends at 16,383 pixels a side."""
+    return max(1, math.ceil(math.sqrt(count)))
+
+
+def _sprite(pictures: UInt8, lossless: bool = True) -> tuple[str, bool]:
+    """All pictures [k, side, side, 3] in one WebP, row by row, as base64; and whether it is lossless."""
+    count, height, width = pictures.shape[:3]
+    columns = _columns(count)
+    rows = max(1, -(-count // columns))
+    padded = np.zeros((rows * columns, height, width, 3), np.uint8)
+    padded[:count] = pictures
+    image = Image.fromarray(
+        padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    )
+    if lossless:
+        content = _webp(image, lossless=True, quality=30, method=2)  # a third of the default's time, 1 % larger
+        if len(content) <= LOSSLESS_BYTES:
+            return base64.b64encode(content).decode(), True
+    return base64.b64encode(_webp(image, lossless=False, quality=80, method=2)).decode(), False
+
+
+def _webp(image: Image.Image, **options: bool | int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", **options)
+    return buffer.getvalue()
+
+
+def _packed(values: Array, kind: str) -> dict[str, str]:
+    """A typed array for the script: little-endian, C order."""
+    content = np.ascontiguousarray(values, np.dtype(kind).newbyteorder("<")).tobytes()
+    return {"type": kind, "base64": base64.b64encode(content).decode()}
+
+
+def _colours(name: str, count: int) -> UInt8:
+    """[count, 3] colours of a matplotlib scale."""
+    colours = mpl.colormaps[name](np.linspace(0, 1, count))[:, :3]
+    return np.rint(255 * colours).astype(np.uint8)
+
+
+def _confusion(findings: Findings) -> npt.NDArray[np.int64]:
+    """[C, C] counts by true (rows) and predicted class."""
+    classes = len(findings.classes)
+    pairs = findings.labels.astype(np.int64) * classes + findings.predictions
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
+    """The most frequent confusions (true, predicted, count), for readers without JavaScript."""
+    matrix = _confusion(findings)
+    np.fill_diagonal(matrix, 0)
+    order = np.argsort(-matrix, axis=None, kind="stable")[:most]
+    cells = [(int(cell) // len(matrix), int(cell) % len(matrix)) for cell in order]
+    return [(findings.classes[row], findings.classes[column], int(matrix[row, column]))
+            for row, column in cells if matrix[row, column]]  # fmt: skip
+
+
+def _bins(findings: Findings) -> UInt8:
+    """[n] the calibration bin of each test image."""
+    confidences = findings.probabilities.max(axis=1)
+    return np.minimum(confidences * BINS, BINS - 1).astype(np.uint8)
+
+
+def _bin_figures(findings: Findings, bins: UInt8, confidences: Array) -> list[dict[str, float]]:
+    """What the calibration diagram shows of each bin, over all test images."""
+    correct = findings.predictions == findings.labels
+    figures = []
+    for number in range(BINS):
+        inside = bins == number
+        count, right = int(inside.sum()), int(correct[inside].sum())
+        low, high = wilson(right, count)
+        mean = float(confidences[inside].mean()) if count else 0.0
+        figures.append({"count": count, "right": right, "confidence": mean, "low": low, "high": high})
+    return figures
+
+
+def _calibration_error(findings: Findings) -> float:
+    """Expected calibration error over BINS equal bins."""
+    bins, confidences = _bins(findings), findings.probabilities.max(axis=1)
+    figures = _bin_figures(findings, bins, confidences)
+    return sum(abs(f["right"] - f["confidence"] * f["count"]) for f in figures) / max(1, len(findings.labels))
+
+
+def _figure(value: float) -> str:
+    """A figure of --check for the header."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if math.isfinite(value) else "not defined"
+
+
+def _hash(text: str) -> str:
+    """The source that a content security policy allows for exactly this inline text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,92 @@
+"""What the tests share: small sets of images, and `train.py` as a user starts it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ("disc", "ring", "square", "stripes")
+
+
+def draw(shape: str, generator: np.random.Generator) -> Image.Image:
+    """A white shape somewhere on a dark, noisy ground, 32x32 RGB."""
+    y, x = np.mgrid[:32, :32]
+    centre_y, centre_x = generator.integers(12, 20, 2)
+    distance = np.hypot(y - centre_y, x - centre_x)
+    mask = {
+        "disc": distance < 8,
+        "ring": (distance > 6) & (distance < 10),
+        "square": (abs(y - centre_y) < 7) & (abs(x - centre_x) < 7),
+        "stripes": (x // 4) % 2 == 0,
+    }[shape]
+    pixels = generator.integers(0, 60, (32, 32, 3)) + 180 * mask[:, :, None]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder <train|test>/<class>/<image>: 4 classes, 64 training and 22 test images."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    generator = np.random.default_rng(0)
+    for split, counts in (("train", (16, 16, 16, 16)), ("test", (6, 6, 5, 5))):
+        for shape, count in zip(SHAPES, counts, strict=True):
+            (root / split / shape).mkdir(parents=True)
+            for number in range(count):
+                draw(shape, generator).save(root / split / shape / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shapes_zip(shapes: Path) -> Path:
+    """The same images as a zip."""
+    path = shapes.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(shapes.rglob("*.png")):
+            archive.write(file, file.relative_to(shapes))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Image caches go into the test's own folder, in this process and in those it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        patch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        patch.setenv("HF_HOME", str(path))  # no configuration of the user's own
+        yield path
+
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command(*arguments: object, launcher: tuple[str, ...] = ()) -> list[str]:
+    """`python train.py ...`, or `accelerate launch <launcher> train.py ...`."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
+    return [*(accelerate if launcher else [sys.executable]), *(str(argument) for argument in arguments)]
+
+
+@pytest.fixture(scope="session")
+def train() -> Train:
+    """Runs train.py to its end and returns the finished process with its output."""
+
+    def start(
+        *arguments: object, launcher: tuple[str, ...] = (), env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(ROOT / "train.py", *arguments, launcher=launcher),
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return start

@@ -1,0 +1,75 @@
+"""The networks: whatever is in cifar/models is held to these."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cifar import models, summary
+from cifar.errors import UserError
+
+
+@pytest.fixture(params=models.names())
+def network(request: pytest.FixtureRequest) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return models.build(request.param, classes=10, dropout=0.1)
+
+
+def test_logits_have_one_number_per_class(network: torch.nn.Module) -> None:
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_every_parameter_gets_a_gradient(network: torch.nn.Module) -> None:
+    F.cross_entropy(network(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A bias before a batch-norm is taken out again by it: its gradient is zero but for rounding.
+    assert not [name for name in without if not name.endswith("bias")]
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_evaluation_does_not_depend_on_the_rest_of_the_batch(network: torch.nn.Module) -> None:
+    images = torch.randn(4, 3, 32, 32)
+    network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(images)[:1], network(images[:1]))
+
+
+def test_explainable_layers_exist(network: torch.nn.Module) -> None:
+    modules = dict(network.named_modules())
+    assert set(network.explainable_layers) <= set(modules)
+
+
+def test_resnet_has_the_published_parameters() -> None:
+    network = models.build("resnet", classes=10, dropout=0.1)
+    expected = {
+        "prep": 1_920,
+        "layer1.0": 74_112,
+        "layer1.1.block1": 147_840,
+        "layer1.1.block2": 147_840,
+        "layer2": 295_680,
+        "layer3.0": 1_181_184,
+        "layer3.1.block1": 2_360_832,
+        "layer3.1.block2": 2_360_832,
+        "linear": 5_130,
+    }
+    assert {name: summary.parameter_count(network.get_submodule(name)) for name in expected} == expected
+    assert summary.parameter_count(network) == sum(expected.values()) == 6_575_370
+
+
+def test_the_summary_shows_shapes_parameters_and_size_and_leaves_the_network_alone() -> None:
+    network = models.build("resnet", classes=10, dropout=0.1)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    lines = summary.table(network).splitlines()
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(module._forward_hooks for module in network.modules())
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["layer3.1.block2.0"] == ["Conv2d", "512x4x4", "2,359,808"]
+    assert rows["total"] == ["6,575,370"]
+    assert lines[-1] == "26.301 MB in float32"
+    printed = [int(row[-1].replace(",", "")) for name, row in rows.items() if len(row) == 3 and row[-1][0].isdigit()]
+    assert sum(printed) == 6_575_370
+
+
+def test_an_unknown_network_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="'vgg' is unknown; choose one of: .*resnet"):
+        models.build("vgg", classes=10, dropout=0)

@@ -1,0 +1,84 @@
+"""Recipes and the command line made from them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pydantic
+import pytest
+from conftest import ROOT, Train
+
+from cifar import recipes
+from cifar.errors import UserError
+from cifar.recipes import RECIPES, Recipe, parse_command_line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_documented_and_its_help_shows_its_values(name: str, train: Train) -> None:
+    recipe = RECIPES[name]()
+    shown = train("--recipe", name, "--help")
+    assert shown.returncode == 0
+    assert f"--global-batch-size INT" in shown.stdout
+    assert f"({recipe.global_batch_size})" in shown.stdout
+    documentation = RECIPES[name].__doc__ or ""
+    for fact in ("accelerate launch", "test accuracy", "minutes"):
+        assert fact in documentation
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    shown = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--help"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_a_recipe_is_frozen() -> None:
+    with pytest.raises(pydantic.ValidationError):
+        recipes.resnet().epochs = 3
+
+
+def test_flags_change_the_fields_they_name() -> None:
+    recipe, options = parse_command_line(["--recipe", "digits", "--epochs", "9", "--dropout=0.5", "--run", "somewhere"])
+    assert recipe == RECIPES["digits"]().model_copy(update={"epochs": 9, "dropout": 0.5})
+    assert options.run == Path("somewhere")
+    assert parse_command_line([])[1].run == Path("runs/resnet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--recipe", "resnett"], "'resnett' is unknown"),
+        (["--epoch", "3"], "--epoch"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--epochs", "many"], "--epochs many"),
+        (["--epochs", "4"], "peak_epoch 5"),
+        (["--epochs"], "--epochs"),
+        (["--dropout", "1"], "--dropout 1"),
+        (["--dropout", "nan"], "--dropout nan"),
+        (["--peak-learning-rate", "-1"], "--peak-learning-rate -1"),
+        (["--peak-learning-rate", "inf"], "--peak-learning-rate inf"),
+        (["--global-batch-size", "-512"], "--global-batch-size -512"),
+        (["--seed", "1.5"], "--seed 1.5"),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0"),
+        (["--checkpoint-every", "often"], "--checkpoint-every often"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_status_2(arguments: list[str], named: str, train: Train) -> None:
+    done = train(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train.py: error: ")
+    assert named in done.stderr
+
+
+def test_differences_name_fields_and_values() -> None:
+    there = {**recipes.resnet().model_dump(), "epochs": 30, "data": "elsewhere"}
+    assert recipes.differences(recipes.resnet(), there) == ["epochs (30 there, 24 here)"]
+
+
+def test_override_refuses_a_field_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match="momentum"):
+        recipes.override(Recipe(), {"momentum": 0.9})

@@ -1,0 +1,352 @@
+"""Where images come from, and everything that may be wrong with them."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import shutil
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHAPES
+from PIL import Image
+
+from cifar.data import cache, sources
+from cifar.data.cache import open_data
+from cifar.errors import UserError
+
+# ---- digits
+
+
+def test_digits_are_32x32_rgb_in_a_fixed_stratified_split() -> None:
+    data = open_data("digits")
+    assert data.train_images.shape == (1437, 32, 32, 3)
+    assert data.test_images.shape == (360, 32, 32, 3)
+    assert data.classes == list("0123456789")
+    share = np.bincount(data.test_labels) / np.bincount(np.concatenate((data.train_labels, data.test_labels)))
+    assert abs(share - 0.2).max() < 0.005
+    # The same images, in the same order, on every machine; another split would make results incomparable.
+    assert data.test_labels[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+    assert data.files("test") == []
+
+
+# ---- folders and zips
+
+
+def test_a_zip_and_a_folder_of_the_same_images_are_the_same_data(shapes: Path, shapes_zip: Path) -> None:
+    folder, archive = open_data(str(shapes)), open_data(str(shapes_zip))
+    assert folder.path != archive.path
+    assert folder.fingerprint == archive.fingerprint
+    assert folder.classes == sorted(SHAPES)
+    assert np.bincount(folder.test_labels).tolist() == [6, 6, 5, 5]
+    assert folder.files("test")[0] == "test/disc/00.png"
+    for index in (0, 21):
+        with Image.open(shapes / folder.files("test")[index]) as image:
+            assert np.array_equal(np.asarray(image), folder.test_images[index])
+
+
+def test_the_cache_is_mapped_and_follows_the_content(shapes: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)
+    first = open_data(str(copy))
+    assert isinstance(first.train_images, np.memmap)
+    built = (first.path / "train_images.npy").stat().st_mtime_ns
+    assert open_data(str(copy)).path == first.path
+    assert (first.path / "train_images.npy").stat().st_mtime_ns == built
+    Image.new("RGB", (32, 32), "red").save(copy / "test" / "disc" / "00.png")
+    second = open_data(str(copy))
+    assert second.fingerprint != first.fingerprint
+    assert second.test_images[0, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_jobs_that_start_side_by_side_build_one_cache(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ProcessPoolExecutor(4) as pool:
+        found = list(pool.map(fingerprint, [str(shapes)] * 8))
+    assert len(set(found)) == 1
+    assert len(list((tmp_path / "cifar").iterdir())) == 1
+
+
+def fingerprint(data: str) -> str:
+    return open_data(data).fingerprint
+
+
+def test_statistics_are_those_of_the_pixels() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3)).astype(np.uint8)
+    mean, std = cache.statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)))
+    np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)))
+
+
+def encoded(image: Image.Image, format_: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format_, **options)
+    return file.getvalue()
+
+
+def png_of_16_bits() -> bytes:
+    """A valid RGB PNG with two bytes a channel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = (b"\0" + bytes(32 * 6)) * 32
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(RGB),
+        encoded(RGB.convert("L")),
+        encoded(RGB.convert("L"), "JPEG"),
+        encoded(RGB.convert("1")),
+        encoded(RGB.quantize(16)),
+        encoded(RGB.convert("RGBA")),
+        encoded(RGB, "JPEG", progressive=True),
+    ],
+    ids=["rgb", "grey", "grey jpeg", "black and white", "palette", "opaque alpha", "progressive jpeg"],
+)
+def test_what_becomes_rgb_without_loss_is_taken(content: bytes) -> None:
+    with Image.open(io.BytesIO(content)) as image:
+        assert np.array_equal(sources.decode_image(content, "x"), np.asarray(image.convert("RGB")))
+
+
+BAD_IMAGES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "text": (b"This is not an image.", "is not an image"),
+    "gif": (encoded(RGB, "GIF"), "is not an image"),
+    "truncated png": (encoded(RGB)[:-400], "is damaged"),
+    "truncated jpeg": (encoded(RGB, "JPEG")[:-200], "is damaged"),
+    "header only": (encoded(RGB)[:20], "is "),
+    "cmyk": (encoded(RGB.convert("CMYK"), "JPEG"), "colour mode CMYK"),
+    "16-bit grey": (encoded(Image.fromarray(np.zeros((32, 32), np.uint16))), "16 bits"),
+    "16-bit rgb": (png_of_16_bits(), "16 bits"),
+    "too small": (encoded(RGB.resize((31, 32))), "31x32 pixels"),
+    "bomb": (encoded(Image.new("1", (20000, 20000))), "too many pixels"),
+    "transparent": (encoded(Image.new("RGBA", (32, 32))), "partly transparent"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("bad", BAD_IMAGES)
+def test_an_image_that_cannot_be_taken_is_named(bad: str, packed: bool, shapes: Path, tmp_path: Path) -> None:
+    content, wrong = BAD_IMAGES[bad]
+    root = tmp_path / "images"
+    shutil.copytree(shapes, root)
+    (root / "train" / "ring" / "07.png").write_bytes(content)
+    if packed:
+        root = Path(shutil.make_archive(str(root), "zip", root))
+    with pytest.raises(UserError) as error:
+        open_data(str(root))
+    assert "train/ring/07.png" in str(error.value)
+    assert wrong in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def without(*patterns: str) -> Callable[[Path], None]:
+    def remove(root: Path) -> None:
+        for pattern in patterns:
+            for path in root.glob(pattern):
+                shutil.rmtree(path)
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("spoil", "wrong"),
+    [
+        (without("*"), "holds no images"),
+        (without("test"), "no images under test/"),
+        (without("train"), "no images under train/"),
+        (without("test/disc"), "class 'disc' has images under train/ but none under test/"),
+        (without("train/ring"), "class 'ring' has images under test/ but none under train/"),
+        (without("*/ring", "*/disc", "*/square"), "1 class(es)"),
+        (lambda root: (root / "train" / "stray.png").write_bytes(b""), "train/stray.png does not lie in a class"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused(
+    spoil: Callable[[Path], None], wrong: str, shapes: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(shapes, root)
+    spoil(root)
+    with pytest.raises(UserError) as error:
+        open_data(str(root))
+    assert str(root) in str(error.value)
+    assert wrong in str(error.value)
+
+
+def test_hidden_files_are_passed_over(shapes: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(shapes, root)
+    (root / "train" / "disc" / ".DS_Store").write_bytes(b"x")
+    assert open_data(str(root)).fingerprint == open_data(str(shapes)).fingerprint
+
+
+@pytest.mark.parametrize("name", ["/etc/train.png", "../train/disc/0.png", "train/../../x.png", "C:\\train\\x.png"])
+def test_a_zip_whose_entries_leave_it_is_refused(name: str, shapes_zip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "evil.zip"
+    shutil.copy(shapes_zip, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(zipfile.ZipInfo(name), encoded(RGB))
+    with pytest.raises(UserError, match=r"entry .* leaves the archive"):
+        open_data(str(path))
+
+
+def test_a_zip_entry_that_unpacks_to_a_flood_is_refused(shapes_zip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "flood.zip"
+    shutil.copy(shapes_zip, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/disc/flood.png", bytes(1 << 24))
+    with pytest.raises(UserError, match=r"flood.png' has 16777216 bytes"):
+        open_data(str(path))
+
+
+def test_a_damaged_zip_entry_is_named(shapes_zip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.zip"
+    content = bytearray(shapes_zip.read_bytes())
+    content[content.index(b"IDAT") + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"test/disc/00.png cannot be read"):
+        open_data(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="neither a zip of images nor the official"):
+        open_data(str(path))
+
+
+def test_a_missing_path_is_refused_with_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist; give cifar10, digits, or"):
+        open_data(str(tmp_path / "nowhere"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="image cache cannot be written"):
+        open_data(str(shapes))
+
+
+# ---- the official archive
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive laid out as the official one, with 10 images a batch, whose md5 sums are taken for the official."""
+    folder = tmp_path / "made" / sources.OFFICIAL_FOLDER
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    md5s: dict[str, dict[str, str]] = {}
+    for split, names in sources.OFFICIAL_FILES.items():
+        for name in names:
+            batch = {
+                "data": generator.integers(0, 256, (10, 3072)).astype(np.uint8),
+                "labels": list(range(10)),
+                "filenames": [f"{name}_{number}.png" for number in range(10)],
+            }
+            content = pickle.dumps(batch, protocol=2)
+            (folder / name).write_bytes(content)
+            md5s.setdefault(split, {})[name] = hashlib.md5(content).hexdigest()
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, sources.OFFICIAL_FOLDER)
+    monkeypatch.setattr(sources, "OFFICIAL_FILES", md5s)
+    monkeypatch.setattr(sources, "OFFICIAL_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+def test_the_official_archive_and_its_folder_are_the_same_data(official: Path) -> None:
+    folder = official.parent / "made"
+    archive = open_data(str(official))
+    assert archive.fingerprint == open_data(str(folder)).fingerprint
+    assert archive.fingerprint == open_data(str(folder / sources.OFFICIAL_FOLDER)).fingerprint
+    assert archive.train_images.shape == (50, 32, 32, 3)
+    assert archive.classes[3] == "cat"
+    assert archive.files("test")[2] == "test_batch_2.png"
+    row = pickle.loads((folder / sources.OFFICIAL_FOLDER / "test_batch").read_bytes())["data"][0]
+    assert archive.test_images[0, 5, 7].tolist() == [row[5 * 32 + 7], row[1024 + 5 * 32 + 7], row[2048 + 5 * 32 + 7]]
+
+
+def test_a_changed_archive_is_refused_before_it_is_unpickled(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("it was unpickled"))
+    monkeypatch.setattr(sources, "OFFICIAL_MD5", "0" * 32)
+    with pytest.raises(UserError, match="is not that of the official CIFAR-10 archive"):
+        open_data(str(official))
+
+
+def test_a_changed_or_missing_file_of_the_folder_is_named(official: Path) -> None:
+    folder = official.parent / "made" / sources.OFFICIAL_FOLDER
+    content = (folder / "data_batch_3").read_bytes()
+    (folder / "data_batch_3").write_bytes(content + b"x")
+    with pytest.raises(UserError, match=r"data_batch_3: md5 .* unpack the official archive again"):
+        open_data(str(folder))
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match="data_batch_3: No such file"):
+        open_data(str(folder))
+
+
+@pytest.fixture
+def server(official: Path) -> Iterator[str]:
+    """Serves the archive's folder on loopback."""
+    handler = partial(QuietHandler, directory=str(official.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def send_header(self, keyword: str, value: str) -> None:
+        promised = str(int(value) + 1000) if "cut" in self.path and keyword == "Content-Length" else value
+        super().send_header(keyword, promised)
+
+
+def test_cifar10_is_downloaded_checked_and_kept(official: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/{official.name}")
+    there = official.parent / "download"
+    assert len(sources.find("cifar10", there).decode()[1]["train"].images) == 50
+    assert [path.name for path in there.iterdir()] == [official.name]
+    monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/gone/{official.name}")
+    assert len(sources.find("cifar10", there).decode()[1]["test"].images) == 10
+
+
+@pytest.mark.parametrize("served", ["made/cifar-10-batches-py/test_batch", "gone.tar.gz", "cut.tar.gz"])
+def test_a_download_that_fails_leaves_nothing_behind(
+    served: str, official: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official.with_name("cut.tar.gz").write_bytes(official.read_bytes()[:-1000])  # the connection ends too early
+    monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/{served}")
+    there = official.parent / "download"
+    with pytest.raises(UserError, match=r"(md5|cannot be downloaded).*download it yourself to"):
+        sources.find("cifar10", there)
+    assert list(there.iterdir()) == []
+
+
+def test_no_network_is_one_line_with_the_mend(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "OFFICIAL_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
+    with pytest.raises(UserError, match=r"Connection refused.*--data PATH or --recipe digits") as error:
+        sources.find("cifar10", official.parent / "download")
+    assert "\n" not in str(error.value)
