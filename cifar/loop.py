@@ -110,6 +110,6 @@ def evaluate(accelerator: Accelerator, network: nn.Module, data: Data) -> Evalua
     if judged != count or not torch.equal(indices[order].cpu(), torch.arange(count)):
         raise AssertionError(f"{judged} predictions for {count} test images: not every one exactly once")
     losses_and_probabilities = rows[order].cpu().numpy()
-    probabilities = losses_and_probabilities[:, 1:]
+    probabilities = np.ascontiguousarray(losses_and_probabilities[:, 1:])
     accuracy = float((probabilities.argmax(axis=1) == data.test_labels).mean())
     return Evaluation(probabilities, float(losses_and_probabilities[:, 0].mean(dtype=np.float64)), accuracy)

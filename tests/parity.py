@@ -1,0 +1,48 @@
+"""Launched by test_parallel.py with one or more processes: writes what each rank was given, and the mean gradient."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cifar import launch, loop
+from cifar.data import loading, order
+from cifar.data.augment import Augmentation
+from cifar.data.cache import open_data
+from cifar.recipes import Recipe
+
+STEPS = 6
+
+
+def main(data_path: str, output: str, accumulation_steps: int) -> None:
+    accelerator = launch.start()
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    recipe = Recipe(global_batch_size=16, gradient_accumulation_steps=accumulation_steps)
+    data = open_data(data_path)
+    images = loading.TrainingImages(data, Augmentation(recipe.augmentation, data.mean, data.std, recipe.seed))
+    shares = order.RankBatches(recipe, len(data.train_labels), 0, STEPS, rank, ranks)
+    batches = list(loading.training_batches(images, shares, 1, accelerator.device))
+
+    torch.manual_seed(rank)  # another start on each rank: rank 0's weights must win
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, len(data.classes)))
+    model = accelerator.prepare(network)
+    totals = loop.accumulate_gradients(accelerator, model, *batches[0], recipe)
+    evaluation = loop.evaluate(accelerator, network, data)
+    assert evaluation is not None
+    save_file(
+        {
+            **{f"images.{step}": batch.contiguous() for step, (batch, _) in enumerate(batches)},
+            **{f"labels.{step}": labels for step, (_, labels) in enumerate(batches)},
+            "gradient": network[1].weight.grad,  # type: ignore[dict-item]
+            "totals": torch.tensor([totals.loss, totals.correct]),
+            "probabilities": torch.from_numpy(evaluation.probabilities),
+            "evaluation": torch.tensor([evaluation.loss, evaluation.accuracy]),
+        },
+        Path(output, f"{ranks}-{accumulation_steps}-{rank}.safetensors"),
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

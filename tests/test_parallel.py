@@ -1,0 +1,120 @@
+"""Several processes through the real launcher do what one does (gloo, on CPUs)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Train, command
+from safetensors.torch import load_file
+
+TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no")
+
+
+def parity(data: Path, output: Path, accumulation_steps: int, *launcher: str) -> list[dict[str, torch.Tensor]]:
+    """What each rank of tests/parity.py wrote."""
+    arguments = command(ROOT / "tests" / "parity.py", data, output, accumulation_steps, launcher=launcher)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    files = sorted(output.glob(f"*-{accumulation_steps}-*.safetensors"))
+    return [load_file(file) for file in files]
+
+
+@pytest.fixture(scope="module")
+def alone(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    (rank,) = parity(shapes, tmp_path_factory.mktemp("one"), 1)
+    return rank
+
+
+@pytest.mark.parametrize(("launcher", "accumulation_steps"), [(TWO, 1), (TWO, 2), ((), 4)])
+def test_batches_gradient_and_evaluation_are_those_of_one_process(
+    launcher: tuple[str, ...], accumulation_steps: int, alone: dict[str, torch.Tensor], shapes: Path, tmp_path: Path
+) -> None:
+    ranks = parity(shapes, tmp_path, accumulation_steps, *launcher)
+    assert len(ranks) == (2 if launcher else 1)
+    for name in (name for name in alone if name.startswith(("images", "labels"))):
+        assert torch.equal(torch.cat([rank[name] for rank in ranks]), alone[name]), name
+    for rank in ranks:
+        # Sums of float32 in another order: equal but for rounding.
+        for name in ("gradient", "totals", "probabilities", "evaluation"):
+            torch.testing.assert_close(rank[name], alone[name], rtol=1e-5, atol=1e-6)
+
+
+def arguments(shapes: Path, run: Path) -> list[object]:
+    return ["--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16,
+            "--checkpoint-every", 3]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes."""
+    run = tmp_path_factory.mktemp("parallel") / "run"
+    done = train(*arguments(shapes, run), launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert "CPU, 2 processes" in done.stdout
+    assert "global batch 16 (8 a process)" in done.stdout
+    assert done.stdout.count("finished: ") == 1
+    return run
+
+
+def test_two_processes_train_one_network_and_judge_every_image_once(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert (result["world_size"], result["steps"], result["precision"]) == (2, 12, "no")
+    tensors = load_file(finished / "predictions.safetensors")
+    assert tensors["predictions"].shape == (3, 22)
+    right = tensors["predictions"][-1] == tensors["labels"]
+    assert result["test_accuracy"] == pytest.approx(right.float().mean().item())
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
+    finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    running = subprocess.Popen(
+        command(ROOT / "train.py", *arguments(shapes, run), launcher=TWO),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("epoch 1/3"):
+            running.terminate()  # the launcher passes it on to both ranks
+            break
+    output = running.communicate(timeout=120)[0]
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "preempted", output
+    assert 4 <= status["step"] < 12
+    done = train(*arguments(shapes, run), launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {run / 'checkpoints'}/step-{status['step']:07d}" in done.stdout
+    assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    ours, theirs = (load_file(path / "checkpoints/step-0000012/optimizer.safetensors") for path in (run, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_user_error_ends_all_ranks_with_one_line(shapes: Path, train: Train, tmp_path: Path) -> None:
+    done = train(*arguments(shapes, tmp_path / "run"), "--gradient-accumulation-steps", 3, launcher=TWO)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "train.py: error" in line]
+    assert len(lines) == 1
+    assert "--global-batch-size 16 does not divide into 2 process(es) x 3 accumulation step(s)" in lines[0]
+    assert "exitcode: 2" in " ".join(done.stderr.split()) or "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
+    # What a launch for GPUs comes to where Accelerate finds none: every process believes to be rank 0 of one.
+    script = (
+        "import torch; torch.accelerator.is_available = lambda: True\n"
+        "from cifar import launch\n"
+        "from cifar.errors import UserError\n"
+        "try: launch.start()\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False
+    )
+    assert "2 processes were launched, but this one knows of 1; launch with" in done.stdout, done.stderr

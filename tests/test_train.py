@@ -1,0 +1,323 @@
+"""The main job, as real processes: what it writes, how it goes on after any end, what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, Train, command
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar import checkpoint, models, run
+from cifar.data.cache import open_data
+from cifar.data.loading import normalize
+from cifar.errors import UserError
+from cifar.recipes import Recipe, parse_command_line
+
+STEPS = 12  # 3 epochs of 64 images in batches of 16
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # what `accelerate launch --mixed_precision bf16` sets
+
+
+def arguments(shapes: Path, directory: Path, *more: object) -> list[object]:
+    return ["--data", shapes, "--run", directory, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16,
+            "--checkpoint-every", 3, *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, launched as the README says."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    done = train(*arguments(shapes, directory), launcher=("--mixed_precision", "bf16"))
+    assert done.returncode == 0, done.stderr
+    (directory / "output.txt").write_text(done.stdout)
+    return directory
+
+
+def test_the_terminal_tells_what_runs_and_how_it_goes(finished: Path) -> None:
+    output = (finished / "output.txt").read_text()
+    cores = len(os.sched_getaffinity(0))
+    assert f"CPU, 1 process, {cores} CPU threads each, precision bf16, global batch 16 (16 a process)" in output
+    assert "layer3.1.block2.0  Conv2d         512x4x4   2,359,808" in output
+    assert [line.split()[1] for line in output.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    assert "\r" not in output  # no bar where there is no terminal
+
+
+def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir() if not path.name.startswith("events.out.tfevents")}
+    assert names == {
+        "recipe.json", "checkpoints", "model.safetensors", "config.json", "metrics.jsonl", "predictions.safetensors",
+        "status.json", "result.json", "samples.png", "curves.png", "output.txt",
+    }  # fmt: skip
+    assert json.loads((finished / "status.json").read_text()) == {"state": "finished", "step": STEPS, "reason": ""}
+    result = json.loads((finished / "result.json").read_text())
+    assert set(result) == {
+        "test_accuracy", "test_loss", "images_per_second", "seconds", "steps", "epochs", "world_size", "precision",
+        "parameters",
+    }  # fmt: skip
+    assert (result["steps"], result["epochs"], result["world_size"], result["precision"]) == (STEPS, 3, 1, "bf16")
+    written = json.loads((finished / "recipe.json").read_text())
+    assert Recipe(**written["recipe"]).epochs == 3
+    assert {"argv", "versions", "git_revision", "data_fingerprint"} <= set(written)
+    assert [path.name for path in checkpoint.found(finished / "checkpoints")] == [
+        "step-0000012", "step-0000009", "step-0000008",
+    ]  # fmt: skip
+    assert not list(finished.rglob("*.pkl")) + list(finished.rglob("*.pt")) + list(finished.rglob("*.bin"))
+    for picture in ("samples.png", "curves.png"):
+        with Image.open(finished / picture) as image:
+            assert min(image.size) > 200
+
+
+def test_metrics_predictions_and_result_agree(finished: Path) -> None:
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["epoch"], m["step"]) for m in metrics] == [(1, 4), (2, 8), (3, 12)]
+    tensors = safetensors.torch.load_file(finished / "predictions.safetensors")
+    assert tensors["epochs"].tolist() == [1, 2, 3]
+    assert tensors["predictions"].shape == (3, 22)
+    assert tensors["predictions"].dtype == torch.uint8
+    assert tensors["probabilities"].dtype == torch.float16
+    for row, m in zip(tensors["predictions"], metrics, strict=True):
+        assert (row == tensors["labels"]).float().mean().item() == pytest.approx(m["test_accuracy"])
+    assert torch.equal(tensors["probabilities"].argmax(1).to(torch.uint8), tensors["predictions"][-1])
+    result = json.loads((finished / "result.json").read_text())
+    assert result["test_accuracy"] == metrics[-1]["test_accuracy"]
+    assert all(0 <= m["train_accuracy"] <= 1 for m in metrics)
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(metrics))
+
+
+def test_the_result_alone_rebuilds_the_network(finished: Path, shapes: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    network = models.build(config["network"], len(config["classes"]), dropout=0)
+    network.load_state_dict(safetensors.torch.load_file(finished / "model.safetensors"))
+    network.eval()
+    data = open_data(str(shapes))
+    assert config["classes"] == data.classes
+    images = normalize(torch.from_numpy(data.test_images[:].copy()), config["mean"], config["std"])
+    with torch.no_grad():
+        probabilities = network(images).softmax(1)
+    theirs = safetensors.torch.load_file(finished / "predictions.safetensors")["probabilities"].float()
+    # The run evaluated in bf16, which has 8 bits of mantissa; this is float32.
+    torch.testing.assert_close(probabilities, theirs, atol=0.05, rtol=0)
+
+
+def events(directory: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_has_curves_pictures_text_and_hyperparameters(finished: Path) -> None:
+    tags = events(finished).Tags()
+    assert set(tags["scalars"]) >= {
+        "train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm", "train/images_per_second",
+        "train/memory_bytes", "epoch/train_loss", "epoch/train_accuracy", "epoch/test_loss", "epoch/test_accuracy",
+        "test_accuracy_of/disc", "test_accuracy_of/stripes", "hparams/test_accuracy",
+    }  # fmt: skip
+    assert set(tags["images"]) == {"samples", "confusion"}
+    assert set(tags["tensors"]) == {"recipe/text_summary", "network/text_summary"}
+    plugins = events(finished).summary_metadata
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(plugins)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished: Path, shapes: Path, train: Train) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    done = train(*arguments(shapes, finished))
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{finished} is finished: test accuracy ")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+# ---- going on after any end
+
+
+def same_result(ours: Path, theirs: Path) -> bool:
+    files = ("model.safetensors", f"checkpoints/step-{STEPS:07d}/optimizer.safetensors", "predictions.safetensors")
+    return all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in files)
+
+
+def without_times(directory: Path) -> list[dict[str, float]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "images_per_second")
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["in the middle of an epoch", "at an epoch's end"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    step: int, finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    process = subprocess.Popen(
+        command(ROOT / "train.py", *arguments(shapes, directory)),
+        env={**os.environ, **BF16}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(directory / "checkpoints" / f"step-{step:07d}", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for later in checkpoint.found(directory / "checkpoints"):  # as if the kill had come right after this one
+        if checkpoint.step_of(later) > step:
+            shutil.rmtree(later)
+    assert json.loads((directory / "status.json").read_text())["state"] == "running"
+
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {directory}/checkpoints/step-{step:07d}" in done.stdout
+    assert same_result(directory, finished)
+    assert without_times(directory) == without_times(finished)
+    for tag in ("epoch/test_accuracy", "train/loss"):
+        steps = [event.step for event in events(directory).Scalars(tag)]
+        assert steps == sorted(set(steps)), f"{tag} goes back"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
+    number: signal.Signals, finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    process = subprocess.Popen(
+        command(ROOT / "train.py", *arguments(shapes, directory)),
+        env={**os.environ, **BF16}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(directory / "checkpoints" / "step-0000003", process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    status = json.loads((directory / "status.json").read_text())
+    assert status == {"state": "preempted", "step": status["step"], "reason": f"{number.name} asked to stop"}
+    newest, _ = checkpoint.newest(directory / "checkpoints")
+    assert newest is not None
+    assert checkpoint.step_of(newest) == status["step"]
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert same_result(directory, finished)
+
+
+def test_a_broken_newest_checkpoint_is_named_and_passed_over(
+    finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    (directory / "status.json").unlink()
+    with (directory / "checkpoints/step-0000012/model.safetensors").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff\x00\xff")
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert "passed over a broken checkpoint:" in done.stdout
+    assert "step-0000012/model.safetensors does not match its sha256" in done.stdout
+    assert "going on from" in done.stdout
+    assert same_result(directory, finished)
+
+
+def test_a_new_run_branches_off_a_named_checkpoint(finished: Path, shapes: Path, train: Train, tmp_path: Path) -> None:
+    named = finished / "checkpoints" / "step-0000009"
+    done = train(*arguments(shapes, tmp_path / "run", "--resume", named), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert [m["epoch"] for m in without_times(tmp_path / "run")] == [3]
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--network", "vgg"], "network 'vgg' is unknown; choose one of: "),
+        (["--augmentation", "mixup"], "--augmentation 'mixup' is unknown; choose one of: "),
+        (["--gradient-accumulation-steps", 5], "--global-batch-size 16 does not divide into 1 process(es) x 5"),
+        (["--global-batch-size", 65], "--global-batch-size 65 is more than the 64 training images"),
+        (["--data", "no/such/path"], "--data no/such/path does not exist"),
+        (["--resume", "no/such/checkpoint"], "--resume no/such/checkpoint: no/such/checkpoint/state.json: No such file"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_leaves_no_checkpoint(
+    wrong: list[object], words: str, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    done = train(*arguments(shapes, tmp_path / "run", *wrong))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_precision_that_this_machine_lacks_is_refused(shapes: Path, train: Train, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator, which computes float16")
+    done = train(*arguments(shapes, tmp_path / "run"), env={"ACCELERATE_MIXED_PRECISION": "fp16"})
+    assert done.returncode == 2
+    assert "precision fp16 needs a GPU, and there is none" in done.stderr
+
+
+def check(directory: Path, *flags: str) -> None:
+    recipe, options = parse_command_line(["--run", str(directory), *flags])
+    run.check(options.run, recipe, options.resume)
+
+
+def test_a_run_directory_of_another_kind_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"another recipe: .*epochs \(3 there, 24 here\).*choose another --run"):
+        check(finished)
+    with pytest.raises(UserError, match="is not empty, and --resume never wants it so; choose a new --run"):
+        check(finished, "--resume", "never")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        check(tmp_path)
+    with pytest.raises(UserError, match="Not a directory; choose another --run"):
+        check(tmp_path / "thesis.tex")
+    check(tmp_path / "new", "--resume", "never")
+
+
+def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path) -> None:
+    recipe = Recipe(**json.loads((finished / "recipe.json").read_text())["recipe"])
+    with pytest.raises(UserError, match="holds a run on other images than --data"):
+        run.start(finished, recipe, "another fingerprint")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run directory .*: Not a directory; choose another --run"):
+        run.start(tmp_path / "file" / "run", recipe, "fingerprint")
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint(
+    finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    (directory / "status.json").unlink()
+    for name in ("step-0000012", "step-0000009"):
+        shutil.rmtree(directory / "checkpoints" / name)
+    # A checkpoint in order, but for one weight that is not a number.
+    path = directory / "checkpoints/step-0000008"
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    weights["linear.bias"][0] = np.nan
+    content = safetensors.torch.save(weights)
+    (path / "model.safetensors").write_bytes(content)
+    state = json.loads((path / "state.json").read_text())
+    state["sha256"] = {**state["sha256"], "model.safetensors": checkpoint.hashlib.sha256(content).hexdigest()}
+    del state["sha256"]["state.json"]
+    state["sha256"]["state.json"] = checkpoint._state_sum(state)
+    (path / "state.json").write_text(json.dumps(state))
+
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 2
+    assert "error: loss nan in step 9 at learning rate 0.005; lower --peak-learning-rate" in done.stderr
+    assert "last good checkpoint: " in done.stderr
+    assert str(path) in done.stderr
+    status = json.loads((directory / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 8)
+    assert "loss nan" in status["reason"]
+    assert checkpoint.found(directory / "checkpoints") == [path]
