@@ -4,6 +4,7 @@ Rank 0 alone writes here. Every file is replaced whole or appended line by line,
 attempt after a crash, finds each of them in order.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -156,9 +157,18 @@ class History:
 
 @contextmanager
 def failure_recorded(directory: Path | None, progress: "Progress") -> Iterator[None]:
-    """An exception within the block leaves `failed` and its words in status.json, if there is a directory."""
+    """An exception within the block leaves `failed` and its words in status.json, if there is a directory.
+
+    A full disk, wherever it was met, becomes a UserError.
+    """
     try:
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            full = f"{error.filename or directory}: {error.strerror}; make room there and start the same command again"
+            raise UserError(full) from None
     except BaseException as error:
         if directory is not None:
             words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -71,5 +71,5 @@ def test_the_summary_shows_shapes_parameters_and_size_and_leaves_the_network_alo
 
 
 def test_an_unknown_network_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="'vgg' is unknown; choose one of: .*resnet"):
+    with pytest.raises(UserError, match=r"'vgg' is unknown; choose one of: .*resnet"):
         models.build("vgg", classes=10, dropout=0)

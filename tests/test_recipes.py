@@ -18,7 +18,7 @@ def test_every_recipe_is_documented_and_its_help_shows_its_values(name: str, tra
     recipe = RECIPES[name]()
     shown = train("--recipe", name, "--help")
     assert shown.returncode == 0
-    assert f"--global-batch-size INT" in shown.stdout
+    assert "--global-batch-size INT" in shown.stdout
     assert f"({recipe.global_batch_size})" in shown.stdout
     documentation = RECIPES[name].__doc__ or ""
     for fact in ("accelerate launch", "test accuracy", "minutes"):
@@ -28,7 +28,10 @@ def test_every_recipe_is_documented_and_its_help_shows_its_values(name: str, tra
 def test_help_does_not_import_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     shown = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--help"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
+        [sys.executable, ROOT / "train.py", "--help"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        check=False,
     )
     assert shown.returncode == 0, shown.stderr
 

@@ -243,7 +243,10 @@ def test_a_new_run_branches_off_a_named_checkpoint(finished: Path, shapes: Path,
         (["--gradient-accumulation-steps", 5], "--global-batch-size 16 does not divide into 1 process(es) x 5"),
         (["--global-batch-size", 65], "--global-batch-size 65 is more than the 64 training images"),
         (["--data", "no/such/path"], "--data no/such/path does not exist"),
-        (["--resume", "no/such/checkpoint"], "--resume no/such/checkpoint: no/such/checkpoint/state.json: No such file"),
+        (
+            ["--resume", "no/such/checkpoint"],
+            "--resume no/such/checkpoint: no/such/checkpoint/state.json: No such file",
+        ),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_leaves_no_checkpoint(
@@ -290,6 +293,33 @@ def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run directory .*: Not a directory; choose another --run"):
         run.start(tmp_path / "file" / "run", recipe, "fingerprint")
+
+
+def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(
+    finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for the first checkpoint (79 MB) and not for the second.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=130m", "tmpfs", disk]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can be mounted by root alone, and not in every container")
+    try:
+        done = train(*arguments(shapes, disk / "run"), env=BF16)
+        assert done.returncode == 2, done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith(
+            f"train.py: error: {disk}/run/checkpoints/step-0000004: checkpoint not written (No space"
+        )
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in (disk / "run/checkpoints").iterdir()] == ["step-0000003"]
+        assert json.loads((disk / "run/status.json").read_text())["state"] == "failed"
+        subprocess.run(["mount", "-o", "remount,size=600m", disk], check=True)
+        done = train(*arguments(shapes, disk / "run"), env=BF16)
+        assert done.returncode == 0, done.stderr
+        assert same_result(disk / "run", finished)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint(

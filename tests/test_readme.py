@@ -1,0 +1,102 @@
+"""Every command of the README, run as it stands there, made short by flags at its end."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
+TENSORBOARD = "tensorboard --logdir runs"
+MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
+
+
+def shortened(line: str, shapes: Path, run: Path) -> list[str]:
+    """The command's words, on few small images in few steps; a later flag wins over an earlier one."""
+    words = shlex.split(line.rpartition("&& ")[2])
+    executable = Path(sys.executable).parent / words[0]
+    short = ["--epochs", "2", "--peak-epoch", "1", "--global-batch-size", "16", "--run", str(run)]
+    data = [] if "--recipe" in words else ["--data", str(shapes)]
+    return [str(executable), *words[1:], *([] if "--help" in words else short + data)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def test_it_begins_with_the_two_commands_a_newcomer_needs() -> None:
+    assert COMMANDS[:2] == [
+        "pip install -e . && accelerate launch train.py --recipe digits",
+        "pip install -e '.[test]' && pytest",
+    ]
+    assert COMMANDS[:2] == INSTALLS
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in COMMANDS if line not in (INSTALLS[1], TENSORBOARD, MULTI_NODE)], ids=str
+)
+def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) -> None:
+    words = shortened(line, shapes, tmp_path / "run")
+    if "--recipe" in words and "--help" not in words:
+        words += ["--epochs", "1", "--peak-epoch", "0.5", "--global-batch-size", "479"]  # 3 steps
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    if "--help" in words:
+        assert "usage: train.py" in done.stdout
+    else:
+        assert "finished: test accuracy" in done.stdout
+        assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launchers = []
+    for rank in ("0", "1"):
+        words = shortened(MULTI_NODE, shapes, tmp_path / "run")
+        words[words.index("--machine_rank") + 1] = rank
+        words[words.index("--main_process_ip") + 1] = "127.0.0.1"
+        words[words.index("--main_process_port") + 1] = port
+        words[words.index("train.py") : words.index("train.py")] = ["--num_processes", "2"]
+        launchers.append(
+            subprocess.Popen(
+                words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    together = "".join(outputs)
+    assert "2 processes" in together
+    assert together.count("finished: test accuracy") == 1
+
+
+def test_tensorboard_serves_a_run(shapes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "short"
+    subprocess.run(shortened("python train.py", shapes, run), cwd=ROOT, capture_output=True, check=True)
+    words = shlex.split(TENSORBOARD)
+    server = subprocess.Popen(
+        [Path(sys.executable).parent / words[0], *words[1:], "--port", "0"],
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        address = next(match[0] for line in server.stdout if (match := re.search(r"http://localhost:\d+/", line)))
+        for path, expected in (("data/runs", "short"), ("data/plugin/scalars/tags", "epoch/test_accuracy")):
+            for _ in range(100):  # it reads the files after it has begun to answer
+                with urllib.request.urlopen(address + path) as response:
+                    if expected in (answer := response.read().decode()):
+                        break
+            assert expected in answer
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
