@@ -40,7 +40,9 @@ def test_the_ranks_shares_are_the_global_batch(ranks: int) -> None:
 
 
 def test_epochs_end_at_the_step_that_draws_their_last_image() -> None:
-    ends = [step for step in range(1, 10) if order.epochs_completed(step, 50, 16) > order.epochs_completed(step - 1, 50, 16)]
+    ends = [
+        step for step in range(1, 10) if order.epochs_completed(step, 50, 16) > order.epochs_completed(step - 1, 50, 16)
+    ]
     assert ends == [4, 7]  # 50 and 100 images lie within 64 and 112
     assert order.epochs_completed(order.total_steps(50, 3, 16), 50, 16) == 3
 

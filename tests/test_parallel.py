@@ -115,6 +115,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "2 processes were launched, but this one knows of 1; launch with" in done.stdout, done.stderr

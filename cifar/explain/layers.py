@@ -14,10 +14,9 @@ def of(network: str) -> dict[str, int]:
     """
     source = Path(models.__path__[0], f"{network}.py").read_text()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            if node.target.id == "explainable_layers":
-                layers: dict[str, int] = ast.literal_eval(node.value)
-                return layers
+        if isinstance(node, ast.AnnAssign) and node.value and ast.unparse(node.target) == "explainable_layers":
+            layers: dict[str, int] = ast.literal_eval(node.value)
+            return layers
     raise AssertionError(f"cifar/models/{network}.py has no annotated explainable_layers")
 
 

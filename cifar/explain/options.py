@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cifar import models
 from cifar.errors import UserError
@@ -22,7 +23,8 @@ ORDERS = ("confident", "uncertain", "random")
 COUNT = 10
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True)
+class Options:
     """What is asked for; None is 'what belongs to the run'."""
 
     run: Path
@@ -51,8 +53,13 @@ def parse_command_line(argv: Sequence[str]) -> Options:
         epilog="Processes and precision belong to the launcher: accelerate launch explain.py --run runs/resnet",
     )
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR",
-        help="a finished run, or one of an unfinished run's checkpoints (runs/resnet)")
+    add(
+        "--run",
+        type=Path,
+        default=Path("runs", "resnet"),
+        metavar="DIR",
+        help="a finished run, or one of an unfinished run's checkpoints (runs/resnet)",
+    )
     add("--data", metavar="PATH", help="where the images are (as in training)")
     add("--output", type=Path, metavar="DIR", help="where pictures and report go (explain/ in the run)")
     add("--count", type=int, metavar="N", help=f"mistakes in the pictures ({COUNT}); the report has all of them")
@@ -63,9 +70,12 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add("--method", default="gradcam", metavar="NAME", help=f"of the maps: {', '.join(METHODS)} (gradcam)")
     add("--layer", metavar="NAME", help=f"where the maps are made (the deepest of at least 8x8 cells); {places}")
     add("--opacity", type=float, default=0.5, metavar="0..1", help="of a map over its picture (0.5)")
-    add("--check", action="store_true", help="measure whether the maps are worth anything; takes a few minutes on a CPU")
-    add("--neighbours", action="store_true",
-        help="the nearest training images of each mistake, and test images with a near-duplicate in the training set")
+    add("--check", action="store_true", help="measure whether the maps are worth anything; minutes on a CPU")
+    add(
+        "--neighbours",
+        action="store_true",
+        help="the nearest training images of each mistake, and test images with a near-duplicate in the training set",
+    )
     add("--compare", type=Path, nargs="+", default=[], metavar="RUN",
         help="other runs on the same images: in which of them is an image wrong too?")  # fmt: skip
     options = Options(**vars(parser.parse_args(argv)))

@@ -6,11 +6,15 @@ Weights, network, classes and normalisation come from there alone (law 6).
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cifar import models
 from cifar.errors import UserError
@@ -22,17 +26,15 @@ if TYPE_CHECKING:  # a wrong --run is refused before torch has loaded
 
     from cifar.data.cache import Data
 
-FORMAT = 1
+FORMAT = 1  # as in checkpoint.py, which imports torch
 
 
 @dataclass(frozen=True)
 class Run:
     """What was trained, and where it lies. Statistics are per channel on a scale of 0 to 1."""
 
-    path: Path  # as it was named: the run's directory or a checkpoint
-    directory: Path  # the run's
-    output: Path  # where an explanation goes unless it is told otherwise
-    events: Path  # where its pictures go for TensorBoard
+    path: Path  # as it was named: the run's directory, or a checkpoint
+    finished: bool  # False for a checkpoint
     network: str
     classes: list[str]
     mean: tuple[float, float, float]
@@ -40,88 +42,90 @@ class Run:
     recipe: dict[str, Any]
     data_fingerprint: str
     sha256: str  # of model.safetensors
-    test_accuracy: float | None  # as the run measured it itself, a fraction; None for a checkpoint
+    test_accuracy: float | None  # a fraction, as the finished run measured it
     step: int  # optimizer steps taken
 
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return self.path if self.finished else self.path.absolute().parents[1]
 
-class Judgements(NamedTuple):
-    """The predicted class of every test image at each epoch's evaluation."""
+    @property
+    def output(self) -> Path:
+        """Where an explanation goes unless it is told otherwise: a checkpoint's own directory holds nothing else."""
+        return self.directory / ("explain" if self.finished else f"explain-{self.path.name}")
 
-    epochs: Int64  # [E]
-    predictions: UInt8  # [E, n]
+    def events(self, output: Path) -> Path:
+        """Where the pictures go for TensorBoard: the run's directory, or `output` where that cannot be written.
+
+        TensorBoard follows the newest file of a directory: one more there would hide how an unfinished run goes on.
+        """
+        return self.directory if self.finished and os.access(self.directory, os.W_OK) else output
 
 
 def open_run(path: Path) -> Run:
     """Raises UserError where there is no run, it is not finished, or its files are not what was saved."""
+    finished = all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
+    if not finished and not (path / "state.json").is_file():
+        raise _nothing_to_explain(path)
     try:
-        if (path / "config.json").is_file():
-            config = json.loads((path / "config.json").read_bytes())
-            result = json.loads((path / "result.json").read_bytes())
-            run = _run(path, path, path / "explain", path, config, config["sha256"], config["test_accuracy"],
-                       result["steps"])  # fmt: skip
-        elif (path / "state.json").is_file():
-            directory = path.absolute().parents[1]
-            output = directory / f"explain-{path.name}"
-            # TensorBoard reads the newest file of events in a directory and would no longer see the training's.
-            config = json.loads((path / "state.json").read_bytes())
-            run = _run(path, directory, output, output, config, config["sha256"]["model.safetensors"], None,
-                       config["progress"]["step"])  # fmt: skip
-        else:
-            raise _not_finished(path)
+        config = json.loads((path / ("config.json" if finished else "state.json")).read_bytes())
+        if config["format"] > FORMAT:
+            raise UserError(f"{path} has format {config['format']}, this version reads up to {FORMAT}; update it")
+        run = Run(
+            path=path,
+            finished=finished,
+            network=config["network"],
+            classes=list(config["classes"]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            recipe=dict(config["recipe"]),
+            data_fingerprint=config["data_fingerprint"],
+            sha256=config["sha256"] if finished else config["sha256"]["model.safetensors"],
+            test_accuracy=config["test_accuracy"] if finished else None,
+            step=json.loads((path / "result.json").read_bytes())["steps"] if finished else config["progress"]["step"],
+        )
         with (path / "model.safetensors").open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; choose another --run") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); choose another --run") from None
-    if found != run.sha256:
+    if digest != run.sha256:
         raise UserError(f"{path / 'model.safetensors'} does not match its sha256; choose another --run or checkpoint")
     if run.network not in models.names():
         raise UserError(f"{path}: network {run.network!r} is unknown; choose a run of: {', '.join(models.names())}")
     return run
 
 
-def _run(
-    path: Path, directory: Path, output: Path, events: Path, config: dict[str, Any], sha256: str, accuracy: float | None,
-    step: int,
-) -> Run:  # fmt: skip
-    if config["format"] > FORMAT:
-        raise UserError(f"{path} has format {config['format']}, this version reads up to {FORMAT}; update it")
-    return Run(
-        path=path,
-        directory=directory,
-        output=output,
-        events=events,
-        network=config["network"],
-        classes=list(config["classes"]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        recipe=dict(config["recipe"]),
-        data_fingerprint=config["data_fingerprint"],
-        sha256=sha256,
-        test_accuracy=accuracy,
-        step=step,
-    )
-
-
-def _not_finished(path: Path) -> UserError:
+def _nothing_to_explain(path: Path) -> UserError:
     if not path.is_dir():
-        return UserError(f"--run {path} does not exist; name the directory of a finished run")
+        return UserError(f"{path} does not exist; name the directory of a finished run")
     from cifar import checkpoint
 
     newest, _ = checkpoint.newest(path / "checkpoints")
     if newest is None:
-        return UserError(f"--run {path} holds neither a finished run nor a complete checkpoint; choose another")
-    return UserError(f"--run {path} is not finished; its newest complete checkpoint can be explained: --run {newest}")
+        return UserError(f"{path} holds neither a finished run nor a complete checkpoint; choose another")
+    return UserError(f"{path} is not finished; its newest complete checkpoint can be explained: --run {newest}")
 
 
-def check_output(directory: Path) -> None:
-    """Raises UserError where files could not be written into a directory, which need not exist yet."""
-    place = directory.absolute()
+def check_output(folder: Path) -> None:
+    """Raises UserError where files could not be written into a folder, which need not exist yet."""
+    place = folder.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"output folder {directory} is not writable; choose another --output")
+        raise UserError(f"output folder {folder} is not writable; choose another --output")
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Whatever cannot be written within the block is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(f"{where} cannot be written ({error.strerror}); make room or choose another --output") from None
 
 
 def load(run: Run, device: "torch.device") -> "nn.Module":
@@ -139,43 +143,60 @@ def load(run: Run, device: "torch.device") -> "nn.Module":
     return network.eval()
 
 
-def as_trained(run: Run, data: "Data") -> "Data":
+def as_trained(data: "Data", run: Run) -> "Data":
     """The images with the normalisation that the network was trained with. Raises UserError for other classes."""
     if data.classes != run.classes:
-        odd = sorted(set(data.classes) ^ set(run.classes)) or run.classes
         raise UserError(
-            f"the images have other classes than {run.path} ({odd[0]!r} first); give the --data it was trained on, or "
-            f"images of: {', '.join(run.classes)}"
+            f"the images have the classes {', '.join(data.classes)}, but {run.path} was trained on "
+            f"{', '.join(run.classes)}; give its own --data"
         )
     return replace(data, mean=run.mean, std=run.std)
 
 
-def judgements(directory: Path, labels: UInt8, until_step: int | None = None) -> Judgements:
-    """What the run's evaluations said of these test images, up to a step; no epochs where it judged others."""
+def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
+    """The lines about the run that stand above a report."""
+    recipe = run.recipe
+    trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
+    own = "" if run.test_accuracy is None else f"; {run.test_accuracy:.2%} when it finished"
+    return {
+        "run": str(run.path),
+        "recipe": f"{run.network}, {recipe['epochs']} epochs, global batch {recipe['global_batch_size']}, "
+        f"seed {recipe['seed']}",
+        "trained": f"{trained:%Y-%m-%d %H:%M} UTC, {run.step:,} steps",
+        "weights": f"sha256 {run.sha256}",
+        "test images": f"{len(data.test_labels):,}"
+        + ("" if data.fingerprint == run.data_fingerprint else ", not those of the run"),
+        "accuracy": f"{accuracy:.2%} in precision {precision}{own}",
+    }
+
+
+def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
+    """The epochs [E] that the run evaluated, and the class [E, n] it predicted then; none where it judged other images.
+
+    Of a checkpoint, the epochs that it had completed.
+    """
     from safetensors.numpy import load_file
 
-    nothing = Judgements(np.empty(0, np.int64), np.empty((0, len(labels)), np.uint8))
-    if not (directory / "predictions.safetensors").is_file():
-        return nothing
-    tensors = load_file(directory / "predictions.safetensors")
-    if not np.array_equal(tensors["labels"], labels):
-        return nothing
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    known = [line["epoch"] for line in lines if until_step is None or line["step"] <= until_step]
-    kept = np.isin(tensors["epochs"], known)
-    return Judgements(tensors["epochs"][kept], tensors["predictions"][kept])
+    from cifar.data import order
+
+    path = run.directory / "predictions.safetensors"
+    if run.data_fingerprint != data.fingerprint or not path.is_file():
+        return np.empty(0, np.int64), np.empty((0, len(data.test_labels)), np.uint8)
+    tensors = load_file(path)
+    epochs = order.epochs_completed(run.step, len(data.train_labels), run.recipe["global_batch_size"])
+    kept = tensors["epochs"] <= epochs
+    return tensors["epochs"][kept], tensors["predictions"][kept]
 
 
-def wrong_in(others: list[Path], labels: UInt8, fingerprint: str) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """For each finished run, by its path: which of these test images its final network got wrong.
+def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:
+    """For each run, by its path: which of the test images [n] its network got wrong at the end.
 
-    Raises UserError for a run that is not finished or was trained and judged on other images.
+    Raises UserError for a run that is not finished, or was trained and judged on other images.
     """
-    found = {}
-    for path in others:
-        run = open_run(path)
-        judged = judgements(run.directory, labels, run.step)
-        if run.data_fingerprint != fingerprint or not len(judged.epochs):
-            raise UserError(f"--compare {path} was judged on other images; name runs on the same data")
-        found[str(path)] = judged.predictions[judged.epochs.argmax()] != labels
-    return found
+    wrong = {}
+    for path in paths:
+        epochs, predictions = judgements(open_run(path), data)
+        if not len(epochs):
+            raise UserError(f"--compare {path} did not judge these images; name finished runs on the same data")
+        wrong[str(path)] = predictions[epochs.argmax()] != data.test_labels
+    return wrong

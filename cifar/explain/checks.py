@@ -1,0 +1,130 @@
+"""Are the maps worth anything? Measured on mistakes and on as many correctly classified images.
+
+Flip test: hide the map's best cell behind the square that the recipe's cutout has shown the network in training; how
+often does the answer change? Deletion and insertion (arXiv 1806.07421): the mean probability of the predicted class
+while cells are blanked, or uncovered, from the highest down; a map that knows has a small area under deletion and a
+large one under insertion. Smooth maps do well in both whatever they show (arXiv 2304.13836), so each is repeated with
+the cells of the same map shuffled, and only the difference counts.
+Randomisation (arXiv 1810.03292): how alike the map stays when weights are drawn anew; one that stays the same does not
+depend on what was learned. Stability: how alike it stays when the image is mirrored, or moved by one pixel.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from cifar.data.cache import Data
+from cifar.explain import maps
+from cifar.explain.evidence import tensor
+from cifar.explain.findings import Float, Int64, UInt8
+
+CUTOUT = 8  # pixels, as in cifar/data/augment.py; zero is the data's mean
+STEPS = 8  # parts in which the cells are deleted or inserted
+BATCH = 500  # images of a forward pass
+
+
+def measure(
+    network: nn.Module, data: Data, wrong: Int64, predictions: UInt8, method: str, layer: str, seed: int
+) -> dict[str, float | int]:
+    """The figures of the mistakes `wrong` [m], and of m correct images drawn with `seed`; `predictions` [n] are of all.
+
+    Each is a mean over images, and `<figure>_sd` their standard deviation; `<group>_images` is their number. Those with
+    `shuffled` belong to the baseline; correlations are Pearson's, between the cells of two maps of one image.
+    """
+    correct = np.random.default_rng(seed).permutation(np.flatnonzero(predictions == data.test_labels))
+    found: dict[str, float | int] = {}
+    for group, indices in (("mistakes", wrong), ("correct", correct[: len(wrong)])):
+        found[f"{group}_images"] = len(indices)
+        if len(indices):
+            images = tensor(data, indices, next(network.parameters()).device)
+            predicted = predictions[indices].astype(np.int64)
+            for name, values in examine(network, images, predicted, method, layer, seed).items():
+                found[f"{group}_{name}"], found[f"{group}_{name}_sd"] = float(values.mean()), float(values.std())
+    return found
+
+
+def examine(
+    network: nn.Module, images: torch.Tensor, predicted: Int64, method: str, layer: str, seed: int
+) -> dict[str, Float]:
+    """Each figure for each of n normalised images [n, 3, 32, 32] and its map for the class that was predicted [n]."""
+    generator = np.random.default_rng(seed)
+    targets = torch.from_numpy(predicted).to(images.device)
+    classes = _probabilities(network, images[:1]).shape[1]
+
+    def maps_of(other: nn.Module, pictures: torch.Tensor) -> Float:
+        return maps.compute(other, layer, method, pictures, maps.scores(targets[:, None], classes))[0][:, 0]
+
+    true_maps = maps_of(network, images)
+    count, cells = len(true_maps), true_maps.shape[-1]
+    shuffled = generator.permuted(true_maps.reshape(count, -1), axis=1).reshape(true_maps.shape)
+    figures: dict[str, Float] = {}
+    for name, ranked in (("", true_maps), ("_shuffled", shuffled)):
+        answers = _probabilities(network, _hide_best_cell(images, ranked)).argmax(axis=1)
+        figures[f"flip_rate{name}"] = (answers != predicted).astype(np.float32)
+        for kind in ("deletion", "insertion"):
+            figures[f"{kind}_area{name}"] = _area(network, images, ranked, predicted, inserting=kind == "insertion")
+
+    for name, parts in (("last_layer", _with_weights(network)[-1:]), ("all_layers", _with_weights(network))):
+        figures[f"correlation_after_randomising_{name}"] = _correlations(
+            true_maps, maps_of(_randomised(network, parts, seed), images)
+        )
+    figures["correlation_mirrored"] = _correlations(true_maps, maps_of(network, images.flip(-1))[..., ::-1])
+    moved = nn.functional.pad(images, (1, 0, 0, 0), mode="reflect")[..., :-1]
+    by = round(cells / images.shape[-1])  # a whole cell at the finest layer, less than half of one elsewhere
+    there = maps_of(network, moved)[..., by:]
+    figures["correlation_moved_one_pixel"] = _correlations(true_maps[..., : cells - by], there)
+    return figures
+
+
+def _probabilities(network: nn.Module, images: torch.Tensor) -> Float:
+    with torch.no_grad():
+        return np.concatenate([network(batch).softmax(dim=1).cpu().numpy() for batch in torch.split(images, BATCH)])
+
+
+def _hide_best_cell(images: torch.Tensor, ranked: Float) -> torch.Tensor:
+    """A copy of the images, each with a blank square, wholly inside, around the middle of its map's highest cell."""
+    hidden, size, cells = images.clone(), images.shape[-1], ranked.shape[-1]
+    for image, best in zip(hidden, ranked.reshape(len(ranked), -1).argmax(axis=1), strict=True):
+        middles = ((place + 0.5) * size / cells for place in divmod(int(best), cells))
+        top, left = (min(max(round(middle - CUTOUT / 2), 0), size - CUTOUT) for middle in middles)
+        image[:, top : top + CUTOUT, left : left + CUTOUT] = 0
+    return hidden
+
+
+def _area(network: nn.Module, images: torch.Tensor, ranked: Float, predicted: Int64, inserting: bool) -> Float:
+    """The area [n] under the predicted class's probability over the fraction of cells deleted or inserted."""
+    flat = ranked.reshape(len(ranked), -1)
+    place = flat.argsort(axis=1)[:, ::-1].argsort(axis=1).reshape(ranked.shape)  # 0: the highest cell
+    curve = []
+    for step in range(STEPS + 1):
+        taken = torch.from_numpy(place < step * flat.shape[1] / STEPS).to(images.device)
+        visible = nn.functional.interpolate((taken if inserting else ~taken)[:, None].float(), images.shape[-2:])
+        curve.append(_probabilities(network, images * visible)[range(len(images)), predicted])
+    area: Float = np.asarray(np.trapezoid(np.stack(curve), dx=1 / STEPS, axis=0), np.float32)
+    return area
+
+
+def _with_weights(network: nn.Module) -> list[str]:
+    """The names of the layers that can be drawn anew, from the images to the logits."""
+    return [name for name, part in network.named_modules() if hasattr(part, "reset_parameters")]
+
+
+def _randomised(network: nn.Module, parts: list[str], seed: int) -> nn.Module:
+    """A copy with some layers as they are before training."""
+    other = copy.deepcopy(network)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name in parts:
+            other.get_submodule(name).reset_parameters()  # type: ignore[operator]
+    return other
+
+
+def _correlations(ours: Float, theirs: Float) -> Float:
+    """Pearson's correlation of each image's two maps; 0 where a map is the same everywhere."""
+    a, b = (values.reshape(len(values), -1) for values in (ours, theirs))
+    a, b = (values - values.mean(axis=1, keepdims=True) for values in (a, b))
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    correlations: Float = np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a), np.float32), where=norms > 0)
+    return correlations

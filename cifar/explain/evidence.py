@@ -1,0 +1,40 @@
+"""Maps and votes of some test images: what the report and the pictures show of each."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from cifar.data.cache import Data
+from cifar.data.loading import normalize
+from cifar.explain import maps, votes
+from cifar.explain.findings import Int64, Shown, UInt8
+
+
+def tensor(data: Data, indices: Int64, device: torch.device) -> torch.Tensor:
+    """Test images as the network gets them: normalised float32 [n, 3, 32, 32]."""
+    return normalize(torch.from_numpy(data.test_images[indices]).to(device), data.mean, data.std)
+
+
+def gather(
+    network: nn.Module, data: Data, indices: Int64, targets: UInt8, method: str, layer: str, last_stage: str
+) -> Shown:
+    """Maps at `layer` for the two classes `targets` [n, 2] of each test image, and votes at the last stage.
+
+    The network is float32 and in evaluation mode, see maps.compute.
+    """
+    images = tensor(data, indices, next(network.parameters()).device)
+    classes = torch.from_numpy(targets.astype(np.int64)).to(images.device)
+    raw, _ = maps.compute(network, layer, method, images, maps.scores(classes, len(data.classes)))
+    counted, biases, margins = votes.count(network, last_stage, images, classes)
+    names = data.files("test")
+    return Shown(
+        indices=indices,
+        pictures=data.test_images[indices],
+        files=[names[index] for index in indices] if names else [],
+        targets=targets,
+        maps=np.maximum(raw, 0),
+        peaks=raw.max(axis=(2, 3)),
+        votes=counted,
+        bias=biases,
+        margins=margins,
+    )

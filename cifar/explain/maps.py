@@ -1,0 +1,85 @@
+"""Class activation maps through the grad-cam package: batched, signed, and not rescaled.
+
+The package's own call cuts and stretches each map to 0..1, so that an empty map looks like a full one and no two of
+them can be compared. Here its methods get activations and gradients, and what they give back is kept as it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cifar.explain.findings import Float
+from cifar.explain.options import METHODS
+
+BATCH = 128  # images; more is not faster
+
+
+def scores(targets: torch.Tensor, classes: int) -> torch.Tensor:
+    """The objectives that are the logits of classes: int64 [n, k] to float32 [n, k, classes]."""
+    return nn.functional.one_hot(targets, classes).float()
+
+
+def compute(
+    network: nn.Module, layer: str, method: str, images: torch.Tensor, objectives: torch.Tensor
+) -> tuple[Float, Float]:
+    """Maps [n, k, h, w] and logits [n, C] of normalised images [n, 3, 32, 32] at a layer with h x w cells.
+
+    Map j of an image says what raised or lowered the sum of its logits weighted by `objectives` [n, k, C]: see
+    `scores`. The network has to be float32, not compiled and without autocast; it is left as it was: modes, gradients,
+    hooks. Two threads must not share one network.
+    """
+    import pytorch_grad_cam  # takes seconds, and loads scikit-learn and OpenCV
+
+    module = network.get_submodule(layer)
+    maps, logits = [], []
+    with _attentive(network, module):
+        cam = getattr(pytorch_grad_cam, METHODS[method])(network, [module])
+        recorder = cam.activations_and_grads
+        try:
+            for batch, objective in zip(torch.split(images, BATCH), torch.split(objectives, BATCH), strict=True):
+                output = recorder(batch)
+                activations = recorder.activations[0].numpy()
+                made = []
+                # A method without gradients has one map for all objectives.
+                for weights in objective.unbind(dim=1)[: None if cam.uses_gradients else 1]:
+                    recorder.gradients = []
+                    (output * weights).sum().backward(retain_graph=True)
+                    gradients = recorder.gradients[0].numpy()
+                    signed = cam.get_cam_image(batch, module, None, activations, gradients, eigen_smooth=False)
+                    made.append(signed.reshape(len(batch), *activations.shape[2:]))
+                maps.append(np.stack(made, axis=1).repeat(objective.shape[1] // len(made), axis=1))
+                logits.append(output.detach().cpu().numpy())
+        finally:
+            recorder.release()
+    return np.concatenate(maps).astype(np.float32), np.concatenate(logits)
+
+
+@contextmanager
+def _attentive(network: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and gradients for what is above `module` alone; put back afterwards.
+
+    Gradients with respect to weights and to what is below would be computed for nothing. Layers that work in place
+    would overwrite the activations that the package has stored.
+    """
+    modes = [(part, part.training) for part in network.modules()]
+    in_place: list[Any] = [part for part in network.modules() if getattr(part, "inplace", False)]
+    frozen = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    hook = module.register_forward_hook(lambda _module, _inputs, output: output.detach().requires_grad_())
+    try:
+        network.eval().requires_grad_(False)
+        for part in in_place:
+            part.inplace = False
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        for part in in_place:
+            part.inplace = True
+        for parameter, wanted in frozen:
+            parameter.requires_grad_(wanted)
+        for part, training in modes:
+            part.training = training

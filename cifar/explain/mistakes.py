@@ -1,0 +1,89 @@
+"""Which test images a network gets wrong, which of them are shown, and the list of all of them as a file."""
+
+import csv
+import io
+
+import numpy as np
+
+from cifar.errors import UserError
+from cifar.explain.findings import Findings, Float, Int64, UInt8
+from cifar.explain.options import COUNT, Options
+
+# Processes that judge another share of the images, and other processors, differ in a probability's last bits.
+DECIMALS = 4
+
+COLUMNS = ("index", "file", "true", "predicted", "confidence", "true_probability", "margin", "top5", "epochs_right")
+
+
+def find(probabilities: Float, labels: UInt8) -> Int64:
+    """The positions [m] of the wrongly classified images, the most confident first, then by position."""
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    confidence = probabilities[wrong].max(axis=1).round(DECIMALS)
+    return wrong[np.lexsort((wrong, -confidence))]
+
+
+def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], options: Options) -> Int64:
+    """The rows of `wrong` (most confident first) that the pictures show, in the order that was asked for.
+
+    Raises UserError where --count asks for more than there are.
+    """
+    keep = np.ones(len(wrong), bool)
+    if options.true is not None:
+        keep &= labels[wrong] == classes.index(options.true)
+    if options.predicted is not None:
+        keep &= predictions[wrong] == classes.index(options.predicted)
+    rows = np.flatnonzero(keep)
+    if options.count is not None and options.count > len(rows):
+        raise UserError(f"--count {options.count} is more than the {len(rows)} such mistake(s) there are; give fewer")
+    if options.order == "uncertain":
+        rows = rows[::-1]
+    elif options.order == "random":
+        rows = np.random.default_rng(options.seed).permutation(rows)
+    return rows[: options.count or COUNT]
+
+
+def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64, Int64]:
+    """For each mistake a correctly classified image of its true class that was nearly taken for the same wrong one.
+
+    Positions [k] of one image for each pair of classes (true, predicted), the one whose runner-up, the wrong class, got
+    the most; and its row for each mistake [m], or -1 where no correct image has that runner-up.
+    """
+    ranking = np.argsort(-probabilities, axis=1, kind="stable")
+    correct = np.flatnonzero(ranking[:, 0] == labels)
+    runner_up = probabilities[correct, ranking[correct, 1]]
+    best: dict[tuple[int, int], int] = {}
+    for image in correct[np.argsort(runner_up, kind="stable")]:  # the last of each pair stays
+        best[int(ranking[image, 0]), int(ranking[image, 1])] = int(image)
+    wanted = [(int(labels[image]), int(ranking[image, 0])) for image in wrong]
+    pairs = sorted(set(wanted) & best.keys())
+    row = {pair: number for number, pair in enumerate(pairs)}
+    positions = np.array([best[pair] for pair in pairs], np.int64)
+    return positions, np.array([row.get(pair, -1) for pair in wanted], np.int64)
+
+
+def table(findings: Findings) -> bytes:
+    """misclassified.csv: a line for each mistake, the most confident first. The margin is one of logits.
+
+    `top5` and `epochs_right` are lists within a field, separated by spaces and semicolons.
+    """
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    shown, names = findings.mistakes, findings.classes
+    for row, image in enumerate(shown.indices):
+        probabilities, true = findings.probabilities[image], int(findings.labels[image])
+        predicted = int(probabilities.argmax())
+        top = np.argsort(-probabilities, kind="stable")[:5]
+        right = findings.epochs[findings.epoch_predictions[:, image] == true]
+        lines.writerow([
+            int(image),
+            shown.files[row] if shown.files else "",
+            names[true],
+            names[predicted],
+            f"{probabilities[predicted]:.{DECIMALS}f}",
+            f"{probabilities[true]:.{DECIMALS}f}",
+            f"{shown.margins[row]:.{DECIMALS}f}",
+            "; ".join(f"{names[number]} {probabilities[number]:.{DECIMALS}f}" for number in top),
+            " ".join(str(epoch) for epoch in right),
+        ])  # fmt: skip
+    return text.getvalue().encode(errors="backslashreplace")  # a file's name need not be UTF-8

@@ -1,0 +1,135 @@
+"""Shows what a trained network gets wrong, and why: run -> predictions -> mistakes -> maps -> pictures -> report.
+
+    accelerate launch explain.py --run runs/resnet
+    accelerate launch explain.py --run runs/resnet --order uncertain --true cat --check
+    python explain.py --help
+
+All processes predict, then the first one goes on alone. Everything is written to explain/ in the run.
+"""
+
+import json
+import os
+import sys
+
+from cifar import files
+from cifar.errors import UserError
+from cifar.explain import layers, options, runs
+from cifar.explain.options import Options
+from cifar.explain.runs import Run
+
+
+def explain(run: Run, asked: Options) -> None:
+    """Predicts with all processes; the first one writes pictures, tables and report."""
+    # Imported here so that --help and a wrong flag are answered before torch has loaded.
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
+
+    from cifar import launch, loop
+    from cifar.data.cache import open_data
+    from cifar.explain import checks, evidence, figures, mistakes, neighbours, report
+    from cifar.explain.findings import Findings
+
+    accelerator = launch.start()
+    source = asked.data or run.recipe["data"]
+    folder = asked.output or run.output
+    cells = layers.of(run.network)
+    layer, last_stage = asked.layer or layers.default(cells), list(cells)[-1]
+
+    # Predictions, in the launcher's precision: every process judges its share, and all of them get all results.
+    with launch.together(accelerator):
+        if accelerator.is_local_main_process:
+            open_data(source)
+    with launch.together(accelerator):
+        data = runs.as_trained(open_data(source), run)
+        wrong_in = runs.wrong_in(asked.compare, data)
+        network = runs.load(run, accelerator.device)
+    accelerator.prepare_model(network, evaluation_mode=True)
+    evaluation = loop.evaluate(accelerator, network, data)
+    if evaluation is None:
+        raise AssertionError("an evaluation ends early only where stop requests are caught")
+    probabilities, labels = evaluation.probabilities, np.array(data.test_labels)
+    ranking = np.argsort(-probabilities, axis=1, kind="stable").astype(np.uint8)
+
+    # Mistakes, the most confident first, and for each a correct image to see beside it.
+    wrong = mistakes.find(probabilities, labels)
+    chosen = mistakes.choose(wrong, ranking[:, 0], labels, data.classes, asked)
+    companions, companion_of = mistakes.companions(wrong, probabilities, labels)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+
+    # Maps and votes, on a copy of the network that no launcher has put autocast around.
+    network = runs.load(run, accelerator.device)
+    predictions, how = ranking[:, 0], (asked.method, layer)
+    epochs, epoch_predictions = runs.judgements(run, data)
+    of_mistakes, of_companions = np.stack((predictions[wrong], labels[wrong]), axis=1), ranking[companions, :2]
+    findings = Findings(
+        facts=runs.facts(run, data, evaluation.accuracy, accelerator.mixed_precision),
+        classes=data.classes,
+        labels=labels,
+        probabilities=probabilities,
+        epochs=epochs,
+        epoch_predictions=epoch_predictions,
+        mistakes=evidence.gather(network, data, wrong, of_mistakes, *how, last_stage),
+        companions=evidence.gather(network, data, companions, of_companions, *how, last_stage),
+        companion_of=companion_of,
+        method=asked.method,
+        layer=layer,
+        neighbours=neighbours.find(network, data, wrong, predictions) if asked.neighbours else None,
+        wrong_in=wrong_in,
+        checks=checks.measure(network, data, wrong, predictions, *how, asked.seed) if asked.check else {},
+    )
+
+    # Pictures, the list of mistakes, and the report that holds everything.
+    strips = figures.map_strips(findings, chosen, asked.opacity)
+    title = figures.map_title(findings, asked.opacity)
+    pictures = {
+        "gallery": figures.gallery(findings, chosen, asked),
+        "cam": figures.below(title, strips),
+        "confusion": figures.confusion(findings),
+        "calibration": figures.reliability(findings),
+    }
+    result = {
+        "images": len(labels),
+        "mistakes": len(wrong),
+        "accuracy": findings.accuracy,
+        "method": findings.method,
+        "layer": findings.layer,
+        **({"checks": findings.checks} if asked.check else {}),
+    }
+    with runs.written_to(folder):
+        (folder / "maps").mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            files.replace(folder / f"{name}.png", figures.png(picture))
+        for old in (folder / "maps").glob("[0-9][0-9][0-9][0-9][0-9].png"):
+            old.unlink()
+        for row, strip in zip(chosen, strips, strict=True):
+            files.replace(folder / "maps" / f"{wrong[row]:05}.png", figures.png(figures.below(title, [strip])))
+        files.replace(folder / "misclassified.csv", mistakes.table(findings))
+        report.write(folder / "report.html", findings)
+        with SummaryWriter(str(run.events(folder))) as writer:
+            for name, picture in pictures.items():
+                writer.add_image(f"explain/{name}", picture, run.step, dataformats="HWC")
+        files.replace(folder / "result.json", json.dumps(result, indent=1))
+    own = "" if run.test_accuracy is None else f" (the run's own: {run.test_accuracy:.2%})"
+    print(f"{len(labels):,} test images, {len(wrong):,} mistakes, accuracy {findings.accuracy:.2%}{own}")
+    print(f"see {folder / 'report.html'}")
+
+
+def main() -> None:
+    """Reads the command line and explains; a user's mistake ends in one line and exit status 2."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        asked = options.parse_command_line(sys.argv[1:])
+        run = runs.open_run(asked.run)
+        options.check(asked, run)
+        runs.check_output(asked.output or run.output)
+        explain(run, asked)
+    except UserError as error:
+        if speaks:
+            print(f"explain.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

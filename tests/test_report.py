@@ -1,0 +1,785 @@
+"""The page in a real browser: what it counts, draws, keeps and lets through, opened from file:// without a network."""
+
+import csv
+import io
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from cifar.explain import report
+from cifar.explain.findings import Findings, Neighbours, Shown
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route
+
+CLASSES = ["cat", "dog", "ship", "deer"]
+HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", 'a, "quoted" & b', "=1+1"]
+SWITCHES = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+OPACITY = """(value) => {
+  const slider = document.getElementById('opacity');
+  slider.value = value;
+  slider.dispatchEvent(new Event('input'));
+}"""
+PIXELS = """(id) => {
+  const canvas = document.getElementById(id);
+  return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];
+}"""
+WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
+VIEW_WIDTHS = "[document.getElementById('view').scrollWidth, document.getElementById('view').clientWidth]"
+FOCUSED = """(() => {
+  const element = document.activeElement;
+  return element.dataset.index ?? element.getAttribute('aria-label') ?? element.id;
+})()"""
+WRITE_HTML = "() => { try { document.body.innerHTML = '<b>x</b>'; return 'written'; } catch { return 'refused'; } }"
+# The least contrast (WCAG) of any visible text, with what it stands on found by walking up to the first opaque ground.
+CONTRAST = """() => {
+  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (colour) => colour.slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+  let least = [99, ''];
+  for (const element of document.querySelectorAll('body *')) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (!own || !element.checkVisibility() || element.closest('svg, script, noscript, select')) continue;
+    let ground = element;
+    while (ground && rgba(getComputedStyle(ground).backgroundColor)[3] < 255) ground = ground.parentElement;
+    const colours = [getComputedStyle(element).color, getComputedStyle(ground ?? document.body).backgroundColor];
+    const [a, b] = colours.map(rgba).map(light).sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < least[0]) least = [ratio, element.outerHTML.slice(0, 200)];
+  }
+  return least;
+}"""
+
+
+def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = True, seed: int = 7) -> Findings:
+    """A run with exactly so many mistakes; `extras` are what --neighbours, --compare and --check add."""
+    random = np.random.default_rng(seed)
+    classes = classes or CLASSES
+    count, images, epochs, kinds = mistakes, mistakes + 60, 6, len(classes)
+    labels = random.integers(0, kinds, images).astype(np.uint8)
+    predicted = labels.copy()
+    wrong = random.permutation(images)[:count]
+    predicted[wrong] = (labels[wrong] + random.integers(1, kinds, count)) % kinds
+    logits = random.normal(0, 0.5, (images, kinds))
+    logits[np.arange(images), predicted] += 2 + random.gamma(1.2, 1.0, images)
+    logits[np.arange(images), predicted] += np.maximum(0, logits.max(axis=1) - logits[np.arange(images), predicted])
+    probabilities = np.exp(logits)
+    probabilities = (probabilities / probabilities.sum(axis=1, keepdims=True)).astype(np.float32)
+    pictures = random.integers(0, 256, (images, 32, 32, 3)).astype(np.uint8)
+
+    def shown(indices: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> Shown:
+        size = len(indices)
+        raw = random.normal(0.2, 0.5, (size, 2, 8, 8)).astype(np.float32)
+        raw[::5, 1] = -np.abs(raw[::5, 1])  # no positive evidence for the second class
+        votes = random.normal(0.2, 0.6, (size, 4, 4)).astype(np.float32)
+        bias = random.normal(0, 0.2, size).astype(np.float32)
+        return Shown(
+            indices=indices,
+            pictures=pictures[indices],
+            files=[f"test/{labels[index]}/{index:05d}.png" for index in indices],
+            targets=np.stack([predicted[indices], other], axis=1).astype(np.uint8),
+            maps=np.maximum(raw, 0),
+            peaks=raw.max(axis=(2, 3)),
+            votes=votes,
+            bias=bias,
+            margins=votes.sum(axis=(1, 2)) + bias,
+        )
+
+    indices = np.sort(wrong).astype(np.int64)
+    indices = indices[np.argsort(-probabilities.max(axis=1)[indices], kind="stable")]
+    right = np.flatnonzero(predicted == labels).astype(np.int64)
+    pairs = sorted(
+        {(int(labels[index]), int(predicted[index])) for index in indices if predicted[index] in labels[right]}
+    )
+    pairs = pairs[:-1]  # one has no companion
+    companions = np.array([right[labels[right] == pair[1]][0] for pair in pairs], np.int64)
+    rows = {pair: row for row, pair in enumerate(pairs)}
+    history = np.where(random.random((epochs, images)) < 0.5, predicted, labels).astype(np.uint8)
+    history[-1] = predicted
+    found = Findings(
+        facts={"recipe": "resnet <b>", "accuracy": f"{(predicted == labels).mean():.4f}"},
+        classes=classes,
+        labels=labels,
+        probabilities=probabilities,
+        epochs=np.arange(1, epochs + 1),
+        epoch_predictions=history,
+        mistakes=shown(indices, labels[indices]),
+        companions=shown(companions, (labels[companions] + 1) % kinds),
+        companion_of=np.array([rows.get((int(labels[i]), int(predicted[i])), -1) for i in indices], np.int64),
+        method="gradcam",
+        layer="layer2",
+    )
+    if not extras:
+        return found
+    training = random.integers(0, 400, (count, 4))
+    neighbours = Neighbours(
+        indices=training,
+        labels=(training % kinds).astype(np.uint8),
+        distances=np.sort(random.random((count, 4)), axis=1).astype(np.float32),
+        pictures=random.integers(0, 256, (400, 32, 32, 3)).astype(np.uint8)[training],
+        near_duplicates=indices[:2],
+        accuracy_without_duplicates=0.9,
+    )
+    runs = {f"runs/seed{seed}": random.random(images) < 0.5 for seed in range(3)}
+    checks: dict[str, float | int] = {"mistakes_images": 1234, "correct_images": 0}
+    for name, value in (("flip_rate", 0.25), ("deletion_area", 0.5), ("flip_rate_shuffled", float("nan"))):
+        checks |= {f"mistakes_{name}": value, f"mistakes_{name}_sd": value / 2}
+    return replace(found, neighbours=neighbours, wrong_in=runs, checks=checks)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("there is no chromium on the path")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=SWITCHES)
+        yield started
+        started.close()
+
+
+class Opened:
+    """A page from file:// with everything that must not happen on it counted."""
+
+    def __init__(self, page: "Page", address: str) -> None:
+        self.page = page
+        self.address = address
+        self.requests: list[str] = []
+        self.trouble: list[str] = []
+
+    def go(self, part: str = "") -> "Page":
+        if self.page.url != "about:blank":
+            self.page.goto("about:blank")  # else a new # would not load the page again
+        self.page.goto(self.address + part)
+        self.until("performance.getEntriesByName('first-tile').length > 0")
+        return self.page
+
+    def until(self, expression: str) -> None:
+        """Waits; playwright's own wait for a function evaluates text in the page, which the page's policy forbids."""
+        end = time.monotonic() + 20
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, f"never came true: {expression}"
+            self.page.wait_for_timeout(20)
+
+    def count(self) -> int:
+        return self.page.locator(".tile").count()
+
+
+Open = Callable[..., Opened]
+
+
+@pytest.fixture
+def opened(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
+    contexts: list[BrowserContext] = []
+    pages: list[Opened] = []
+
+    def start(found: Findings, part: str = "", **options: Any) -> Opened:
+        path = tmp_path / "report.html"
+        report.write(path, found)
+        context = browser.new_context(viewport={"width": options.pop("width", 1280), "height": 900}, **options)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        result = Opened(context.new_page(), path.as_uri())
+
+        def answer(route: "Route") -> None:
+            if route.request.url.split("#")[0] == result.address:
+                route.continue_()
+            else:
+                result.requests.append(route.request.url)
+                route.abort()
+
+        context.route(lambda url: not url.startswith("blob:"), answer)
+
+        def alerted(dialog: "Dialog") -> None:
+            result.trouble.append(dialog.message)
+            dialog.dismiss()
+
+        def printed(line: "ConsoleMessage") -> None:
+            if line.type == "error":
+                result.trouble.append(line.text)
+
+        result.page.on("pageerror", lambda error: result.trouble.append(str(error)))
+        result.page.on("dialog", alerted)
+        result.page.on("console", printed)
+        result.go(part)
+        pages.append(result)
+        return result
+
+    yield start
+    trouble = [line for page in pages for line in [*page.requests, *page.trouble]]
+    for context in contexts:
+        context.close()
+    assert not trouble, "no request, no alert, no error and no blocked content on any page"
+
+
+def indices_of(page: "Page") -> list[int]:
+    return [int(text) for text in page.eval_on_selector_all(".tile", "tiles => tiles.map(tile => tile.dataset.index)")]
+
+
+def pixels(page: "Page", canvas: str) -> np.ndarray[Any, Any]:
+    return np.array(page.evaluate(PIXELS, canvas), dtype=np.uint8).reshape(32, 32, 4)
+
+
+def confused(found: Findings, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[C, C] mistakes by true and predicted class among the rows that are kept."""
+    matrix = np.zeros((len(found.classes),) * 2, np.int64)
+    rows = found.mistakes.indices[kept]
+    np.add.at(matrix, (found.labels[rows], found.predictions[rows]), 1)
+    return matrix
+
+
+# ---- without a browser ----------------------------------------------------------------------------------------------
+
+
+def test_page_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    report.write(path, findings(3))
+    assert path.read_text(encoding="utf-8").endswith("</html>")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_page_of_1500_mistakes_stays_under_15_mb() -> None:
+    # Noise is the worst case for the pictures: nothing compresses it.
+    assert len(report.render(findings(1500))) < 15_000_000
+
+
+def test_too_many_mistakes_and_large_maps_stay_under_15_mb_and_say_so() -> None:
+    found = findings(2500, extras=False)
+    large = replace(found.mistakes, maps=found.mistakes.maps.repeat(4, axis=2).repeat(4, axis=3))
+    others = replace(found.companions, maps=found.companions.maps.repeat(4, axis=2).repeat(4, axis=3))
+    page = report.render(replace(found, mistakes=large, companions=others))
+    assert len(page) < 15_000_000
+    assert "compressed with a small loss" in page
+
+
+def test_figures_of_the_maps_stand_with_their_spread_above_their_baseline() -> None:
+    page = report.render(findings(3))
+    table = re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td><td>([^<]*)</td>', page)
+    assert table == [
+        ("images", "1,234", "0"),
+        ("flip rate", "0.250 \u00b1 0.125", ""),
+        ("flip rate shuffled", "not defined", ""),
+        ("deletion area", "0.500 \u00b1 0.250", ""),
+    ]
+
+
+def test_words_stay_honest() -> None:
+    text = report.render(findings(3)).lower()
+    for word in ("looked at", "looks at", "wrong label", "mislabel", "jet"):
+        assert not re.search(rf"\b{word}\b", text), word
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mistakes", [1, 120])
+def test_each_cell_counts_the_tiles_that_it_shows_also_under_other_filters(opened: Open, mistakes: int) -> None:
+    found = findings(mistakes)
+    rows = found.mistakes.indices
+    sure = 100 * found.probabilities.max(axis=1)[rows].astype(np.float64)
+    wrong = np.sum([values[rows] for values in found.wrong_in.values()], axis=0)
+    middle = int(np.median(sure))
+    here = opened(found)
+    for part, kept in (("", sure >= 0), (f"#confidence={middle}-100", sure >= middle), ("#runs=1", wrong == 1)):
+        page = here.go(part)
+        matrix = confused(found, kept)
+        for true, predicted in zip(*np.nonzero(~np.eye(len(CLASSES), dtype=bool)), strict=True):
+            cell = page.get_by_role("button", name=f"True {CLASSES[true]}, predicted {CLASSES[predicted]}:")
+            assert int(cell.get_attribute("data-count") or -1) == matrix[true, predicted]
+            cell.click()
+            assert here.count() == matrix[true, predicted]
+            cell.click()  # again: no filter
+        assert here.count() == kept.sum()
+
+
+def test_each_bin_counts_the_tiles_that_it_shows_also_under_other_filters(opened: Open) -> None:
+    found = findings(120)
+    rows = found.mistakes.indices
+    bins = np.minimum(found.probabilities.max(axis=1) * 10, 9).astype(int)
+    here = opened(found)
+    for part, kept in (("", rows >= 0), ("#true=cat", found.labels[rows] == 0)):
+        page = here.go(part)
+        for number in range(10):
+            button = page.locator("#bins .bin").nth(number)
+            expected = int((bins[rows][kept] == number).sum())
+            assert button.get_attribute("data-count") == str(expected)
+            assert f": {(bins == number).sum()} image" in (button.get_attribute("aria-label") or "") or expected == 0
+            button.dispatch_event("click")
+            assert here.count() == expected
+            # A bin that is chosen empties no other bin, and the matrix counts what it leaves.
+            counts = page.eval_on_selector_all("#bins .bin", "all => all.map(bin => Number(bin.dataset.count))")
+            assert counts == np.bincount(bins[rows][kept], minlength=10).tolist()
+            cells = page.eval_on_selector_all("#matrix td button", "all => all.map(cell => Number(cell.dataset.count))")
+            left = confused(found, bins[rows] == number)
+            assert cells == left[~np.eye(len(CLASSES), dtype=bool)].tolist()
+            button.dispatch_event("click")
+
+
+def test_all_mistakes_are_there_in_every_order(opened: Open) -> None:
+    found = findings(1500)
+    rows = found.mistakes.indices.tolist()
+    here = opened(found)
+    assert here.page.locator("#total").inner_text() == "1,500"
+    for part, expected in (("", rows), ("#sort=uncertain", rows[::-1]), ("#sort=index", sorted(rows))):
+        here.go(part)
+        here.until("document.querySelectorAll('.tile').length === 1500")  # most of them come after the first frame
+        assert indices_of(here.page) == expected
+    here.page.locator("#true").select_option("ship")
+    here.until("performance.getEntriesByName('filter').length")  # the browser's own mark; no limit here
+    here.until(f"document.querySelectorAll('.tile').length === {(found.labels[rows] == 2).sum()}")
+    # Two filters in one frame: what the first left to come does not mix with the second.
+    here.page.evaluate(
+        "change({ true: null, sort: 'confident' }), change({ predicted: 1 }), change({ predicted: null })"
+    )
+    here.until("document.querySelectorAll('.tile').length === 1500")
+    assert indices_of(here.page) == rows
+
+
+def test_search_takes_indices_and_files(opened: Open) -> None:
+    found = findings(40)
+    rows = found.mistakes.indices.tolist()
+    here = opened(found)
+    here.page.locator("#find").fill(f"{rows[3]}, {rows[9]} 999999")
+    assert indices_of(here.page) == [rows[3], rows[9]]
+    here.page.locator("#find").fill("test/2/")
+    assert here.count() == (found.labels[rows] == 2).sum()
+    here.page.locator("#find").fill("no such file")
+    assert here.page.get_by_text("No mistake fits these filters.").is_visible()
+
+
+def test_a_network_without_a_mistake_has_a_page_that_says_so(opened: Open) -> None:
+    here = opened(findings(0), "#true=cat")
+    assert "made no mistake on these 60 test images" in here.page.locator("main").inner_text()
+    assert here.count() == 0
+    here.page.locator("#matrix button").nth(5).click()
+    here.page.keyboard.press("?")
+    assert here.page.locator("#help").is_visible()
+
+
+# ---- address --------------------------------------------------------------------------------------------------------
+
+
+def test_address_brings_back_filters_order_and_open_mistake_and_back_works(opened: Open) -> None:
+    found = findings(120)
+    here = opened(found)
+    page = here.page
+    page.locator("#true").select_option("dog")
+    page.locator("#sort").select_option("index")
+    page.locator("#low").fill("30")
+    here.until("location.hash.includes('confidence=30-100')")
+    page.locator("#bins .bin").nth(9).dispatch_event("click")
+    before = indices_of(page)
+    page.locator(".tile").first.click()
+    page.keyboard.press("ArrowRight")
+    address = page.evaluate("location.hash")
+    assert f"open={before[1]}" in address
+
+    again = here.go(address)
+    assert again.locator("#view").is_visible()
+    assert f"Image {before[1]}:" in again.locator("#view-title").inner_text()
+    assert indices_of(again) == before
+    assert again.evaluate("location.hash") == address
+    again.keyboard.press("Escape")
+    here.until("!location.hash.includes('open')")
+
+    page = here.go()
+    page.locator("#true").select_option("dog")
+    page.locator(".tile").first.click()
+    page.go_back()
+    page.wait_for_selector("#view", state="hidden")
+    assert here.count() == (found.labels[found.mistakes.indices] == 1).sum()
+    page.go_back()
+    here.until("document.querySelectorAll('.tile').length === 120")
+    page.go_forward()
+    here.until("document.querySelectorAll('.tile').length < 120")
+    assert page.locator("#true").input_value() == "dog"
+
+
+def test_closing_leads_back_to_where_the_mistake_was_opened(opened: Open) -> None:
+    here = opened(findings(40))
+    page = here.page
+    page.locator("#true").select_option("dog")
+    page.locator(".tile").first.click()
+    page.keyboard.press("Escape")
+    page.locator("#sort").select_option("index")  # at once, while the browser may still be on its way back
+    here.until("location.hash === '#true=dog&sort=index'")
+    page.go_back()
+    here.until("location.hash === '#true=dog'")
+    assert page.locator("#view").is_hidden()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("true=catt", "predicted=", "confidence=90-10", "confidence=0-101", "bin=0", "bin=11", "runs=4"),
+        *("learned=maybe", "order=size", "open=999999", "open=-1", "judge=yes", "toString=1", "%E0%A4%A"),
+        "<img src=x onerror=alert(1)>",
+    ],
+)
+def test_bad_address_is_ignored_with_a_line(opened: Open, part: str) -> None:
+    here = opened(findings(12), f"#{part}&sort=index")
+    assert "ignored: " in here.page.locator("#notice").inner_text()
+    assert indices_of(here.page) == sorted(indices_of(here.page))  # what is good still holds
+    assert here.count() == 12
+
+
+# ---- pictures and numbers -------------------------------------------------------------------------------------------
+
+
+def test_opacity_is_true(opened: Open) -> None:
+    found = findings(9)
+    shown = found.mistakes
+    here = opened(found, f"#open={shown.indices[1]}")
+    page = here.page
+    tables = {"map-predicted": ("viridis", 256), "map-true": ("viridis", 256), "map-difference": ("RdBu_r", 255)}
+    for page_wide in (False, True):
+        page.get_by_label("whole page" if page_wide else "this image").check()
+        for canvas, (name, count) in tables.items():
+            colours = np.rint(255 * mpl.colormaps[name](np.linspace(0, 1, count))[:, :3])
+            page.evaluate(OPACITY, 1)
+            full = pixels(page, canvas)
+            # At 1: only colours of the scale, one for each cell, whatever the picture.
+            assert (full.reshape(8, 4, 8, 4, 4) == full[::4, ::4].reshape(8, 1, 8, 1, 4)).all()
+            steps = np.array(
+                [np.abs(colours - cell[:3]).sum(axis=1).argmin() for cell in full[::4, ::4].reshape(64, 4)]
+            )
+            assert (colours[steps] == full[::4, ::4, :3].reshape(64, 3)).all()
+            # And they are the right ones, to one byte of the map.
+            if canvas == "map-difference":
+                value = shown.maps[1, 0] - shown.maps[1, 1]
+                limit = np.abs(shown.maps[:, 0] - shown.maps[:, 1]).max() if page_wide else np.abs(value).max()
+                expected = 127 + 127 * value / limit
+            else:
+                value = shown.maps[1, int(canvas == "map-true")]
+                limit = (
+                    np.concatenate([shown.maps[:, :], found.companions.maps]).max()
+                    if page_wide
+                    else shown.maps[1].max()
+                )
+                expected = np.minimum(255, np.floor(256 * value / limit))
+            assert np.abs(steps.reshape(8, 8) - expected).max() <= 2
+            page.evaluate(OPACITY, 0)
+            none = pixels(page, canvas)
+            assert (none[..., :3] == shown.pictures[1]).all()
+            page.evaluate(OPACITY, 0.5)
+            half = pixels(page, canvas).astype(float)
+            assert np.abs(half - (none.astype(float) + full) / 2).max() <= 0.5
+    assert (pixels(page, "picture")[..., :3] == shown.pictures[1]).all()
+
+
+def test_votes_add_up_to_the_margin_that_is_shown(opened: Open) -> None:
+    found = findings(12)
+    page = opened(found, f"#open={found.mistakes.indices[0]}").page
+    for row in range(12):
+        assert f"Image {found.mistakes.indices[row]}:" in page.locator("#view-title").inner_text()
+        votes = [
+            float(text) for text in page.eval_on_selector_all("#votes td", "all => all.map(cell => cell.dataset.vote)")
+        ]
+        assert votes == pytest.approx(found.mistakes.votes[row].ravel().tolist(), rel=1e-6)
+        shown = float(page.locator("#margin").inner_text().replace("\u2212", "-"))
+        assert sum(votes) + float(found.mistakes.bias[row]) == pytest.approx(shown, abs=6e-4)
+        assert shown == pytest.approx(float(found.mistakes.margins[row]), abs=6e-4)
+        assert "do not add up" not in page.locator("#sum-words").inner_text()
+        page.keyboard.press("ArrowRight")
+
+
+def test_votes_that_do_not_add_up_are_called_so(opened: Open) -> None:
+    found = findings(3)
+    wrong = replace(found, mistakes=replace(found.mistakes, margins=found.mistakes.margins + 1))
+    page = opened(wrong, f"#open={found.mistakes.indices[0]}").page
+    assert "do not add up" in page.locator("#sum-words").inner_text()
+
+
+def test_an_open_mistake_shows_what_was_found(opened: Open) -> None:
+    found = findings(20)
+    rows = found.mistakes.indices
+    here = opened(found)
+    for row in (0, 5, 19):
+        page = here.go(f"#open={rows[row]}")
+        text = page.locator("#view").inner_text()
+        true, predicted = found.classes[found.labels[rows[row]]], found.classes[found.predictions[rows[row]]]
+        assert f"Image {rows[row]}: true {true}, predicted {predicted}" in text
+        assert found.mistakes.files[row] in text
+        assert f"Raised the score of {predicted} (predicted)." in text
+        assert "gradcam at layer2, 8 \u00d7 8 cells" in text
+        assert ("No positive evidence for" in page.locator("#map-true + * + * + figcaption").inner_text()) == (
+            row % 5 == 0
+        )
+        shares = page.eval_on_selector_all(
+            "#probabilities td:last-child", "all => all.map(cell => parseFloat(cell.innerText))"
+        )
+        assert sum(shares) == pytest.approx(100, abs=0.03)
+        right = found.epoch_predictions[:, rows[row]] == found.labels[rows[row]]
+        assert page.locator("#history li.right").count() == right.sum()
+        assert ("Never learned" in text) == (not right.any())
+        assert f"Wrong in {sum(int(w[rows[row]]) for w in found.wrong_in.values())} of 3 compared runs" in text
+        assert page.locator("#nearest figure").count() == 4
+        assert ("near-duplicate among" in page.locator("#nearest-line").inner_text()) == (row == 0)
+        assert ("There is no right answer" in text) == (found.companion_of[row] < 0)
+
+
+def test_what_was_not_asked_for_is_not_on_the_page(opened: Open) -> None:
+    found = findings(5, extras=False)
+    bare = replace(found, epochs=found.epochs[:0], epoch_predictions=found.epoch_predictions[:0])
+    page = opened(bare, f"#open={found.mistakes.indices[0]}").page
+    assert page.locator("#neighbours").is_hidden()
+    assert page.locator("#runs").count() == page.locator("#learned").count() == page.locator("#checks").count() == 0
+    assert "kept no predictions" in page.locator("#history-line").inner_text()
+
+
+# ---- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def test_judge_first_hides_both_classes_until_the_answer(opened: Open) -> None:
+    found = findings(20)
+    rows = found.mistakes.indices
+    page = opened(found, "#judge=1").page
+    assert page.locator(".tile").first.inner_text().split("\n") == [f"image {rows[0]}", "?", "not judged yet"]
+    page.locator(".tile").first.click()
+    view = page.locator("#view")
+    assert page.locator("#view .revealed:visible").count() == 0
+    assert "predicted " not in page.locator("#view-title").inner_text()
+    assert found.mistakes.files[0] not in view.inner_text()
+    true = int(found.labels[rows[0]])
+    page.keyboard.press(str(true + 1))
+    assert page.locator("#view .revealed:visible").count() > 0
+    assert page.locator("#verdict-buttons [aria-pressed=true]").inner_text() == "the network\u2019s fault"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("u")
+    assert page.locator("#verdict-buttons [aria-pressed=true]").inner_text() == "nobody could name it"
+    page.keyboard.press("o")
+    page.keyboard.press("Escape")
+    tally = page.locator("#tally").inner_text()
+    assert "2 of 20 judged" in tally
+    assert "fault 1, nobody could name it 0, other 1" in tally
+    assert "true class in 1 of 2" in tally
+
+
+def test_verdicts_go_out_and_in_again(opened: Open, tmp_path: Path) -> None:
+    found = findings(12, HOSTILE)
+    rows = found.mistakes.indices
+    here = opened(found, f"#judge=1&open={rows[0]}")
+    for key in ("3", "ArrowRight", "1", "f", "ArrowRight", "u", "ArrowRight", "2"):
+        here.page.keyboard.press(key)
+    here.page.keyboard.press("Escape")
+    tally = here.page.locator("#tally").inner_text()
+
+    def saved() -> str:
+        with here.page.expect_download() as download:
+            here.page.get_by_role("button", name="Save verdicts as CSV").click()
+        return Path(download.value.path()).read_text(encoding="utf-8")
+
+    text = saved()
+    lines = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert sorted(int(line["index"]) for line in lines) == sorted(rows[:4].tolist())
+    for line in lines:
+        index = int(line["index"])
+        assert (line["true"], line["predicted"]) == (HOSTILE[found.labels[index]], HOSTILE[found.predictions[index]])
+    by_index = {int(line["index"]): line for line in lines}
+    assert [by_index[int(index)]["saw"] for index in rows[:4]] == [HOSTILE[2], HOSTILE[0], "?", HOSTILE[1]]
+
+    here.go()  # kept by the browser
+    assert here.page.locator("#tally").inner_text() == tally
+    here.page.evaluate("localStorage.clear()")
+    here.go()
+    assert "judged" not in here.page.locator("#tally").inner_text()
+    path = tmp_path / "in.csv"
+    path.write_text(
+        "\ufeff" + text + f'{rows[5]},nonsense,x,,network\n999999,a,b,,other\n"broken', encoding="utf-8", newline=""
+    )
+    here.page.locator("#load-file").set_input_files(path)
+    here.page.wait_for_selector("#notice:visible")
+    assert "4 verdicts read from in.csv; 3 lines ignored" in here.page.locator("#notice").inner_text()
+    assert here.page.locator("#tally").inner_text() == tally
+    assert saved() == text
+    path.write_text("something,else\n1,2\n")
+    here.page.locator("#load-file").set_input_files(path)
+    here.until("document.getElementById('notice').innerText.includes('nothing was read')")
+    assert here.page.locator("#tally").inner_text() == tally
+
+
+def test_without_storage_the_page_works_and_says_so(opened: Open) -> None:
+    here = opened(findings(5))
+    denied = "Object.defineProperty(window, 'localStorage', { get() { throw new Error('denied'); } })"
+    here.page.add_init_script(denied)
+    page = here.go()
+    page.locator(".tile").first.click()
+    page.keyboard.press("f")
+    assert "1 of 5 judged" in (page.locator("#tally").text_content() or "")
+    assert "save your verdicts as CSV" in (page.locator("#notice").text_content() or "")
+
+
+# ---- hostile names, offline -----------------------------------------------------------------------------------------
+
+
+def test_class_names_are_only_text(opened: Open) -> None:
+    found = findings(40, HOSTILE)
+    here = opened(found, "#sort=index")
+    page = here.page
+    assert page.locator("img, body script:not([type])").count() == 1  # the page's own script
+    assert page.locator("#true option").all_inner_texts() == ["any", *HOSTILE]
+    page.locator("#true").select_option(HOSTILE[0])
+    assert here.count() == (found.labels[found.mistakes.indices] == 0).sum()
+    page.locator(".tile").first.click()
+    assert HOSTILE[0] in page.locator("#view-title").inner_text()
+    address = page.evaluate("location.hash")
+    assert HOSTILE[0] in here.go(address).locator("#view-title").inner_text()
+    assert page.locator("dt:text-is('recipe') + dd").inner_text() == "resnet <b>"
+    # Were a name ever to become HTML, the policy would not let it run.
+    assert (
+        page.evaluate(
+            "() => { try { document.body.innerHTML = '<b>x</b>'; return 'written'; } catch { return 'refused'; } }"
+        )
+        == "refused"
+    )
+    here.trouble.clear()  # the line above is reported, as it should be
+
+
+def test_without_javascript_there_is_a_summary(browser: "Browser", tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    found = findings(50)
+    report.write(path, found)
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    text = page.locator("body").inner_text()
+    context.close()
+    assert "54.55 % of 110 test images" in text
+    assert "most frequent confusions" in text
+    assert str(confused(found, np.ones(50, dtype=bool)).max()) in text
+
+
+# ---- looks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_overflows_and_all_text_can_be_read(opened: Open, width: int, scheme: str) -> None:
+    long = [*CLASSES[:3], "an_uncommonly_long_class_name_without_a_single_space_in_it"]
+    found = findings(60, long)
+    here = opened(found, width=width, color_scheme=scheme)
+    for part in (
+        "",
+        "#true=dog&bin=9&sort=index",
+        "#nonsense=1",
+        f"#open={found.mistakes.indices[0]}",
+        f"#judge=1&open={found.mistakes.indices[0]}",
+    ):
+        page = here.go(part)
+        scrolled, inner = page.evaluate(WIDTHS)
+        assert scrolled <= inner
+        view = page.evaluate(
+            "[document.getElementById('view').scrollWidth, document.getElementById('view').clientWidth]"
+        )
+        assert view[0] <= view[1]
+        ratio, element = page.evaluate(CONTRAST)
+        assert ratio >= 4.5, element
+        page.emulate_media(media="print")
+        scrolled, inner = page.evaluate(WIDTHS)
+        assert scrolled <= inner
+        page.emulate_media(media="screen")
+
+
+def test_print_shows_pictures_without_controls_and_an_open_mistake_alone(opened: Open) -> None:
+    found = findings(12)
+    here = opened(found)
+    here.page.emulate_media(media="print", color_scheme="dark")
+    assert here.page.locator(".tile:visible").count() == 12
+    assert here.page.locator("#filters:visible, .judge:visible").count() == 0
+    assert here.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page = here.go(f"#open={found.mistakes.indices[0]}")
+    assert page.locator("#view").is_visible()
+    assert page.locator(".tile:visible, header.top:visible").count() == 0
+
+
+# ---- keyboard -------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_walk_by_keyboard(opened: Open) -> None:
+    found = findings(60)
+    here = opened(found)
+    page = here.page
+    press = page.keyboard.press
+    rows = indices_of(page)
+
+    def focused() -> str:
+        return str(page.evaluate(FOCUSED))
+
+    def tab_to(condition: Callable[[str], bool]) -> None:
+        for _ in range(40):
+            press("Tab")
+            if condition(focused()):
+                return
+        raise AssertionError("Tab never reached it")
+
+    # The matrix is one stop; arrows move inside it, over the diagonal; Enter filters and Enter again takes it back.
+    tab_to(lambda name: name.startswith("Predicted class cat"))
+    press("ArrowDown")  # over the diagonal's cell
+    assert focused().startswith("True dog, predicted cat")
+    press("Enter")
+    expected = int(confused(found, np.ones(60, dtype=bool))[1, 0])
+    assert here.count() == expected
+    assert focused().startswith("True dog, predicted cat")
+    press("Enter")
+    # The bins are the next stop.
+    tab_to(lambda name: name.startswith("Confidence"))
+    press("End")
+    press("Enter")
+    assert 0 < here.count() < 60
+    press("Enter")
+    # The grid is one stop; Enter opens, arrows walk, Esc closes and returns to the mistake that was seen last.
+    tab_to(lambda name: name == str(rows[0]))
+    columns = len(page.evaluate("getComputedStyle(document.getElementById('grid')).gridTemplateColumns").split())
+    press("ArrowRight")
+    press("ArrowDown")
+    assert focused() == str(rows[1 + columns])
+    press("Home")
+    assert focused() == str(rows[0])
+    press("End")
+    assert focused() == str(rows[-1])
+    press("Home")
+    press("ArrowRight")
+    press("Enter")
+    page.wait_for_selector("#view:visible")
+    press("ArrowRight")
+    press("ArrowRight")
+    press("ArrowLeft")
+    assert f"Image {rows[2]}:" in page.locator("#view-title").inner_text()
+    tab_to(lambda name: name == "opacity")
+    before = pixels(page, "map-predicted")
+    press("ArrowRight")  # the slider keeps its arrows
+    assert f"Image {rows[2]}:" in page.locator("#view-title").inner_text()
+    assert (pixels(page, "map-predicted") != before).any()
+    press("?")
+    assert page.locator("#help").is_visible()
+    press("Escape")
+    assert page.locator("#help").is_hidden()
+    press("Escape")
+    page.wait_for_selector("#view", state="hidden")
+    assert focused() == str(rows[2])
+    press("Shift+Tab")
+    press("Tab")
+    assert focused() == str(rows[2])
+    press("/")
+    assert focused() == "find"
+    page.keyboard.type(f"{rows[7]}j?")  # letters typed here are no commands
+    assert page.locator("#find").input_value() == f"{rows[7]}j?"
+    assert page.locator("#help").is_hidden()
