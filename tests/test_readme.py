@@ -11,12 +11,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHAPES
+from safetensors.numpy import load_file
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
-TENSORBOARD = "tensorboard --logdir runs"
+TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
 
 
@@ -41,9 +42,20 @@ def test_it_begins_with_the_two_commands_a_newcomer_needs() -> None:
     assert COMMANDS[:2] == INSTALLS
 
 
-@pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if line not in (INSTALLS[1], TENSORBOARD, MULTI_NODE)], ids=str
-)
+def test_every_command_is_run_by_a_test_here() -> None:
+    known = ("pip install", "tensorboard", "accelerate launch", "python train.py", "python explain.py")
+    assert [line for line in COMMANDS if not line.startswith(known)] == []
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run."""
+    run = tmp_path_factory.mktemp("readme") / "runs" / "short"
+    subprocess.run(shortened("python train.py", shapes, run), cwd=ROOT, capture_output=True, check=True)
+    return run
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "train.py" in line and line != MULTI_NODE], ids=str)
 def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) -> None:
     words = shortened(line, shapes, tmp_path / "run")
     if "--recipe" in words and "--help" not in words:
@@ -55,6 +67,30 @@ def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) ->
     else:
         assert "finished: test accuracy" in done.stdout
         assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "explain.py" in line], ids=str)
+def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    if "--true" in words:  # a class that this run mistakes
+        judged = load_file(finished / "predictions.safetensors")
+        mistaken = judged["labels"][judged["predictions"][-1] != judged["labels"]]
+        words[words.index("--true") + 1], words[words.index("--count") + 1] = sorted(SHAPES)[mistaken[0]], "1"
+    if "--help" not in words:
+        words[words.index("--run") + 1] = str(finished)
+        words += ["--output", str(tmp_path / "explain")]
+    executable = Path(sys.executable).parent / words[0]
+    done = subprocess.run(
+        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if "--help" in words:
+        assert "usage: explain.py" in done.stdout
+    else:
+        assert {path.name for path in (tmp_path / "explain").iterdir()} == {
+            "report.html", "misclassified.csv", "gallery.png", "cam.png", "maps", "confusion.png", "calibration.png",
+            "result.json",
+        }  # fmt: skip
 
 
 def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:
@@ -80,13 +116,11 @@ def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:
     assert together.count("finished: test accuracy") == 1
 
 
-def test_tensorboard_serves_a_run(shapes: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "short"
-    subprocess.run(shortened("python train.py", shapes, run), cwd=ROOT, capture_output=True, check=True)
+def test_tensorboard_serves_a_run(finished: Path) -> None:
     words = shlex.split(TENSORBOARD)
     server = subprocess.Popen(
         [Path(sys.executable).parent / words[0], *words[1:], "--port", "0"],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=finished.parents[1], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         assert server.stdout is not None
