@@ -295,6 +295,24 @@ def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path
         run.start(tmp_path / "file" / "run", recipe, "fingerprint")
 
 
+def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", disk]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can be made read-only by root alone, and not in every container")
+    try:
+        recipe = json.loads((finished / "recipe.json").read_text())
+        (disk / "run").mkdir()
+        shutil.copy(finished / "recipe.json", disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)  # root may write into any other directory
+        for name, words in (("new", "Read-only file system"), ("run", "not writable")):
+            with pytest.raises(UserError, match=f"run directory .*/{name}: {words}; choose another --run"):
+                run.start(disk / name, Recipe(**recipe["recipe"]), recipe["data_fingerprint"])
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(
     finished: Path, shapes: Path, train: Train, tmp_path: Path
 ) -> None:

@@ -15,8 +15,10 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shown:
-    """Some test images with their maps. Target 0 is the predicted class, target 1 the true (for a correct image: the
-    runner-up) class."""
+    """Some test images with their maps.
+
+    Target 0 is the predicted class, target 1 the true one, or, for a correct image, the runner-up.
+    """
 
     indices: Int64  # [m] positions in the test set
     pictures: UInt8  # [m, 32, 32, 3]
@@ -52,7 +54,7 @@ class Findings:
     epochs: Int64  # [E] the epochs that were evaluated in training
     epoch_predictions: UInt8  # [E, n]
     mistakes: Shown
-    companions: Shown  # correct images; one for each pair of classes (true, predicted) that was mistaken, if there is one
+    companions: Shown  # correct images; one for each pair (true, predicted) that was mistaken, if there is one
     companion_of: Int64  # [m] row in `companions`, or -1
     method: str  # of the maps, e.g. gradcam
     layer: str  # e.g. layer2

@@ -14,7 +14,9 @@ from cifar.explain.findings import Float, Int64, Neighbours, UInt8
 
 OF_EACH = 2  # nearest training images of the predicted class, and as many of the true class
 CANDIDATES = 5  # nearest training images whose pixels are compared
-ALIKE = 0.95  # correlation of pixels from which two pictures are near-duplicates
+# Correlation of pixels from which two pictures count as near-duplicates. Looked at on CIFAR-10 as JPEGs: 23 of 24 pairs
+# above 0.95 were the same photograph, 5 of 9 between 0.92 and 0.94: what is found is right, and not all there is.
+ALIKE = 0.95
 BATCH = 500
 
 
