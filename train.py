@@ -180,10 +180,11 @@ def main() -> None:
     try:
         recipe, options = parse_command_line(sys.argv[1:])
         run.check(options.run, recipe, options.resume)
-        if run.read_status(options.run).get("state") == "finished":
+        result = run.read_result(options.run)
+        if result and run.read_status(options.run).get("state") == "finished":
             if speaks:
-                accuracy = run.read_result(options.run)["test_accuracy"]
-                print(f"{options.run} is finished: test accuracy {accuracy:.2%}; choose a new --run to train again")
+                reached = f"test accuracy {result['test_accuracy']:.2%}"
+                print(f"{options.run} is finished: {reached}; choose a new --run to train again")
             return
         train(recipe, options)
     except UserError as error:

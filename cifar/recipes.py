@@ -64,7 +64,9 @@ def resnet() -> Recipe:
     """The 6.6 M network on CIFAR-10: 24 epochs of Adam, one cycle of the learning rate, crop, flip and cutout.
 
     accelerate launch --mixed_precision bf16 train.py
-    TODO minutes, test accuracy
+
+    91.04 % test accuracy on CIFAR-10 re-encoded as JPEG of quality 75 (5,000 test images, one run; the lossless
+    originals were never tried), in about 65 minutes on 2 cores with native bf16.
     """
     return Recipe()
 
@@ -74,7 +76,8 @@ def digits() -> Recipe:
     """The same network on scikit-learn's 1,797 scanned digits, which need no download.
 
     accelerate launch train.py --recipe digits
-    TODO minutes, test accuracy
+
+    100 % test accuracy (360 images, one run each in float32 and bf16) in 1 minute on 2 cores; expect 98 % or more.
     """
     return Recipe(
         data="digits",

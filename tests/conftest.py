@@ -64,6 +64,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+class Disk:
+    """A small file system of its own, in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def remount(self, options: str) -> None:
+        """Changes it, e.g. 'ro' or 'size=1m'."""
+        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A file system that can be made full or read-only, which stops root, too."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", path]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a file system, and not in every container")
+    yield Disk(path)
+    subprocess.run(["umount", path], check=True)
+
+
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 

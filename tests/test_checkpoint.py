@@ -2,15 +2,13 @@
 
 import json
 import os
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import Disk
 from torch import nn
 
 from cifar import checkpoint, models, optim
@@ -189,32 +187,17 @@ def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: 
     assert len(list(path.parent.iterdir())) == 2  # nothing half-written is left
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(small_disk: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(disk: Disk) -> None:
+    disk.remount("size=400k")
     network, optimizer = trained(seed=0)
-    first = checkpoint.save(small_disk, network, optimizer, Progress(step=1), FACTS)
-    (small_disk / "ballast").write_bytes(np.random.default_rng(0).bytes(360_000))
+    first = checkpoint.save(disk.path, network, optimizer, Progress(step=1), FACTS)
+    (disk.path / "ballast").write_bytes(bytes(360_000))
     torch.manual_seed(0)
     large = nn.Linear(100, 100)
     with pytest.raises(UserError, match=r"step-0000002: checkpoint not written \(No space left on device\); make room"):
-        checkpoint.save(small_disk, large, optim.build(large, RECIPE), Progress(step=2), FACTS)
-    assert checkpoint.choose(small_disk, "auto") == (first, [])
-    assert sorted(path.name for path in small_disk.iterdir()) == ["ballast", "step-0000001"]
+        checkpoint.save(disk.path, large, optim.build(large, RECIPE), Progress(step=2), FACTS)
+    assert checkpoint.choose(disk.path, "auto") == (first, [])
+    assert sorted(path.name for path in disk.path.iterdir()) == ["ballast", "step-0000001"]
 
 
 def test_the_result_loads_with_safetensors_alone(tmp_path: Path) -> None:

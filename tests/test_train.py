@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Train, command
+from conftest import ROOT, Disk, Train, command
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -295,49 +295,32 @@ def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path
         run.start(tmp_path / "file" / "run", recipe, "fingerprint")
 
 
-def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "tmpfs", disk]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a file system can be made read-only by root alone, and not in every container")
-    try:
-        recipe = json.loads((finished / "recipe.json").read_text())
-        (disk / "run").mkdir()
-        shutil.copy(finished / "recipe.json", disk / "run")
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)  # root may write into any other directory
-        for name, words in (("new", "Read-only file system"), ("run", "not writable")):
-            with pytest.raises(UserError, match=f"run directory .*/{name}: {words}; choose another --run"):
-                run.start(disk / name, Recipe(**recipe["recipe"]), recipe["data_fingerprint"])
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, disk: Disk) -> None:
+    recipe = json.loads((finished / "recipe.json").read_text())
+    (disk.path / "run").mkdir()
+    shutil.copy(finished / "recipe.json", disk.path / "run")
+    disk.remount("ro")
+    for name, words in (("new", "Read-only file system"), ("run", "not writable")):
+        with pytest.raises(UserError, match=f"run directory .*/{name}: {words}; choose another --run"):
+            run.start(disk.path / name, Recipe(**recipe["recipe"]), recipe["data_fingerprint"])
 
 
 def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(
-    finished: Path, shapes: Path, train: Train, tmp_path: Path
+    finished: Path, shapes: Path, train: Train, disk: Disk
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    # Room for the first checkpoint (79 MB) and not for the second.
-    mount = ["mount", "-t", "tmpfs", "-o", "size=130m", "tmpfs", disk]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can be mounted by root alone, and not in every container")
-    try:
-        done = train(*arguments(shapes, disk / "run"), env=BF16)
-        assert done.returncode == 2, done.stderr
-        line = done.stderr.splitlines()[-1]
-        assert line.startswith(
-            f"train.py: error: {disk}/run/checkpoints/step-0000004: checkpoint not written (No space"
-        )
-        assert "Traceback" not in done.stderr
-        assert [path.name for path in (disk / "run/checkpoints").iterdir()] == ["step-0000003"]
-        assert json.loads((disk / "run/status.json").read_text())["state"] == "failed"
-        subprocess.run(["mount", "-o", "remount,size=600m", disk], check=True)
-        done = train(*arguments(shapes, disk / "run"), env=BF16)
-        assert done.returncode == 0, done.stderr
-        assert same_result(disk / "run", finished)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    disk.remount("size=130m")  # room for the first checkpoint (79 MB) and not for the second
+    directory = disk.path / "run"
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"train.py: error: {directory}/checkpoints/step-0000004: checkpoint not written (No space")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-0000003"]
+    assert json.loads((directory / "status.json").read_text())["state"] == "failed"
+    disk.remount("size=600m")
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert same_result(directory, finished)
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint(
