@@ -175,6 +175,7 @@ function writeAddress(replace = false) {
 
 /** The one way in which the reader changes what is shown. */
 function change(changes, how = "at once") {
+  if (!byId("view").open) leaveView(); // a dialog that was closed says so a moment later
   Object.assign(state, changes);
   show();
   clearTimeout(later);
@@ -974,18 +975,21 @@ function drawView() {
   }
 }
 
+/** Closed by the reader. The way back is the way in, unless the page began with this mistake open. */
+function leaveView() {
+  if (state.open === null) return;
+  state.open = null;
+  clearTimeout(later);
+  if (history.state?.opened) {
+    leaving = true;
+    history.back();
+  } else writeAddress(true);
+}
+
 function prepareView() {
   const view = byId("view");
   view.addEventListener("close", () => {
-    if (state.open !== null) {
-      // Closed by the reader. The way back is the way in, unless the page began with this mistake open.
-      state.open = null;
-      clearTimeout(later);
-      if (history.state?.opened) {
-        leaving = true;
-        history.back();
-      } else writeAddress(true);
-    }
+    leaveView();
     const tile = tiles[lastOpen];
     if (tile?.isConnected) tile.focus();
     else byId("count").scrollIntoView();
