@@ -143,6 +143,14 @@ def same_result(ours: Path, theirs: Path) -> bool:
     return all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in files)
 
 
+def goes_on_to_the_same_bytes(directory: Path, finished: Path, shapes: Path, train: Train) -> str:
+    """Starts the same command again and returns what it said."""
+    done = train(*arguments(shapes, directory), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert same_result(directory, finished)
+    return done.stdout
+
+
 def without_times(directory: Path) -> list[dict[str, float]]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     timed = ("seconds", "images_per_second")
@@ -202,9 +210,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
     newest, _ = checkpoint.newest(directory / "checkpoints")
     assert newest is not None
     assert checkpoint.step_of(newest) == status["step"]
-    done = train(*arguments(shapes, directory), env=BF16)
-    assert done.returncode == 0, done.stderr
-    assert same_result(directory, finished)
+    goes_on_to_the_same_bytes(directory, finished, shapes, train)
 
 
 def test_a_broken_newest_checkpoint_is_named_and_passed_over(
@@ -318,9 +324,7 @@ def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-0000003"]
     assert json.loads((directory / "status.json").read_text())["state"] == "failed"
     disk.remount("size=600m")
-    done = train(*arguments(shapes, directory), env=BF16)
-    assert done.returncode == 0, done.stderr
-    assert same_result(directory, finished)
+    goes_on_to_the_same_bytes(directory, finished, shapes, train)
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cifar.explain.findings import Findings, Int64
+from cifar.explain.findings import Findings, Float, Int64
 
 BINS = 10  # equally wide; part of every figure made from them
 
@@ -34,12 +34,18 @@ def measure(findings: Findings) -> Reliability:
     """Over all test images."""
     confidence = findings.probabilities.max(axis=1)
     right = (findings.predictions == findings.labels).astype(np.float64)
-    number = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    number = bin_of(confidence)
     counts = np.bincount(number, minlength=BINS)
     divisor = np.maximum(counts, 1)
     accuracy = np.bincount(number, right, minlength=BINS) / divisor
     low, high = wilson(accuracy, counts)
     return Reliability(counts, np.bincount(number, confidence, minlength=BINS) / divisor, accuracy, low, high)
+
+
+def bin_of(confidence: Float) -> Int64:
+    """The bin [n] that each confidence [n] falls in. In float32, where ten times 0.7 is 7 and not a little less."""
+    numbers: Int64 = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    return numbers
 
 
 def wilson(fraction: Fractions, counts: Int64) -> tuple[Fractions, Fractions]:

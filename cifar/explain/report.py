@@ -23,7 +23,7 @@ from PIL import Image
 from cifar import files
 from cifar.explain import calibration
 from cifar.explain.calibration import BINS, Reliability
-from cifar.explain.findings import Findings, Float, Neighbours, Shown, UInt8
+from cifar.explain.findings import Findings, Neighbours, Shown, UInt8
 
 MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is reached through the filters
 
@@ -96,7 +96,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "predictions": _packed(findings.predictions, "uint8"),
         "confidences": _packed(confidences, "float32"),
         "index": _packed(_joined(shown.indices, companions.indices), "int32"),
-        "bin": _packed(_bins(confidences[shown.indices]), "uint8"),
+        "bin": _packed(calibration.bin_of(confidences[shown.indices]), "uint8"),
         "probabilities": _packed(findings.probabilities[shown.indices], "float32"),
         "history": _packed(findings.epoch_predictions[:, shown.indices], "uint8"),
         "companion": _packed(findings.companion_of, "int32"),
@@ -224,12 +224,6 @@ def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
     cells = [(int(cell) // len(matrix), int(cell) % len(matrix)) for cell in order]
     pairs = [(findings.classes[row], findings.classes[column], int(matrix[row, column])) for row, column in cells]
     return [pair for pair in pairs if pair[2]]
-
-
-def _bins(confidences: Float) -> UInt8:
-    """The bin of the calibration diagram that each confidence falls in."""
-    bins: UInt8 = np.minimum(confidences * BINS, BINS - 1).astype(np.uint8)
-    return bins
 
 
 def _bin_figures(reliability: Reliability) -> list[dict[str, float]]:
