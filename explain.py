@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from cifar import files
+from cifar import failure, files
 from cifar.errors import UserError
 from cifar.explain import layers, options, runs
 from cifar.explain.options import Options
@@ -54,7 +54,7 @@ def explain(run: Run, asked: Options) -> None:
     wrong = mistakes.find(probabilities, labels)
     chosen = mistakes.choose(wrong, ranking[:, 0], labels, data.classes, asked)
     companions, companion_of = mistakes.companions(wrong, probabilities, labels)
-    accelerator.end_training()
+    launch.end(accelerator)
     if not accelerator.is_main_process:
         return
 
@@ -124,7 +124,8 @@ def main() -> None:
         run = runs.open_run(asked.run)
         options.check(asked, run)
         runs.check_output(asked.output or run.output)
-        explain(run, asked)
+        with failure.shared():
+            explain(run, asked)
     except UserError as error:
         if speaks:
             print(f"explain.py: error: {error}", file=sys.stderr)

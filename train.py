@@ -16,7 +16,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 
-from cifar import run  # noqa: E402
+from cifar import failure, run  # noqa: E402
 from cifar.errors import UserError  # noqa: E402
 from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
 
@@ -29,6 +29,7 @@ def train(recipe: Recipe, options: Options) -> None:
     import torch
     from accelerate.utils import broadcast_object_list
 
+    from cifar import attempt as attempts
     from cifar import checkpoint, launch, loop, models, optim, summary
     from cifar.data import loading, order
     from cifar.data.augment import Augmentation
@@ -41,6 +42,16 @@ def train(recipe: Recipe, options: Options) -> None:
         accelerator.device, accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     )  # fmt: skip
     launch.check_split(accelerator, recipe.global_batch_size, recipe.gradient_accumulation_steps)
+
+    with launch.together(accelerator):
+        if main:
+            run.check(options.run, recipe, options.resume)
+    finished = broadcast_object_list([run.finished(options.run) if main else ""])[0]
+    if finished:
+        if main:
+            print(finished)
+        launch.end(accelerator)
+        return
 
     # Data: one process of each machine decodes the images, then all of them map what it wrote.
     with launch.together(accelerator):
@@ -60,21 +71,23 @@ def train(recipe: Recipe, options: Options) -> None:
     network = models.build(recipe.network, len(data.classes), recipe.dropout)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.build(network, recipe)
-    chosen, evaluated = None, 0
+    attempt, chosen, evaluated = None, None, 0
     with launch.together(accelerator):
         if main:
-            run.start(options.run, recipe, data.fingerprint)
+            attempt = run.start(options.run, recipe, data.fingerprint, ranks)
             chosen, passed_over = checkpoint.choose(options.run / "checkpoints", options.resume)
-            history = run.History(options.run, checkpoint.step_of(chosen) if chosen else 0, data.test_labels)
+            history = run.History(attempt, checkpoint.step_of(chosen) if chosen else 0, data.test_labels)
             evaluated = history.last_epoch()
-    chosen, evaluated = broadcast_object_list([chosen, evaluated])
+    number, chosen, evaluated = broadcast_object_list([attempt and attempt.number, chosen, evaluated])
     progress = checkpoint.Progress()
     with launch.together(accelerator):
+        attempts.see(options.run, number)
         if chosen:
             progress = checkpoint.restore(chosen, network, optimizer, recipe, data.fingerprint)
     table = summary.table(network)
     model, stepper = accelerator.prepare(network, optimizer)  # `network` stays what is evaluated and saved
     launch.restore_scaler(accelerator, progress.scaler)
+    launch.settle_buckets(accelerator, model, network)
 
     # Batches are augmented ahead, by other processes; an epoch's end does not interrupt them.
     training_images = loading.TrainingImages(data, augmentation)
@@ -87,15 +100,17 @@ def train(recipe: Recipe, options: Options) -> None:
         "world_size": ranks, "precision": accelerator.mixed_precision,
     }  # fmt: skip
     tracker = None
-    if main:
+    if attempt:
         tracker = Tracker(options.run, recipe, data, history, progress.step, total_steps)
         tracker.start(launch.topology(accelerator, recipe.global_batch_size), table, training_images)
         for line in passed_over:
             tracker.say(f"passed over a broken checkpoint: {line}")
         if chosen:
-            tracker.say(f"going on from {chosen}")
-        run.write_status(options.run, "running", progress.step)
-    with run.failure_recorded(options.run if main else None, progress):
+            tracker.say(f"attempt {attempt.number}: going on from {chosen}")
+            for line in checkpoint.changes(chosen, facts, recipe.global_batch_size):
+                tracker.say(line)
+        run.write_status(attempt, "running", progress.step)
+    with run.failure_recorded(attempt, progress):
         seconds_before, stopping = progress.seconds, False
         while True:
             # An epoch's end: its checkpoint is on disk already, so an evaluation that is cut short is made again.
@@ -106,7 +121,8 @@ def train(recipe: Recipe, options: Options) -> None:
                     if evaluation is None:
                         stopping = True
                         break
-                    if tracker:
+                    if attempt and tracker:
+                        attempt.check()
                         progress.seconds = seconds_before + time.monotonic() - began
                         rate = optim.lr_at(progress.step - 1, total_steps, recipe)
                         tracker.log_epoch(epoch, progress, rate, evaluation)
@@ -133,28 +149,30 @@ def train(recipe: Recipe, options: Options) -> None:
             progress.count(recipe.global_batch_size, totals.loss, totals.correct)
             if tracker:
                 tracker.count(recipe.global_batch_size, time.perf_counter() - clock)
-                if log:
+                if attempt and log:
+                    attempt.check()
                     tracker.log_step(progress.step, totals, learning_rate, gradient_norm, launch.memory_bytes(device))
 
             ends_epoch = epochs_completed(progress.step) > epochs_completed(progress.step - 1)
             if totals.stop or ends_epoch or progress.step % options.checkpoint_every == 0:
                 with launch.together(accelerator):
-                    if main:
+                    if attempt:
                         progress.seconds = seconds_before + time.monotonic() - began
                         progress.scaler = launch.scaler_state(accelerator)
-                        checkpoint.save(options.run / "checkpoints", network, optimizer, progress, facts)
-                        run.write_status(options.run, "running", progress.step)
+                        checkpoint.save(attempt, network, optimizer, progress, facts)
+                        run.write_status(attempt, "running", progress.step)
             if totals.stop:
                 stopping = True
                 break
 
-        if tracker and stopping:
-            run.write_status(options.run, "preempted", progress.step, f"{stop.name() or 'another rank'} asked to stop")
+        launch.end(accelerator)
+        if attempt and tracker and stopping:
+            run.write_status(attempt, "preempted", progress.step, f"{stop.name() or 'another rank'} asked to stop")
             tracker.say(f"stopped on request after step {progress.step}; the same command goes on from there")
-        elif tracker:
+        elif attempt and tracker:
             final = history.epochs[-1]
             progress.seconds = seconds_before + time.monotonic() - began
-            checkpoint.export(options.run, network, {**facts, "test_accuracy": final.test_accuracy})
+            checkpoint.export(attempt, network, {**facts, "test_accuracy": final.test_accuracy})
             result = {
                 "test_accuracy": final.test_accuracy,
                 "test_loss": final.test_loss,
@@ -166,12 +184,11 @@ def train(recipe: Recipe, options: Options) -> None:
                 "precision": accelerator.mixed_precision,
                 "parameters": summary.parameter_count(network),
             }
-            run.write_result(options.run, result)
-            run.write_status(options.run, "finished", progress.step)
+            run.write_result(attempt, result)
+            run.write_status(attempt, "finished", progress.step)
             tracker.finish(result)
     if tracker:
         tracker.close()
-    accelerator.end_training()
 
 
 def main() -> None:
@@ -179,14 +196,8 @@ def main() -> None:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         recipe, options = parse_command_line(sys.argv[1:])
-        run.check(options.run, recipe, options.resume)
-        result = run.read_result(options.run)
-        if result and run.read_status(options.run).get("state") == "finished":
-            if speaks:
-                reached = f"test accuracy {result['test_accuracy']:.2%}"
-                print(f"{options.run} is finished: {reached}; choose a new --run to train again")
-            return
-        train(recipe, options)
+        with failure.shared():
+            train(recipe, options)
     except UserError as error:
         if speaks:
             print(f"train.py: error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cifar import files, recipes
+from cifar.attempt import Attempt
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
@@ -50,16 +51,19 @@ class BrokenCheckpointError(Exception):
 
 
 def save(
-    directory: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
+    attempt: Attempt, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
 ) -> Path:
-    """Writes `directory/step-NNNNNNN` and then deletes all but the newest KEEP. Call it on rank 0 alone.
+    """Writes `checkpoints/step-NNNNNNN` in the run and deletes all but the newest KEEP. Call it on rank 0 alone.
 
-    `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint.
-    Raises UserError where the disk is full or not writable; earlier checkpoints are then as they were.
+    `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises
+    UserError where the disk is full or not writable, or a newer attempt has taken the run over; earlier checkpoints
+    are then as they were.
     """
+    directory = attempt.run / "checkpoints"
     path = directory / f"step-{progress.step:07d}"
-    temporary = directory / f".{path.name}.tmp"
+    temporary = attempt.temporary(path)
     try:
+        attempt.check()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
@@ -70,11 +74,11 @@ def save(
         files.sync(temporary)
         if path.exists():  # broken, passed over at the start, and now reached again
             path.rename(path.with_name(f".{path.name}.broken"))
-        temporary.rename(path)
-        files.sync(directory)
+        attempt.commit(path)
         shutil.rmtree(path.with_name(f".{path.name}.broken"), ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        attempt.check()  # a newer one may have cleared the temporary directory away
         raise UserError(
             f"{path}: checkpoint not written ({error.strerror}); make room there and start again with the same "
             "command: training goes on from the checkpoint before"
@@ -153,6 +157,22 @@ def choose(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
     return path_or_none, broken
 
 
+def changes(path: Path, facts: dict[str, Any], global_batch_size: int) -> list[str]:
+    """What differs between the run that wrote a checkpoint and the one that goes on with `facts`, in words."""
+    before: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    lines = []
+    ranks, now = before["world_size"], facts["world_size"]
+    if ranks != now:
+        lines.append(
+            f"processes: {ranks} before, {now} now, so {global_batch_size // ranks} images a process before, "
+            f"{global_batch_size // now} now; same batches, but batch-norm statistics are over each process's share, "
+            "and the weights will not be equal bit for bit"
+        )
+    if before["precision"] != facts["precision"]:
+        lines.append(f"precision: {before['precision']} before, {facts['precision']} now")
+    return lines
+
+
 def restore(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, data_fingerprint: str
 ) -> Progress:
@@ -199,12 +219,12 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
     }
 
 
-def export(directory: Path, network: nn.Module, config: dict[str, Any]) -> None:
-    """Writes the result, `model.safetensors` and `config.json`, each atomically. Raises OSError."""
+def export(attempt: Attempt, network: nn.Module, config: dict[str, Any]) -> None:
+    """Writes the result, `model.safetensors` and `config.json`, each atomically. Raises UserError, OSError."""
     weights = _serialize(network.state_dict())
     config = {"format": FORMAT, **config, "sha256": hashlib.sha256(weights).hexdigest()}
     for name, content in ((WEIGHTS, weights), ("config.json", json.dumps(config, indent=1).encode())):
-        files.replace(directory / name, content)
+        attempt.replace(attempt.run / name, content)
 
 
 def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:

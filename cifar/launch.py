@@ -2,17 +2,22 @@
 
 import ctypes
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
+from cifar import failure
 from cifar.errors import UserError
+
+T = TypeVar("T")
 
 
 def start() -> Accelerator:
@@ -33,6 +38,7 @@ def start() -> Accelerator:
             f"{launched} processes were launched, but this one knows of {accelerator.num_processes}; "
             "launch with one of accelerate_configs/, or with --multi_gpu --num_processes N"
         )
+    failure.start(accelerator.process_index, launched, _gathered(accelerator, socket.gethostname()))
     if accelerator.device.type == "cpu":
         torch.set_num_threads(max(1, _cores() // local_processes()))
         _keep_freed_memory()
@@ -101,6 +107,31 @@ def _native_bf16(device: torch.device) -> bool:
     return False
 
 
+def settle_buckets(accelerator: Accelerator, model: nn.Module, network: nn.Module) -> None:
+    """Lets DDP arrange its buckets before the first step, so that a resumed run adds gradients in the same order.
+
+    DDP sorts the gradients anew after its first backward pass, by the order in which they became ready. With three
+    ranks or more, a gradient's place in its bucket decides in which order the ranks' shares are added, and float32
+    sums depend on that: the first step after a resume would differ in the last bits from the same step before.
+    """
+    if accelerator.num_processes == 1:
+        return
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    for _ in range(2):  # they are arranged at the beginning of the second forward pass
+        images = torch.zeros(2, 3, 32, 32, device=accelerator.device).contiguous(memory_format=torch.channels_last)
+        accelerator.backward(model(images).sum() * 0)
+    for buffer, before in zip(network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    for parameter in network.parameters():
+        parameter.grad = None
+
+
+def end(accelerator: Accelerator) -> None:
+    """The ranks part in good order."""
+    failure.end()
+    accelerator.end_training()
+
+
 def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
     """The state of the loss scaler that float16 needs, None in other precisions."""
     return None if accelerator.scaler is None else accelerator.scaler.state_dict()
@@ -131,10 +162,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except UserError as error:
         mine = str(error)
-    gathered = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
-    errors = [error for error in gathered if error is not None]
+    errors = [error for error in _gathered(accelerator, mine) if error is not None]
     if errors:
         raise UserError(errors[0])
+
+
+def _gathered(accelerator: Accelerator, value: T) -> list[T]:
+    """Every rank's value."""
+    gathered: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return gathered
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

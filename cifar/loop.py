@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 
-from cifar import launch, stop
+from cifar import failure, launch, stop
 from cifar.data.cache import Data
 from cifar.data.loading import normalize
 from cifar.recipes import Recipe
@@ -60,6 +60,7 @@ def accumulate_gradients(
             accelerator.backward(loss)
         loss_sum += loss.detach()
         correct += (logits.argmax(dim=1) == piece_labels).sum()
+        failure.beat()
 
     # One small all-reduce carries the figures and the stop request, so that all ranks act on the same ones.
     asked = torch.tensor(float(bool(stop.requested())), device=accelerator.device)
@@ -97,6 +98,7 @@ def evaluate(accelerator: Accelerator, network: nn.Module, data: Data) -> Evalua
                     log_probabilities = network(normalize(images, data.mean, data.std)).float().log_softmax(dim=1)
                 losses = F.nll_loss(log_probabilities, labels, reduction="none")
                 results.append(torch.cat((losses[:, None], log_probabilities.exp()), dim=1))
+            failure.beat()
             if launch.any_rank(accelerator, bool(stop.requested())):
                 return None
     finally:

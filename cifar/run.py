@@ -1,7 +1,7 @@
 """The run directory: what a run is (recipe.json), how it goes (status.json), what it measured (metrics, predictions).
 
-Rank 0 alone writes here. Every file is replaced whole or appended line by line, so that a reader, and the next
-attempt after a crash, finds each of them in order.
+Rank 0 alone writes here, as long as its attempt is the newest. Every file is replaced whole, so that a reader, and the
+next attempt after a crash, finds each of them in order.
 """
 
 import errno
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cifar import files, recipes
+from cifar import attempt as attempts
+from cifar import failure, recipes
+from cifar.attempt import Attempt
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
@@ -49,18 +51,19 @@ def read_status(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "status.json")
 
 
-def write_status(directory: Path, state: str, step: int, reason: str = "") -> None:
-    """`state` is running, finished, preempted or failed; `reason` says why in words. Raises OSError."""
-    files.replace(directory / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
+def write_status(attempt: Attempt, state: str, step: int, reason: str = "") -> None:
+    """`state` is running, finished, preempted or failed; `reason` says why in words. Raises UserError, OSError."""
+    attempt.replace(attempt.run / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
 
 
 def check(directory: Path, recipe: Recipe, resume: str) -> None:
-    """Is this directory one that the recipe may be trained in? Needs no torch, so a wrong one is refused at once.
+    """Looks whether this directory is one that the recipe may be trained in.
 
     Raises UserError for a directory with other contents or another recipe, and, with --resume never, a used one.
     """
     try:
-        used = directory.exists() and any(directory.iterdir())
+        # Attempts and half-written files are all that a crash in a run's first moments leaves.
+        used = directory.exists() and any(p.name != "attempts" and p.suffix != ".tmp" for p in directory.iterdir())
     except OSError as error:
         raise UserError(f"run directory {directory}: {error.strerror}; choose another --run") from None
     if not used:
@@ -75,8 +78,16 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"{directory} holds a run of another recipe: {', '.join(different)}; choose another --run")
 
 
-def start(directory: Path, recipe: Recipe, fingerprint: str) -> None:
-    """Makes the directory and writes recipe.json, or compares the data with the run's, if it is there.
+def finished(directory: Path) -> str:
+    """A line that says so if the run is finished, else ''."""
+    result = read_result(directory)
+    if not result or read_status(directory).get("state") != "finished":
+        return ""
+    return f"{directory} is finished: test accuracy {result['test_accuracy']:.2%}; choose a new --run to train again"
+
+
+def start(directory: Path, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
+    """Makes the directory and writes recipe.json, or compares the data with the run's, and begins an attempt at it.
 
     Raises UserError where the directory is not writable or its run was trained on other images.
     """
@@ -88,6 +99,7 @@ def start(directory: Path, recipe: Recipe, fingerprint: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
             raise PermissionError(13, "not writable")
+        attempt = attempts.claim(directory, world_size)
         if not before:
             facts = {
                 "recipe": recipe.model_dump(),
@@ -97,18 +109,20 @@ def start(directory: Path, recipe: Recipe, fingerprint: str) -> None:
                 "python": sys.version.split()[0],
                 "git_revision": _git_revision(),
             }
-            files.replace(path, json.dumps(facts, indent=1))
+            attempt.replace(path, json.dumps(facts, indent=1))
     except OSError as error:
         raise UserError(f"run directory {directory}: {error.strerror}; choose another --run") from None
+    return attempt
 
 
 class History:
     """What each epoch's evaluation found: metrics.jsonl and predictions.safetensors, cut back to a given step."""
 
-    def __init__(self, directory: Path, step: int, labels: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, attempt: Attempt, step: int, labels: npt.NDArray[np.uint8]) -> None:
         from safetensors.numpy import load_file
 
-        self.directory, self.labels = directory, labels
+        self.attempt, self.labels = attempt, labels
+        directory = attempt.run
         self.epochs: list[EpochMetrics] = []
         self.predictions: dict[int, npt.NDArray[np.uint8]] = {}
         path = directory / "metrics.jsonl"
@@ -121,7 +135,7 @@ class History:
             if metrics.step <= step:
                 self.epochs.append(metrics)
         if len(self.epochs) < len(lines):
-            files.replace(path, "".join(json.dumps(asdict(metrics)) + "\n" for metrics in self.epochs))
+            self._write_metrics()
         if (directory / "predictions.safetensors").exists():
             before = load_file(directory / "predictions.safetensors")
             kept = {metrics.epoch for metrics in self.epochs}
@@ -148,32 +162,38 @@ class History:
             "probabilities": probabilities.astype(np.float16),
         }
         # Predictions first: an epoch counts as evaluated once its line of metrics is there.
-        files.replace(self.directory / "predictions.safetensors", save(tensors))
-        with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.attempt.replace(self.attempt.run / "predictions.safetensors", save(tensors))
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        lines = "".join(json.dumps(asdict(metrics)) + "\n" for metrics in self.epochs)
+        self.attempt.replace(self.attempt.run / "metrics.jsonl", lines)
 
 
 @contextmanager
-def failure_recorded(directory: Path | None, progress: "Progress") -> Iterator[None]:
-    """An exception within the block leaves `failed` and its words in status.json, if there is a directory.
+def failure_recorded(attempt: Attempt | None, progress: "Progress") -> Iterator[None]:
+    """A failure within the block, of whichever rank, leaves `failed` and its words in status.json (rank 0's attempt).
 
     A full disk, wherever it was met, becomes a UserError.
     """
+
+    def record(words: str) -> None:
+        if attempt is not None:
+            with suppress(OSError, UserError):  # the disk may be what failed, or the run be another attempt's by now
+                write_status(attempt, "failed", progress.step, words)
+
+    failure.when_hung(record)
     try:
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            full = f"{error.filename or directory}: {error.strerror}; make room there and start the same command again"
+            where = error.filename or "the run directory"
+            full = f"{where}: {error.strerror}; make room there and start the same command again"
             raise UserError(full) from None
     except BaseException as error:
-        if directory is not None:
-            words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            with suppress(OSError):  # the disk may be what failed
-                write_status(directory, "failed", progress.step, words)
+        record(failure.cause(error))
         raise
 
 
@@ -182,9 +202,9 @@ def read_result(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "result.json")
 
 
-def write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes result.json. Raises OSError."""
-    files.replace(directory / "result.json", json.dumps(result, indent=1))
+def write_result(attempt: Attempt, result: dict[str, Any]) -> None:
+    """Writes result.json. Raises UserError, OSError."""
+    attempt.replace(attempt.run / "result.json", json.dumps(result, indent=1))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

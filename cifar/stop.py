@@ -5,7 +5,10 @@ a crashed peer gets SIGTERM too: saving or talking to other ranks from a handler
 scripts, before torch takes its seconds, so that an early signal is not lost.
 """
 
+import ctypes
+import os
 import signal
+import sys
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -18,15 +21,24 @@ def _remember(number: int, _frame: FrameType | None) -> None:
 
 
 def catch() -> None:
-    """From now on the three signals are remembered instead of ending the process."""
+    """From now on the three signals are remembered instead of ending the process.
+
+    The death of a launcher counts as SIGTERM: one that was killed could not pass it on, and left its ranks training.
+    """
     for number in SIGNALS:
         signal.signal(number, _remember)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets it
+        _when_parent_dies(signal.SIGTERM)
 
 
 def ignore() -> None:
-    """For helper processes: the training process decides when they end."""
+    """For helper processes: the training process decides when they end, and they end with it.
+
+    They hold copies of its connections: while they live, other ranks do not see that it has died.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    _when_parent_dies(signal.SIGKILL)
 
 
 def requested() -> int:
@@ -37,3 +49,8 @@ def requested() -> int:
 def name() -> str:
     """The last signal received by its name, e.g. SIGTERM, or ''."""
     return signal.Signals(_received).name if _received else ""
+
+
+def _when_parent_dies(number: signal.Signals) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG in linux/prctl.h

@@ -12,6 +12,7 @@ from conftest import Disk
 from torch import nn
 
 from cifar import checkpoint, models, optim
+from cifar.attempt import claim
 from cifar.checkpoint import BrokenCheckpointError, Progress
 from cifar.errors import UserError
 from cifar.recipes import Recipe
@@ -50,7 +51,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     network, optimizer = trained(seed=0)
     progress = Progress(step=7, seconds=1.5, loss_sum=0.1 + 0.2, correct=3, seen=8)
-    return checkpoint.save(tmp_path, network, optimizer, progress, FACTS), network, optimizer
+    return checkpoint.save(claim(tmp_path, 1), network, optimizer, progress, FACTS), network, optimizer
 
 
 Saved = tuple[Path, nn.Module, torch.optim.Optimizer]
@@ -100,7 +101,7 @@ def test_a_missing_or_truncated_file_is_found(name: str, spoil: Callable[[Path],
 
 def test_the_newest_complete_checkpoint_is_chosen_and_broken_ones_are_named(saved: Saved) -> None:
     path, network, optimizer = saved
-    newer = checkpoint.save(path.parent, network, optimizer, Progress(step=10), FACTS)
+    newer = checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     assert checkpoint.choose(path.parent, "auto") == (newer, [])
     (newer / "model.safetensors").write_bytes(b"")
     (path.parent / "step-0000012").mkdir()
@@ -120,7 +121,7 @@ def test_without_checkpoints_training_begins(tmp_path: Path) -> None:
 def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path: Path) -> None:
     path, network, optimizer = saved
     assert checkpoint.choose(tmp_path / "new", str(path)) == (path, [])
-    checkpoint.save(path.parent, network, optimizer, Progress(step=10), FACTS)
+    checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     with pytest.raises(UserError, match="holds a later checkpoint, step-0000010; give a new --run"):
         checkpoint.choose(path.parent, str(path))
     (path / "optimizer.safetensors").unlink()
@@ -129,7 +130,7 @@ def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path:
 
 
 def rewritten(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, object]) -> Path:
-    return checkpoint.save(path.parent, network, optimizer, Progress(step=7), {**FACTS, **facts})
+    return checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=7), {**FACTS, **facts})
 
 
 def test_a_newer_format_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,20 +157,24 @@ def test_another_recipe_other_images_or_another_network_are_refused(saved: Saved
 def test_the_last_three_are_kept(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     for number in range(1, 6):
-        checkpoint.save(tmp_path, network, optimizer, Progress(step=number), FACTS)
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-0000005", "step-0000004", "step-0000003"]
+        checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
+        "step-0000005",
+        "step-0000004",
+        "step-0000003",
+    ]
 
 
 def test_a_broken_checkpoint_that_is_newer_costs_no_good_one(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     for number in (1, 2, 3):
-        checkpoint.save(tmp_path, network, optimizer, Progress(step=number), FACTS)
+        checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
     for number in (2, 3):
-        (tmp_path / f"step-{number:07d}" / "state.json").unlink()
+        (tmp_path / "checkpoints" / f"step-{number:07d}" / "state.json").unlink()
     for number in (2, 3):  # training has gone on from step 1, and comes by the broken ones again
-        path = checkpoint.save(tmp_path, network, optimizer, Progress(step=number), FACTS)
-        assert checkpoint.newest(tmp_path)[0] == path
-    assert len(list(tmp_path.iterdir())) == 3
+        path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        assert checkpoint.newest(tmp_path / "checkpoints")[0] == path
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
 
 def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,31 +185,31 @@ def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: 
 
     monkeypatch.setattr(checkpoint, "_state_sum", crash)  # both safetensors files are written by then
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(path.parent, network, optimizer, Progress(step=10), FACTS)
+        checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     monkeypatch.undo()
     assert checkpoint.choose(path.parent, "auto") == (path, [])
-    checkpoint.save(path.parent, network, optimizer, Progress(step=10), FACTS)
+    checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     assert len(list(path.parent.iterdir())) == 2  # nothing half-written is left
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(disk: Disk) -> None:
     disk.remount("size=400k")
     network, optimizer = trained(seed=0)
-    first = checkpoint.save(disk.path, network, optimizer, Progress(step=1), FACTS)
+    first = checkpoint.save(claim(disk.path, 1), network, optimizer, Progress(step=1), FACTS)
     (disk.path / "ballast").write_bytes(bytes(360_000))
     torch.manual_seed(0)
     large = nn.Linear(100, 100)
     with pytest.raises(UserError, match=r"step-0000002: checkpoint not written \(No space left on device\); make room"):
-        checkpoint.save(disk.path, large, optim.build(large, RECIPE), Progress(step=2), FACTS)
-    assert checkpoint.choose(disk.path, "auto") == (first, [])
-    assert sorted(path.name for path in disk.path.iterdir()) == ["ballast", "step-0000001"]
+        checkpoint.save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), FACTS)
+    assert checkpoint.choose(disk.path / "checkpoints", "auto") == (first, [])
+    assert [path.name for path in (disk.path / "checkpoints").iterdir()] == ["step-0000001"]
 
 
 def test_the_result_loads_with_safetensors_alone(tmp_path: Path) -> None:
     network, _ = trained(seed=0)
-    checkpoint.export(tmp_path, network, FACTS)
+    checkpoint.export(claim(tmp_path, 1), network, FACTS)
     loaded = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert_equal(loaded, network.state_dict())
     assert all(tensor.is_contiguous() for tensor in loaded.values())
     assert json.loads((tmp_path / "config.json").read_text())["network"] == "resnet"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "attempts"}

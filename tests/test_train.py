@@ -55,7 +55,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith("events.out.tfevents")}
     assert names == {
         "recipe.json", "checkpoints", "model.safetensors", "config.json", "metrics.jsonl", "predictions.safetensors",
-        "status.json", "result.json", "samples.png", "curves.png", "output.txt",
+        "status.json", "result.json", "samples.png", "curves.png", "attempts", "output.txt",
     }  # fmt: skip
     assert json.loads((finished / "status.json").read_text()) == {"state": "finished", "step": STEPS, "reason": ""}
     result = json.loads((finished / "result.json").read_text())
@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
     done = train(*arguments(shapes, directory), env=BF16)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {directory}/checkpoints/step-{step:07d}" in done.stdout
+    assert f"attempt 2: going on from {directory}/checkpoints/step-{step:07d}" in done.stdout
     assert same_result(directory, finished)
     assert without_times(directory) == without_times(finished)
     for tag in ("epoch/test_accuracy", "train/loss"):
@@ -295,10 +295,10 @@ def test_a_run_directory_of_another_kind_is_refused(finished: Path, tmp_path: Pa
 def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path) -> None:
     recipe = Recipe(**json.loads((finished / "recipe.json").read_text())["recipe"])
     with pytest.raises(UserError, match="holds a run on other images than --data"):
-        run.start(finished, recipe, "another fingerprint")
+        run.start(finished, recipe, "another fingerprint", 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run directory .*: Not a directory; choose another --run"):
-        run.start(tmp_path / "file" / "run", recipe, "fingerprint")
+        run.start(tmp_path / "file" / "run", recipe, "fingerprint", 1)
 
 
 def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, disk: Disk) -> None:
@@ -308,7 +308,7 @@ def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, disk: D
     disk.remount("ro")
     for name, words in (("new", "Read-only file system"), ("run", "not writable")):
         with pytest.raises(UserError, match=f"run directory .*/{name}: {words}; choose another --run"):
-            run.start(disk.path / name, Recipe(**recipe["recipe"]), recipe["data_fingerprint"])
+            run.start(disk.path / name, Recipe(**recipe["recipe"]), recipe["data_fingerprint"], 1)
 
 
 def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(

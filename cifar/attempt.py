@@ -1,0 +1,147 @@
+"""Attempts at a run: of several jobs that each believe the run to be theirs, only the newest may write (fencing).
+
+A node that only seemed dead trains on while its job runs again elsewhere; a job is submitted twice. Each attempt makes
+a file of its own, `attempts/NNNN.json`, and whoever finds a higher number than its own stops. Everything in the run
+directory is written under a temporary name with the attempt's number in it and then renamed, after a look for a newer
+attempt; and a new attempt first clears away the temporary files of those before it. So an old attempt that was frozen
+between its look and its rename finds nothing left to rename. It needs what POSIX promises of a shared file system;
+where NFS caches directories, an old attempt may notice some seconds late.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cifar import files
+from cifar.errors import UserError
+
+VISIBLE_SECONDS = 10  # NFS clients may keep a directory's listing for that long
+
+
+class Attempt:
+    """One attempt at the run in directory `run`. All writing there goes through it, on rank 0."""
+
+    def __init__(self, run: Path, number: int) -> None:
+        self.run, self.number = run, number
+
+    def check(self) -> None:
+        """Raises UserError if a newer attempt has taken the run over."""
+        newest = _numbers(self.run)[-1]
+        if newest > self.number:
+            raise UserError(
+                f"{self.run} was taken over by {described(self.run, newest)}; "
+                f"this one, attempt {self.number}, ends and has written nothing since"
+            )
+
+    def temporary(self, path: Path) -> Path:
+        """The name under which `path` is written first."""
+        return path.with_name(f".{path.name}.{self.number}.tmp")
+
+    def commit(self, path: Path) -> None:
+        """Gives what was written and synced under `temporary(path)` its name. Raises UserError (see check), OSError."""
+        self.check()
+        try:
+            self.temporary(path).rename(path)
+        except FileNotFoundError:
+            self.check()  # a newer attempt began, and cleared it away, since the line above
+            raise
+        files.sync(path.parent)
+
+    def replace(self, path: Path, content: str | bytes) -> None:
+        """Writes a file: readers see the old content or the new. Raises UserError (see check), OSError."""
+        temporary = self.temporary(path)
+        try:
+            files.write(temporary, content.encode() if isinstance(content, str) else content)
+            self.commit(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def claim(run: Path, world_size: int) -> Attempt:
+    """Begins an attempt at the run, which ends those before it at their next write. Raises OSError."""
+    (run / "attempts").mkdir(parents=True, exist_ok=True)
+    number = (_numbers(run) or [0])[-1] + 1
+    while True:
+        try:
+            with _file(run, number).open("x") as file:
+                json.dump(_facts(world_size), file, indent=1)
+            break
+        except FileExistsError:  # another one began in the same moment
+            number += 1
+    for folder in (run, run / "checkpoints"):
+        for leftover in folder.glob(".*.tmp"):
+            before = leftover.suffixes[-2:-1]
+            if before and before[0][1:].isdecimal() and int(before[0][1:]) < number:
+                _clear(leftover, number)
+    return Attempt(run, number)
+
+
+def see(run: Path, number: int) -> None:
+    """Raises UserError if this machine does not see, within some seconds, the attempt that rank 0 has just begun."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while number not in _numbers(run):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{socket.gethostname()} does not see {_file(run, number).absolute()}, which rank 0 has just written; "
+                "give a --run on a file system that all nodes share"
+            )
+        time.sleep(0.2)
+
+
+def facts(run: Path, number: int | None = None) -> dict[str, Any]:
+    """What an attempt, by default the newest, says of itself: host, pid, job, ...; {} where there is none."""
+    numbers = _numbers(run)
+    try:
+        content = json.loads(_file(run, number or numbers[-1]).read_bytes())
+    except (IndexError, OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def described(run: Path, number: int) -> str:
+    """An attempt in words."""
+    found = facts(run, number)
+    job = f", Slurm job {found['job']}" if found.get("job") else ""
+    return f"attempt {number} (process {found.get('pid', '?')} on {found.get('host', '?')}{job})"
+
+
+def _facts(world_size: int) -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "requeues": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "restarts_in_place": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+        "world_size": world_size,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _file(run: Path, number: int) -> Path:
+    return run / "attempts" / f"{number:04d}.json"
+
+
+def _numbers(run: Path) -> list[int]:
+    try:
+        names = os.listdir(run / "attempts")  # noqa: PTH208 -- Path.iterdir would make an object of each
+    except FileNotFoundError:
+        return []
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def _clear(leftover: Path, number: int) -> None:
+    """Takes a temporary file or directory from its writer at once, then deletes it."""
+    aside = leftover.with_name(f"{leftover.name}-cleared-by-{number}")
+    try:
+        leftover.rename(aside)
+    except FileNotFoundError:  # its writer was just done with it
+        return
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
