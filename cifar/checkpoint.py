@@ -7,13 +7,17 @@ alone any tool rebuilds the network: it names network, classes and normalisation
 
 import hashlib
 import json
+import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from cifar import files, recipes
@@ -67,10 +71,12 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
-        sums = {name: _write(temporary / name, _serialize(value)) for name, value in tensors.items()}
+        with ThreadPoolExecutor() as pool:  # copying, writing, syncing and hashing all let other threads run
+            digests = pool.map(lambda name: _write_tensors(temporary / name, tensors[name]), tensors)
+            sums = dict(zip(tensors, digests, strict=True))
         state = {"format": FORMAT, **facts, "progress": asdict(progress), "sha256": sums}
         state["sha256"] = {**sums, STATE: _state_sum(state)}
-        _write(temporary / STATE, json.dumps(state, indent=1).encode())
+        files.write(temporary / STATE, json.dumps(state, indent=1).encode())
         files.sync(temporary)
         if path.exists():  # broken, passed over at the start, and now reached again
             path.rename(path.with_name(f".{path.name}.broken"))
@@ -221,21 +227,30 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 def export(attempt: Attempt, network: nn.Module, config: dict[str, Any]) -> None:
     """Writes the result, `model.safetensors` and `config.json`, each atomically. Raises UserError, OSError."""
-    weights = _serialize(network.state_dict())
+    weights = safetensors.torch.save(_contiguous(network.state_dict()))
     config = {"format": FORMAT, **config, "sha256": hashlib.sha256(weights).hexdigest()}
     for name, content in ((WEIGHTS, weights), ("config.json", json.dumps(config, indent=1).encode())):
         attempt.replace(attempt.run / name, content)
 
 
-def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors refuses channels-last memory; the layout is the loading side's business.
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Writes a safetensors file, waits until it is on the disk, and returns its sha256. Raises OSError."""
+    try:
+        safetensors.torch.save_file(_contiguous(tensors), path)
+    except SafetensorError as error:  # its way of passing on an OSError
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state_sum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> str:
-    files.write(path, content)
-    return hashlib.sha256(content).hexdigest()

@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT, Train, command
 from safetensors.torch import load_file
 
+from cifar.data import order
+
 TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no")
 
 
@@ -93,6 +95,41 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
     assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     ours, theirs = (load_file(path / "checkpoints/step-0000012/optimizer.safetensors") for path in (run, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shapes: Path, tmp_path: Path) -> None:
+    outputs = []
+    for ranks, stop_at in ((4, 3), (2, 6), (1, None)):
+        launcher = (*TWO, "--num_processes", str(ranks)) if ranks > 1 else ("--mixed_precision", "no")
+        process = subprocess.Popen(
+            command(ROOT / "tests" / "recording.py", *arguments(shapes, tmp_path / "run"), launcher=launcher),
+            env={**os.environ, "RECORD": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        if stop_at:
+            while not list((tmp_path / "run" / "checkpoints").glob(f"step-*{stop_at}")):
+                assert process.poll() is None, process.communicate()[0]
+            process.terminate()
+        outputs.append(process.communicate(timeout=120)[0])
+    assert "finished: test accuracy" in outputs[-1]
+    assert (
+        "processes: 4 before, 2 now, so 4 images a process before, 8 now; same batches, but batch-norm statistics are "
+        "over each process's share, and the weights will not be equal bit for bit"
+    ) in outputs[1]
+    assert "processes: 2 before, 1 now, so 8 images a process before, 16 now" in outputs[2]
+
+    taken: dict[int, set[int]] = {ranks: set() for ranks in (4, 2, 1)}
+    for ranks, steps in taken.items():
+        shares = [
+            dict(json.loads(line) for line in (tmp_path / f"{ranks}-{rank}.jsonl").read_text().splitlines())
+            for rank in range(ranks)
+        ]
+        for step in set.intersection(*(set(share) for share in shares)):  # loaders draw some batches ahead
+            together = [tuple(sample) for share in shares for sample in share[step]]
+            assert together == order.batch(seed=0, step=step, images=64, global_batch_size=16)
+            steps.add(step)
+    assert set.union(*taken.values()) == set(range(12))
+    assert min(taken[2]) >= 3
+    assert min(taken[1]) >= 6
 
 
 def test_a_user_error_ends_all_ranks_with_one_line(shapes: Path, train: Train, tmp_path: Path) -> None:

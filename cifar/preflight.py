@@ -1,0 +1,96 @@
+"""Before training on several nodes: finds the one that does not answer, lacks a device or does not reach the others.
+
+    srun --ntasks-per-node=1 python -m cifar.preflight --port 29400 --processes-per-node 8 node1 node2 node3
+
+One process on each node: a rendezvous, and one all-reduce with the backend that training will use. A node that does
+not answer is named within a minute, where training itself would wait for it for half an hour and name nobody.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from cifar.errors import UserError
+
+SECONDS = 60  # for all nodes to begin, and again for the all-reduce
+
+
+def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, seconds: int) -> None:
+    """Returns when the nodes have added up their numbers. Raises UserError, naming the nodes that did not answer."""
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an all-reduce that takes too long raises, as it does with gloo
+    import torch
+    from torch import distributed
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    limit = timedelta(seconds=seconds)
+    has_accelerator = torch.accelerator.is_available()
+    if has_accelerator and torch.accelerator.device_count() < processes_per_node:
+        seen = torch.accelerator.device_count()
+        raise UserError(f"{nodes[rank]} has {seen} device(s) for {processes_per_node} processes; exclude that node")
+    try:
+        store = TCPStore(nodes[0], port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+    except RuntimeError as refused:
+        reason = str(refused).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{nodes[rank]} does not reach {nodes[0]}, port {port}: {reason}; check the network") from None
+
+    def meet(stage: str) -> None:
+        store.set(f"{stage}/{rank}", "")
+        deadline = time.monotonic() + seconds
+        while silent := [node for r, node in enumerate(nodes) if not store.check([f"{stage}/{r}"])]:
+            if time.monotonic() > deadline:
+                raise UserError(f"no answer from {', '.join(silent)} within {seconds} s; check or exclude it")
+            time.sleep(0.1)
+
+    meet("began")
+    error = ""
+    try:
+        distributed.init_process_group(
+            "nccl" if has_accelerator else "gloo",
+            store=PrefixStore("group", store), rank=rank, world_size=len(nodes), timeout=limit,
+        )  # fmt: skip
+        device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
+        total = torch.ones(1, device=device)
+        distributed.all_reduce(total)
+        if total.item() != len(nodes):
+            error = f"{total.item():g} instead of {len(nodes)}"
+    except RuntimeError as failed:
+        error = str(failed).splitlines()[0].partition(". ")[0]
+    meet("added up")  # or tried to: a frozen node is named here, and the others have only waited for it
+    if error:
+        raise UserError(
+            f"{nodes[rank]}: the nodes answer but cannot add up their numbers ({error}); set the interface that "
+            "connects them (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+        )
+    distributed.destroy_process_group()
+    if rank == 0:  # the store is in this process, and the others are still reading it
+        others = [f"left/{other}" for other in range(1, len(nodes))]
+        deadline = time.monotonic() + seconds
+        while not store.check(others) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    else:
+        store.set(f"left/{rank}", "")
+
+
+def main() -> None:
+    """Ends with one line and exit status 2 where the nodes cannot work together."""
+    parser = argparse.ArgumentParser(prog="python -m cifar.preflight", description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, required=True, help="a free one, on the first node")
+    parser.add_argument("--processes-per-node", type=int, required=True, help="devices that each node must have")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"to wait for each stage ({SECONDS})")
+    parser.add_argument("nodes", nargs="+", help="names of the job's nodes, in the order of their ranks")
+    asked = parser.parse_args()
+    rank = int(os.environ["SLURM_PROCID"])
+    try:
+        check(asked.nodes, rank, asked.port, asked.processes_per_node, asked.seconds)
+    except UserError as error:
+        print(f"preflight: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if rank == 0:
+        print(f"preflight: {len(asked.nodes)} nodes answer: {', '.join(asked.nodes)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""A network of 25,000 weights, for tests that want many steps and little computing: one more file of cifar/models."""
+
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+
+class Small(nn.Module):
+    """Three convolutions; images float32 [n, 3, 32, 32] in, logits [n, classes] out."""
+
+    explainable_layers: ClassVar = {"stages.0": 16, "stages.1": 8, "stages.2": 4}
+
+    def __init__(self, classes: int, dropout: float) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 64)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after in pairwise(widths)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(widths[-1], classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        for stage in self.stages:
+            images = stage(images)
+        logits: torch.Tensor = self.linear(self.dropout(images.mean(dim=(2, 3))))
+        return logits
+
+
+build = Small

@@ -1,0 +1,241 @@
+"""When one rank fails, all end, and with the same line: real processes through the real launcher."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, command
+
+from cifar import checkpoint
+
+THREE = ("--multi_gpu", "--num_processes", "3", "--num_machines", "1", "--mixed_precision", "no",
+         "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+HOST = os.uname().nodename
+
+
+def project(tmp_path: Path, patch: str) -> Path:
+    """A train.py in which `patch` has changed `step(rank, number)`, which is called before each step."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
+        "from cifar import loop\n"
+        "def step(rank, number): pass\n"
+        f"{patch}\n"
+        "real, count = loop.accumulate_gradients, 0\n"
+        "def patched(*arguments):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    step(int(os.environ.get('RANK', '0')), count)\n"
+        "    return real(*arguments)\n"
+        "loop.accumulate_gradients = patched\n"
+        "sys.modules.pop('train', None)\n"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('real_train', {str(ROOT / 'train.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "if __name__ == '__main__':\n"
+        "    module.main()\n"
+    )
+    return script
+
+
+def started(
+    script: Path, shapes: Path, run: Path, launcher: tuple[str, ...], hang_seconds: int = 60
+) -> "subprocess.Popen[str]":
+    arguments = command(script, "--data", shapes, "--run", run, "--epochs", 60, "--peak-epoch", 1,
+                        "--global-batch-size", 12, "--checkpoint-every", 3, launcher=launcher)  # fmt: skip
+    return subprocess.Popen(
+        arguments, env={**os.environ, "CIFAR_HANG_SECONDS": str(hang_seconds)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def processes() -> Iterator[list["subprocess.Popen[str]"]]:
+    """Those appended here are dead afterwards, with all their descendants."""
+    made: list[subprocess.Popen[str]] = []
+    yield made
+    for process in made:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.communicate()
+
+
+def lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("train.py: error: ")]
+
+
+def status(run: Path) -> dict[str, object]:
+    return json.loads((run / "status.json").read_text())  # type: ignore[no-any-return]
+
+
+def ranks(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The training processes of a launcher, by rank."""
+    found = [p for p in psutil.Process(launcher.pid).children() if "RANK" in p.environ()]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_a_rank_that_raises_ends_all_with_its_own_error_as_their_last_line(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = "def step(rank, number):\n    if (rank, number) == (1, 5): raise ValueError('boom')"
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
+    output = processes[0].communicate(timeout=120)[0]
+    assert processes[0].returncode != 0
+    assert lines(output) == [f"train.py: error: rank 1 on {HOST}: ValueError: boom"] * 3
+    assert output.count("Traceback") == 2  # the rank's own, and the launcher's
+    assert status(tmp_path / "run") == {"state": "failed", "step": 4, "reason": f"rank 1 on {HOST}: ValueError: boom"}
+
+
+def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    # A newer attempt is noticed by rank 0, between two collectives.
+    patch = (
+        "from pathlib import Path\nfrom cifar import attempt\n"
+        f"def step(rank, number):\n    if (rank, number) == (0, 5): attempt.claim(Path({str(tmp_path / 'run')!r}), 1)"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
+    output = processes[0].communicate(timeout=120)[0]
+    assert len(lines(output)) == 1
+    assert "was taken over by attempt 2" in lines(output)[0]
+    assert status(tmp_path / "run")["state"] == "running"  # it is the newer attempt's to change
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_rank_that_is_gone_is_named(
+    number: signal.Signals, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", THREE, hang_seconds=8))
+    wait_for(tmp_path / "run/checkpoints/step-0000003", processes[0])
+    victim = ranks(processes[0])[2]
+    victim.send_signal(number)
+    deadline = time.monotonic() + 60
+    while status(tmp_path / "run")["state"] != "failed":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    if number == signal.SIGSTOP:
+        victim.kill()  # the launcher would give it half a minute
+    output = processes[0].communicate(timeout=120)[0]
+    words = f"train.py: error: rank 2 on {HOST}: no answer, so killed, frozen or cut off ("
+    assert [line.startswith(words) for line in lines(output)] == [True, True], output
+    assert len(set(lines(output))) == 1
+
+
+def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "from cifar import files\nreal_write = files.write\n"
+        "def write(path, content):\n"
+        "    if 'step-0000006' in str(path): time.sleep(600)\n"  # a file system that does not answer
+        "    real_write(path, content)\n"
+        "files.write = write"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
+    output = processes[0].communicate(timeout=120)[0]
+    assert len(set(lines(output))) == 1, output
+    line = lines(output)[0]
+    assert f"rank 0 on {HOST} is in cifar/checkpoint.py:" in line
+    assert "(save), the others in cifar/launch.py:" in line
+    assert "(no step for 8 s)" in line
+    assert status(tmp_path / "run")["reason"] == line.removeprefix("train.py: error: ")
+
+
+def test_ranks_whose_launcher_was_killed_save_and_stop(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", ("--num_processes", "1")))
+    wait_for(tmp_path / "run/checkpoints/step-0000003", processes[0])
+    (rank,) = [p for p in psutil.Process(processes[0].pid).children() if "ACCELERATE_MIXED_PRECISION" in p.environ()]
+    processes[0].kill()
+    processes[0].communicate(timeout=60)  # until the rank, too, has closed its end
+    rank.wait(timeout=60)
+    assert status(tmp_path / "run")["state"] == "preempted"
+    assert status(tmp_path / "run")["reason"] == "SIGTERM asked to stop"
+
+
+def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", ()))
+    wait_for(tmp_path / "run/checkpoints/step-0000003", processes[0])
+    while processes[0].poll() is None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            processes[0].send_signal(number)
+        time.sleep(0.05)
+    output = processes[0].communicate()[0]
+    assert processes[0].returncode == 0, output
+    newest, broken = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert broken == []
+    assert newest is not None
+    assert checkpoint.step_of(newest) == status(tmp_path / "run")["step"]
+    assert status(tmp_path / "run")["state"] == "preempted"
+
+
+def test_an_absurd_hang_limit_is_refused(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", THREE, hang_seconds=0))
+    output = processes[0].communicate(timeout=120)[0]
+    assert lines(output) == [
+        "train.py: error: CIFAR_HANG_SECONDS=0 is not a number of seconds; give a whole number of at least 1"
+    ]
+
+
+# ---- before training
+
+
+def preflight(rank: int, *nodes: str, port: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "cifar.preflight", "--port", str(port), "--processes-per-node", "1", "--seconds", "10",
+         *nodes],
+        cwd=ROOT, env={**os.environ, "SLURM_PROCID": str(rank)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_nodes_that_answer_pass_the_preflight(processes: list["subprocess.Popen[str]"]) -> None:
+    port = free_port()
+    processes += [preflight(rank, "localhost", "second", "third", port=port) for rank in range(3)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert outputs[0][0] == "preflight: 3 nodes answer: localhost, second, third\n"
+
+
+def test_a_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[str]"]) -> None:
+    port = free_port()
+    processes += [preflight(rank, "localhost", "second", "third", port=port) for rank in (0, 2)]
+    for process in processes:
+        assert "preflight: error: no answer from second within 10 s; check or exclude it" in process.communicate()[1]
+        assert process.returncode == 2
+
+
+def test_the_first_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[str]"]) -> None:
+    processes.append(preflight(1, "localhost", "second", port=free_port()))
+    assert "preflight: error: second does not reach localhost, port" in processes[0].communicate(timeout=60)[1]
+    assert processes[0].returncode == 2

@@ -1,0 +1,685 @@
+"""Training on a real Slurm cluster, interrupted in every way that clusters know, ends with the same bytes.
+
+The oracle of every case: weights, optimizer state and predictions equal those of a run that nothing interrupted, no
+more steps were repeated than the case allows, the curves have no gap and no step twice, and the run was finished once.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, SHAPES, draw
+from slurm_cluster import Cluster, reason_to_skip
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar import checkpoint
+
+SKIP = reason_to_skip()
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
+
+EVERY = 10  # steps between checkpoints
+EPOCH = 150  # steps, in one or two seconds
+SHORT, LONG = 4, 14  # epochs; long for faults that Slurm takes its time to notice
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    made.environment |= {
+        "CIFAR_PRECISION": "no", "CIFAR_HANG_SECONDS": "10", "CIFAR_ENVIRONMENT": sys.prefix, "CIFAR_MAX_REQUEUES": "3",
+    }  # fmt: skip
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="module")
+def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,200 training images: so many steps in an epoch that faults meet training and not evaluation alone."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8 * EPOCH // len(SHAPES)), ("test", 5)):
+        for shape in SHAPES:
+            (root / split / shape).mkdir(parents=True)
+            for number in range(count):
+                draw(shape, generator).save(root / split / shape / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files, with one network more."""
+    root = tmp_path_factory.mktemp("project") / "cifar"
+    root.mkdir()
+    for name in ("accelerate_configs", "slurm", "cifar"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "explain.py"):
+        shutil.copy(ROOT / name, root)
+    shutil.copy(ROOT / "tests" / "small.py", root / "cifar" / "models")
+    return root
+
+
+class Job:
+    """A submitted training job and its run directory."""
+
+    def __init__(self, cluster: Cluster, run: Path, number: str, log: Path) -> None:
+        self.cluster, self.run, self.number, self.log = cluster, run, number, log
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def status(self) -> dict[str, object]:
+        path = self.run / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+
+    def attempts(self) -> int:
+        return len(list((self.run / "attempts").glob("*.json")))
+
+    def resumed_at(self) -> list[int]:
+        """The step at which each attempt but the first went on."""
+        return [int(step) for step in re.findall(r"going on from \S+/step-(\d+)", self.text())]
+
+    def wait_step(self, step: int) -> None:
+        """Waits for the checkpoint of that step."""
+        checkpoints = self.run / "checkpoints"
+        newest = lambda: max(map(checkpoint.step_of, checkpoint.found(checkpoints)), default=0)  # noqa: E731
+        self.cluster.wait(lambda: newest() >= step, f"step {step} of job {self.number}: {self.text()}")
+
+    def wait_state(self, *states: str) -> None:
+        """Waits until Slurm says that the job is in one of these states."""
+        try:
+            self.cluster.wait(lambda: self.cluster.state(self.number) in states, f"{states}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.cluster.state(self.number)}: {self.text()[-3000:]}") from None
+
+    def fault(self) -> None:
+        """Marks the moment of a fault, for whoever wants to know how long a repair takes."""
+        (self.run.parent / "fault").touch()
+
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, project: Path, many_shapes: Path, tmp_path: Path) -> Iterator[Submit]:
+    """Submits slurm/train.sbatch; afterwards no job is left and every node is well."""
+    yield lambda *flags, **more: start(cluster, project, many_shapes, tmp_path, *flags, **more)
+    cluster.call("scancel", "--user=root")
+    cluster.wait(lambda: not cluster.call("squeue", "-h").strip(), "all jobs to be gone")
+    cluster.wait_idle()
+
+
+def start(
+    cluster: Cluster, project: Path, data: Path, folder: Path, *flags: str,
+    epochs: int = SHORT, arguments: tuple[str, ...] = (), run: str = "run",
+) -> Job:  # fmt: skip
+    options = ["--data", str(data), "--network", "small", "--run", str(folder / run),
+               "--epochs", str(epochs), "--peak-epoch", "1",
+               "--global-batch-size", "8", "--checkpoint-every", str(EVERY), *arguments]  # fmt: skip
+    done = subprocess.run(
+        ["sbatch", "--parsable", f"--output={folder}/job-%j.out", *flags, "slurm/train.sbatch", *options],
+        cwd=project, env=cluster.environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.strip()
+    return Job(cluster, folder / run, number, folder / f"job-{number}.out")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    cluster: Cluster, project: Path, many_shapes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The run directory of a run that nothing interrupted, made when first asked for."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def reference(nodes: int = 2, epochs: int = SHORT) -> Path:
+        if (nodes, epochs) not in made:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{nodes}-{epochs}")
+            job = start(cluster, project, many_shapes, folder, f"--nodes={nodes}", epochs=epochs)
+            job.wait_state("COMPLETED")
+            assert job.attempts() == 1
+            made[nodes, epochs] = job.run
+        return made[nodes, epochs]
+
+    return reference
+
+
+def curve(run: Path) -> list[int]:
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def equal_bytes(run: Path, reference: Path, steps: int) -> bool:
+    names = ("model.safetensors", f"checkpoints/step-{steps:07d}/optimizer.safetensors", "predictions.safetensors")
+    return all((run / name).read_bytes() == (reference / name).read_bytes() for name in names)
+
+
+def assert_nothing_happened(job: Job, reference: Path, *, attempts: int, epochs: int = SHORT) -> None:
+    """The oracle: what the run has left is what an undisturbed one leaves."""
+    steps = epochs * EPOCH
+    assert job.status() == {"state": "finished", "step": steps, "reason": ""}, job.text()
+    assert job.text().count("finished: test accuracy") == 1
+    assert job.attempts() == attempts, job.text()
+    assert curve(job.run) == list(range(10, steps + 1, 10))
+    assert equal_bytes(job.run, reference, steps)
+    assert not list(job.run.rglob("*.tmp*"))
+
+
+# ---- asked to stop
+
+
+def test_a_warning_saves_and_requeues_without_losing_a_step(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
+    stopped = job.status()
+    assert stopped["reason"] == "SIGUSR1 asked to stop"
+    job.wait_state("COMPLETED")
+    assert job.resumed_at() == [stopped["step"]]
+    assert "warned at" in job.text()
+    assert job.cluster.field(job.number, "Restarts") == "1"
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_warning_before_python_listens_is_not_lost(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_state("RUNNING")
+    job.cluster.wait(lambda: "attempt of job" in job.text(), "the script to begin")
+    time.sleep(1)
+    job.fault()
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_state("COMPLETED")
+    assert job.cluster.field(job.number, "Restarts") == "1"
+    assert_nothing_happened(job, reference, attempts=job.attempts())
+
+
+def test_preemption_by_a_job_of_higher_priority(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.call("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
+    stopped = job.status()["step"]
+    job.wait_state("COMPLETED")
+    assert job.resumed_at() == [stopped]
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_requeue_without_a_warning(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.call("scontrol", "requeue", job.number)
+    job.wait_state("COMPLETED")
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_cancelled_job_stays_cancelled_and_can_be_submitted_again(
+    submit: Submit, undisturbed: Callable[..., Path]
+) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.call("scancel", job.number)
+    job.wait_state("CANCELLED")
+    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
+    stopped = job.status()
+    job.cluster.wait(lambda: not job.cluster.call("squeue", "-h").strip(), "the job to be gone")
+    assert "requeued, to go on" not in job.text()
+    again = submit("--nodes=2")
+    again.wait_state("COMPLETED")
+    assert again.resumed_at() == [stopped["step"]]
+    assert_nothing_happened(again, reference, attempts=2)
+
+
+def test_the_end_of_the_time_limit(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed(nodes=1, epochs=LONG)
+    job = submit("--nodes=1", epochs=LONG)
+    job.wait_step(20)
+    job.fault()
+    job.cluster.call("scontrol", "update", f"JobId={job.number}", "EndTime=now+60")
+    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
+    stopped = job.status()["step"]
+    job.wait_state("COMPLETED")
+    assert job.resumed_at() == [stopped]
+    assert_nothing_happened(job, reference, attempts=2, epochs=LONG)
+
+
+# ---- struck down
+
+
+@pytest.mark.parametrize("node", [1, 2], ids=["the batch host", "another"])
+def test_a_node_dies(node: int, submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.kill(node)
+    try:
+        job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
+    finally:
+        job.cluster.start(node)
+    job.wait_state("COMPLETED")
+    assert job.resumed_at()[0] >= 20
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_network_cable_is_pulled(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.cut(2)
+    try:
+        job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
+    finally:
+        job.cluster.plug(2)
+    job.wait_state("COMPLETED")
+    assert job.resumed_at()[0] >= 20
+    assert "rank 1 on node2: no answer, so killed, frozen or cut off (no step for 10 s)" in job.text()
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed(nodes=1, epochs=LONG)
+    job = submit("--nodelist=node1", epochs=LONG)
+    job.wait_step(20)
+    (old,) = job.cluster.ranks(1)
+    job.fault()
+    job.cluster.lag(1)  # Slurm gives the job to another node, and the processes on this one train on
+    try:
+        job.cluster.call("scontrol", "update", f"JobId={job.number}", "ReqNodeList=")
+        job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
+        old.wait(timeout=60)
+    finally:
+        job.cluster.kill(1)
+        job.cluster.start(1)
+    job.wait_state("COMPLETED")
+    assert re.search(
+        r"train\.py: error: \S+ was taken over by attempt 2 \(process \d+ on node\d, Slurm job", job.text()
+    )
+    assert_nothing_happened(job, reference, attempts=2, epochs=LONG)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(rank: int, submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.ranks(rank + 1)[0].kill()
+    job.wait_state("COMPLETED")
+    assert f"rank {rank} on node{rank + 1}: no answer, so killed, frozen or cut off" in job.text()
+    assert job.resumed_at()[0] >= 20
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_rank_freezes(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.ranks(2)[0].send_signal(signal.SIGSTOP)
+    job.wait_state("COMPLETED")
+    assert "rank 1 on node2: no answer, so killed, frozen or cut off (no step for 10 s)" in job.text()
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_launcher_is_killed(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.launcher(2).kill()
+    job.wait_state("COMPLETED")
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_a_crash_on_one_node_is_repaired_in_place(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()  # two ranks, too
+    job = submit("--nodes=1", "--ntasks-per-node=2")
+    job.wait_step(20)
+    job.fault()
+    node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
+    job.cluster.ranks(node)[1].kill()
+    job.wait_state("COMPLETED")
+    assert job.cluster.field(job.number, "Restarts") == "0"
+    assert json.loads((job.run / "attempts" / "0002.json").read_text())["restarts_in_place"] == 1
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_the_controller_restarts_and_training_does_not_notice(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.kill_controller()
+    time.sleep(2)
+    job.cluster.start_controller()
+    job.wait_state("COMPLETED")
+    assert_nothing_happened(job, reference, attempts=1)
+
+
+def test_killed_while_writing_a_checkpoint(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(20)
+    (rank0,) = job.cluster.ranks(1)
+    job.cluster.wait(lambda: any((job.run / "checkpoints").glob(".step-*.tmp")), "a checkpoint in the making")
+    job.fault()
+    rank0.kill()
+    half_written = list((job.run / "checkpoints").glob(".step-*.tmp"))
+    job.wait_state("COMPLETED")
+    assert half_written
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_the_newest_checkpoint_is_truncated(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed()
+    job = submit("--nodes=2")
+    job.wait_step(30)
+    job.cluster.call("scontrol", "requeuehold", job.number)
+    job.wait_state("PENDING")
+    job.cluster.wait(lambda: not any(job.cluster.ranks(node) for node in (1, 2)), "the ranks to end")
+    newest, _ = checkpoint.newest(job.run / "checkpoints")
+    assert newest is not None
+    os.truncate(newest / "optimizer.safetensors", 1000)
+    job.fault()
+    job.cluster.call("scontrol", "release", job.number)
+    job.wait_state("COMPLETED")
+    assert f"passed over a broken checkpoint: {newest}/optimizer.safetensors does not match" in job.text()
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+def test_the_last_bits_do_not_depend_on_an_interruption_with_four_ranks(
+    submit: Submit, undisturbed: Callable[..., Path]
+) -> None:
+    # Sums of three numbers or more depend on their order, which DDP changes after its first step.
+    reference = undisturbed(nodes=4)
+    job = submit("--nodes=4")
+    job.wait_step(20)
+    job.fault()
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_state("COMPLETED")
+    assert_nothing_happened(job, reference, attempts=2)
+
+
+# ---- several jobs
+
+
+def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+    reference = undisturbed(nodes=1)
+    array = submit("--nodes=1", "--array=0-1")
+    cluster, folder = array.cluster, array.run.parent
+    jobs = [
+        Job(cluster, folder / f"run-seed{n}", f"{array.number}_{n}", folder / f"job-{number}.out")
+        for n in (0, 1)
+        for number in [cluster.field(f"{array.number}_{n}", "JobId")]
+    ]
+    jobs[0].wait_step(20)
+    jobs[0].fault()
+    cluster.call("scancel", "--batch", "--signal=USR1", jobs[0].number)
+    for job in jobs:
+        job.wait_state("COMPLETED")
+    assert_nothing_happened(jobs[0], reference, attempts=2)
+    assert jobs[1].attempts() == 1
+    assert jobs[1].status()["state"] == "finished"
+    assert [json.loads((job.run / "recipe.json").read_text())["recipe"]["seed"] for job in jobs] == [0, 1]
+
+
+def test_a_run_submitted_twice_is_written_by_the_later_job_alone(
+    submit: Submit, undisturbed: Callable[..., Path]
+) -> None:
+    reference = undisturbed(nodes=1)
+    first = submit("--nodes=1", "--exclusive")
+    first.wait_step(20)
+    first.fault()
+    second = submit("--nodes=1", "--exclusive")
+    first.wait_state("FAILED", "COMPLETED")
+    second.wait_state("COMPLETED")
+    assert f"was taken over by attempt 2 (process {attempt(second, 2)['pid']} on node" in first.text()
+    assert f"was taken over by job {second.number}; this one ends" in first.text()
+    assert first.cluster.state(first.number) == "FAILED"
+    assert_nothing_happened(second, reference, attempts=2)
+
+
+def attempt(job: Job, number: int) -> dict[str, object]:
+    return json.loads((job.run / "attempts" / f"{number:04d}.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_explanation_waits_for_the_training_job(submit: Submit, project: Path, tmp_path: Path) -> None:
+    job = submit("--nodes=1")
+    explain = subprocess.run(
+        ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/explain.out",
+         "slurm/explain.sbatch", "--run", str(job.run), "--count", "1"],
+        cwd=project, env=job.cluster.environment, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    job.wait_step(20)
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
+    assert job.cluster.state(explain) == "PENDING"  # a requeue is no end
+    job.wait_state("COMPLETED")
+    waiting = Job(job.cluster, job.run, explain, tmp_path / "explain.out")
+    waiting.wait_state("COMPLETED", "FAILED")
+    # This small run may well have made no mistake to show.
+    if job.cluster.state(explain) == "COMPLETED":
+        assert (job.run / "explain" / "report.html").is_file()
+    else:
+        assert "explain.py: error:" in waiting.text()
+
+
+def test_the_commands_of_the_readme(
+    cluster: Cluster, project: Path, many_shapes: Path, submit: Submit, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    blocks = [block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "sbatch" in block]
+    short = f"--network small --data {many_shapes} --epochs 2 --peak-epoch 1 --global-batch-size 8"
+    script = "\n".join(blocks)
+    for words, instead in (  # what a test has at hand instead of a repository, an index, CIFAR-10, GPUs and patience
+        ("git clone REPOSITORY cifar", f"cp -r {project} cifar"),
+        ("python3 -m venv venv && venv/bin/pip install -e .", f"ln -s {sys.prefix} venv"),
+        ('"cifar10"', f'"{many_shapes}"'),
+        (" --gpus-per-node=8", ""),
+        (" --gpus-per-node=1", ""),
+        (" --cpus-per-task=16", ""),
+        ("--array=0-4", "--array=0-1"),
+        ("slurm/train.sbatch", f"slurm/train.sbatch {short}"),
+        ("tail -F", "until ls runs/resnet/explain/report.html; do sleep 1; done; cat"),
+        ("--recipe digits", "--recipe digits --run runs/digits"),
+    ):
+        assert words in script, words
+        script = script.replace(words, instead)
+    assert script.count("sbatch ") >= 4
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=cluster.environment, capture_output=True,
+        text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished: test accuracy" in done.stdout
+    assert '{"state": "finished", "step": 300, "reason": ""}' in done.stdout
+    cluster.wait(lambda: not cluster.call("squeue", "-h").strip(), "all jobs to be finished")
+    for run in ("resnet", "digits", "resnet-seed0", "resnet-seed1"):
+        assert json.loads((tmp_path / "cifar" / "runs" / run / "status.json").read_text())["state"] == "finished"
+
+
+def masked(log: str) -> list[str]:
+    """The lines that tell the story, with '#' for each number and without the network's table."""
+    table = ("layer ", "---", "stages.", "dropout ", "linear ", "total ", "hint: ", "slurmstepd")
+    lines = [line for line in log.splitlines() if line and not line.startswith(table) and " MB in " not in line]
+    return [re.sub(r"(/\S+)?/run\b", "runs/resnet", re.sub(r"\d+([.,:]\d+)*", "#", line)) for line in lines]
+
+
+def test_the_example_of_the_readme(submit: Submit) -> None:
+    job = submit("--nodes=3", arguments=("--global-batch-size", "12", "--checkpoint-every", "1000"))
+    job.cluster.wait(lambda: "epoch 2/4" in job.text(), "the second epoch")
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_state("COMPLETED")
+    (example,) = re.findall(r"```\n(attempt of job .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert masked(example) == masked(job.text())
+
+
+def test_a_finished_run_is_not_trained_again(submit: Submit, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(undisturbed(), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    job = submit("--nodes=2")
+    job.wait_state("COMPLETED")
+    assert f"{tmp_path}/run is finished; nothing to do" in job.text()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("CIFAR_ENVIRONMENT", "/no/such/place", "CIFAR_ENVIRONMENT=/no/such/place has no bin/python; name a"),
+        ("CIFAR_CONTAINER", "no-such-container exec", "CIFAR_CONTAINER: no command no-such-container on this node"),
+        ("CIFAR_INTERFACE", "ib7", "CIFAR_INTERFACE=ib7: node1 has no such interface; see ip link"),
+        ("CIFAR_PRECISION", "int4", "CIFAR_PRECISION=int4 is unknown; set no, bf16 or fp16"),
+        ("CIFAR_MAX_REQUEUES", "many", "CIFAR_MAX_REQUEUES=many is not a number; set 0 or more"),
+        ("CIFAR_MAX_RESTARTS", "-1", "CIFAR_MAX_RESTARTS=-1 is not a number; set 0 or more"),
+        ("CIFAR_PREFLIGHT_SECONDS", "0", "CIFAR_PREFLIGHT_SECONDS=0 is not a number of seconds"),
+    ],
+)
+def test_an_absurd_variable_is_one_line(
+    variable: str, value: str, words: str, submit: Submit, monkeypatch: pytest.MonkeyPatch, cluster: Cluster
+) -> None:
+    monkeypatch.setitem(cluster.environment, variable, value)
+    job = submit("--nodelist=node1")
+    job.wait_state("FAILED")
+    assert job.cluster.field(job.number, "ExitCode") == "2:0"
+    assert [line.partition(" error: ")[0] for line in job.text().splitlines()] == ["train.sbatch:"]
+    assert words in job.text()
+    assert not job.run.exists()
+
+
+@pytest.mark.parametrize("name", ["train", "explain"])
+def test_a_script_outside_a_job_or_its_directory_says_so(name: str, cluster: Cluster, tmp_path: Path) -> None:
+    script = ROOT / "slurm" / f"{name}.sbatch"
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2, f"{name}.sbatch: error: no Slurm job; submit it: sbatch slurm/{name}.sbatch ...\n"
+    )  # fmt: skip
+    number = subprocess.run(
+        ["sbatch", "--parsable", script], cwd=tmp_path, env=cluster.environment, capture_output=True, text=True,
+        check=True,
+    ).stdout.strip()  # fmt: skip
+    Job(cluster, tmp_path, number, tmp_path / "no log").wait_state("FAILED")
+    (log,) = tmp_path.glob("*.out")
+    assert f"error: no {name}.py in {tmp_path}; submit from the directory that holds it" in log.read_text()
+
+
+def test_more_ranks_than_the_batch_allows_end_without_a_requeue(submit: Submit) -> None:
+    job = submit("--nodes=3")
+    job.wait_state("FAILED")
+    line = "train.py: error: --global-batch-size 8 does not divide into 3 process(es) x 1 accumulation step(s)"
+    assert job.text().count(line) == 1
+    assert "failed without having made a step since it began; see above. Not requeued" in job.text()
+
+
+def test_nodes_that_see_different_directories_are_refused(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    first = psutil.Process(cluster.machines[2].pid).children()[0].pid  # the node's own view of the file systems
+    inside = ["nsenter", f"--target={first}", "--mount"]
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "shared")], check=True)
+    try:
+        job = submit("--nodelist=node[1-2]", run="shared/run")
+        job.wait_state("FAILED")
+    finally:
+        subprocess.run([*inside, "umount", str(tmp_path / "shared")], check=True)
+    assert f"node2 does not see {tmp_path}/shared/run/attempts/0001.json, which rank 0 has just written" in job.text()
+
+
+def test_another_recipe_in_the_run_directory_is_named_field_by_field(
+    submit: Submit, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed(), tmp_path / "run")
+    (tmp_path / "run" / "status.json").unlink()
+    job = submit("--nodes=2", arguments=("--dropout", "0.3"))
+    job.wait_state("FAILED")
+    assert "train.py: error: " in job.text()
+    assert "holds a run of another recipe: dropout (0.1 there, 0.3 here); choose another --run" in job.text()
+
+
+def test_requeues_are_bounded(
+    submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
+) -> None:
+    monkeypatch.setitem(cluster.environment, "CIFAR_MAX_REQUEUES", "0")
+    job = submit("--nodes=1")
+    job.wait_step(10)
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_state("FAILED")
+    assert "requeued 0 time(s) already, and CIFAR_MAX_REQUEUES is 0; submit again to go on" in job.text()
+    assert job.status()["state"] == "preempted"
+
+
+# ---- negative controls: without each mechanism the oracle must fail
+
+
+def broken_project(project: Path, tmp_path: Path, patch: str) -> Path:
+    """The project with a train.py that takes one mechanism away."""
+    broken = tmp_path / "broken"
+    shutil.copytree(project, broken)
+    (broken / "train.py").rename(broken / "real_train.py")
+    (broken / "train.py").write_text(f"import real_train\n{patch}\nif __name__ == '__main__':\n    real_train.main()\n")
+    return broken
+
+
+def test_without_the_order_the_oracle_fails(
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Each attempt begins the order of the images anew, as a loader does that knows no step.
+    patch = (
+        "from cifar.data import order\n"
+        "real = order.RankBatches.__init__\n"
+        "def anew(self, recipe, images, start, end, rank, ranks):\n"
+        "    real(self, recipe, images, 0, end - start, rank, ranks)\n"
+        "order.RankBatches.__init__ = anew\n"
+    )
+    reference = undisturbed()
+    job = start(cluster, broken_project(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
+    job.wait_step(20)
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_state("COMPLETED")
+    assert job.status()["state"] == "finished"
+    assert not equal_bytes(job.run, reference, SHORT * EPOCH)
+
+
+def test_without_the_agreement_the_oracle_fails(
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, tmp_path: Path
+) -> None:
+    # Each rank stops when it is itself asked to, whatever the others do.
+    patch = (
+        "from cifar import loop, stop\n"
+        "real = loop.accumulate_gradients\n"
+        "def alone(*arguments):\n"
+        "    return real(*arguments)._replace(stop=bool(stop.requested()))\n"
+        "loop.accumulate_gradients = alone\n"
+    )
+    job = start(cluster, broken_project(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
+    job.wait_step(20)
+    job.cluster.ranks(2)[0].send_signal(signal.SIGUSR1)  # one rank hears it before the other
+    job.wait_state("COMPLETED", "FAILED", "PENDING")
+    assert "preempted at step" not in job.text()
+    assert "no answer" in job.text()
