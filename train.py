@@ -198,6 +198,7 @@ def main() -> None:
         recipe, options = parse_command_line(sys.argv[1:])
         with failure.shared():
             train(recipe, options)
+        stop.ignore()
     except UserError as error:
         if speaks:
             print(f"train.py: error: {error}", file=sys.stderr)

@@ -32,12 +32,21 @@ def catch() -> None:
 
 
 def ignore() -> None:
+    """From now on there is nothing left to stop.
+
+    Python gives the handlers back before a process has ended, and a warning that is repeated, as job scripts do, would
+    then kill one that had just saved everything.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def obey_parent() -> None:
     """For helper processes: the training process decides when they end, and they end with it.
 
     They hold copies of its connections: while they live, other ranks do not see that it has died.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore()
     _when_parent_dies(signal.SIGKILL)
 
 

@@ -196,12 +196,8 @@ class Cluster:
 
     def ranks(self, node: int) -> list[psutil.Process]:
         """The training processes on a node, in the order of their ranks."""
-        found = self.processes(
-            node,
-            lambda p: any(word.endswith("train.py") for word in p.cmdline()[1:3]) and "LOCAL_RANK" in p.environ()
-            and p.parent() is not None and not any(w.endswith("train.py") for w in p.parent().cmdline()[1:3]),
-        )  # fmt: skip
-        return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
+        found = self.processes(node, lambda p: _trains(p) and not _trains(p.parent()))  # their children load images
+        return sorted(found, key=lambda process: int(process.environ().get("RANK", "0")))
 
     def launcher(self, node: int) -> psutil.Process:
         """`accelerate launch` on a node."""
@@ -241,6 +237,12 @@ class Cluster:
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
             time.sleep(0.1)
+
+
+def _trains(process: psutil.Process | None) -> bool:
+    if process is None or "python" not in process.name():
+        return False
+    return any(word.endswith("train.py") for word in process.cmdline()[1:3])
 
 
 if __name__ == "__main__":

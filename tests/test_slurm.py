@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
 
 EVERY = 10  # steps between checkpoints
 EPOCH = 150  # steps, in one or two seconds
-SHORT, LONG = 4, 14  # epochs; long for faults that Slurm takes its time to notice
+SHORT, LONG = 4, 50  # epochs; long for what Slurm looks at every half minute
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +329,9 @@ def test_a_rank_is_killed(rank: int, submit: Submit, undisturbed: Callable[..., 
     job.fault()
     job.cluster.ranks(rank + 1)[0].kill()
     job.wait_state("COMPLETED")
-    assert f"rank {rank} on node{rank + 1}: no answer, so killed, frozen or cut off" in job.text()
+    # With rank 0 its launcher has gone, and the store with it.
+    words = ("its node does not answer", "no answer, so killed, frozen or cut off")[rank]
+    assert f"train.py: error: rank {rank} on node{rank + 1}: {words}" in job.text()
     assert job.resumed_at()[0] >= 20
     assert_nothing_happened(job, reference, attempts=2)
 
@@ -450,17 +452,16 @@ def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: 
 def test_a_run_submitted_twice_is_written_by_the_later_job_alone(
     submit: Submit, undisturbed: Callable[..., Path]
 ) -> None:
-    reference = undisturbed(nodes=1)
-    first = submit("--nodes=1", "--exclusive")
+    reference = undisturbed(nodes=1, epochs=LONG)
+    first = submit("--nodes=1", "--exclusive", epochs=LONG)
     first.wait_step(20)
     first.fault()
-    second = submit("--nodes=1", "--exclusive")
-    first.wait_state("FAILED", "COMPLETED")
+    second = submit("--nodes=1", "--exclusive", epochs=LONG)
+    first.wait_state("FAILED")
     second.wait_state("COMPLETED")
     assert f"was taken over by attempt 2 (process {attempt(second, 2)['pid']} on node" in first.text()
     assert f"was taken over by job {second.number}; this one ends" in first.text()
-    assert first.cluster.state(first.number) == "FAILED"
-    assert_nothing_happened(second, reference, attempts=2)
+    assert_nothing_happened(second, reference, attempts=2, epochs=LONG)
 
 
 def attempt(job: Job, number: int) -> dict[str, object]:
@@ -604,7 +605,7 @@ def test_nodes_that_see_different_directories_are_refused(submit: Submit, cluste
     inside = ["nsenter", f"--target={first}", "--mount"]
     subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "shared")], check=True)
     try:
-        job = submit("--nodelist=node[1-2]", run="shared/run")
+        job = submit("--nodes=2", "--nodelist=node[1-2]", run="shared/run")
         job.wait_state("FAILED")
     finally:
         subprocess.run([*inside, "umount", str(tmp_path / "shared")], check=True)
@@ -681,5 +682,4 @@ def test_without_the_agreement_the_oracle_fails(
     job.wait_step(20)
     job.cluster.ranks(2)[0].send_signal(signal.SIGUSR1)  # one rank hears it before the other
     job.wait_state("COMPLETED", "FAILED", "PENDING")
-    assert "preempted at step" not in job.text()
-    assert "no answer" in job.text()
+    assert "failed at step" in job.text()  # instead of "preempted": the steps since the last checkpoint are lost

@@ -51,7 +51,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    stop.ignore()  # a stop request is for the training process, which still wants its batches
+    stop.obey_parent()  # a stop request is for the training process, which still wants its batches
     cv2.setNumThreads(0)
 
 
