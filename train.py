@@ -32,7 +32,6 @@ def train(recipe: Recipe, options: Options) -> None:
     from cifar import attempt as attempts
     from cifar import checkpoint, launch, loop, models, optim, summary
     from cifar.data import loading, order
-    from cifar.data.augment import Augmentation
     from cifar.data.cache import open_data
     from cifar.tracking import Tracker
 
@@ -59,7 +58,7 @@ def train(recipe: Recipe, options: Options) -> None:
             open_data(recipe.data)
     with launch.together(accelerator):
         data = open_data(recipe.data)
-        augmentation = Augmentation(recipe.augmentation, data.mean, data.std, recipe.seed)
+        training_images = loading.training_images(recipe, data, device)
     images = len(data.train_labels)
     total_steps = order.total_steps(images, recipe.epochs, recipe.global_batch_size)
 
@@ -89,10 +88,9 @@ def train(recipe: Recipe, options: Options) -> None:
     launch.restore_scaler(accelerator, progress.scaler)
     launch.settle_buckets(accelerator, model, network)
 
-    # Batches are augmented ahead, by other processes; an epoch's end does not interrupt them.
-    training_images = loading.TrainingImages(data, augmentation)
+    # Batches are augmented ahead by other processes, or on the device; an epoch's end does not interrupt them.
     shares = order.RankBatches(recipe, images, progress.step, total_steps, rank, ranks)
-    batches = iter(loading.training_batches(training_images, shares, launch.loader_workers(), device))
+    batches = loading.training_batches(training_images, shares, launch.loader_workers(), device)
 
     facts = {
         "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifar import failure, launch, stop
+from cifar.data.augment import normalize
 from cifar.data.cache import Data
-from cifar.data.loading import normalize
 from cifar.recipes import Recipe
 
 EVALUATION_BATCH = 500  # images of a process at a time: little memory beside a training step's

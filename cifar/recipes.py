@@ -9,7 +9,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -33,6 +33,10 @@ class Recipe(BaseModel):
         int, Field(ge=1, description="parts that a process cuts its share of the batch into, to save memory")
     ] = 1
     augmentation: Annotated[str, Field(description="an entry of cifar/data/augment.py")] = "crop_flip_cutout"
+    augment: Annotated[
+        Literal["albumentations", "device"],
+        Field(description="image by image in other processes, or whole batches where the network is"),
+    ] = "albumentations"
     peak_learning_rate: Annotated[float, Field(gt=0, le=100, description="Adam's learning rate at its peak")] = 0.01
     peak_epoch: Annotated[float, Field(gt=0, description="epoch at which the learning rate peaks")] = 5.0
     weight_decay: Annotated[float, Field(ge=0, le=1, description="L2 penalty on every parameter")] = 1e-4
@@ -134,7 +138,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
         group.add_argument(
             "--" + field.replace("_", "-"),
             default=argparse.SUPPRESS,
-            metavar=getattr(info.annotation, "__name__", "VALUE").upper(),
+            metavar="|".join(get_args(info.annotation)) or getattr(info.annotation, "__name__", "VALUE").upper(),
             help=f"{info.description} ({getattr(defaults, field)})",
         )
     arguments = vars(parser.parse_args(argv))

@@ -55,11 +55,11 @@ class Tracker:
     def _samples(self, training_images: TrainingImages) -> Figure:
         first = order.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
         tensors, labels = training_images.__getitems__(first)
-        seen = tensors.permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
+        seen = tensors.cpu().permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
         test = np.random.default_rng(0).permutation(len(self.data.test_labels))[:20]
         names = self.data.classes
         return figures.samples({
-            f"training images, augmented ({self.recipe.augmentation})":
+            f"training images, augmented ({self.recipe.augmentation}, {self.recipe.augment})":
                 ((seen.clip(0, 1) * 255).round().astype(np.uint8), [names[label] for label in labels]),
             "test images":
                 (self.data.test_images[test], [names[label] for label in self.data.test_labels[test]]),

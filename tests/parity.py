@@ -2,15 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save_file
 
 from cifar import launch, loop
 from cifar.data import loading, order
-from cifar.data.augment import Augmentation
 from cifar.data.cache import open_data
-from cifar.recipes import Recipe
+from cifar.recipes import Recipe, override
 
 STEPS = 6
 
@@ -20,9 +20,13 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     rank, ranks = accelerator.process_index, accelerator.num_processes
     recipe = Recipe(global_batch_size=16, gradient_accumulation_steps=accumulation_steps)
     data = open_data(data_path)
-    images = loading.TrainingImages(data, Augmentation(recipe.augmentation, data.mean, data.std, recipe.seed))
     shares = order.RankBatches(recipe, len(data.train_labels), 0, STEPS, rank, ranks)
-    batches = list(loading.training_batches(images, shares, 1, accelerator.device))
+    given = {}
+    for way in get_args(Recipe.model_fields["augment"].annotation):
+        images = loading.training_images(override(recipe, {"augment": way}), data, accelerator.device)
+        batches = list(loading.training_batches(images, shares, 1, accelerator.device))
+        given |= {f"images.{way}.{step}": batch.contiguous() for step, (batch, _) in enumerate(batches)}
+        given |= {f"labels.{way}.{step}": labels for step, (_, labels) in enumerate(batches)}
 
     torch.manual_seed(rank)  # another start on each rank: rank 0's weights must win
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, len(data.classes)))
@@ -32,8 +36,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     assert evaluation is not None
     save_file(
         {
-            **{f"images.{step}": batch.contiguous() for step, (batch, _) in enumerate(batches)},
-            **{f"labels.{step}": labels for step, (_, labels) in enumerate(batches)},
+            **given,
             "gradient": network[1].weight.grad,  # type: ignore[dict-item]
             "totals": torch.tensor([totals.loss, totals.correct]),
             "probabilities": torch.from_numpy(evaluation.probabilities),

@@ -1,20 +1,29 @@
-"""Augmentation: random where it should be, reproducible everywhere."""
+"""Augmentation, made image by image and on the device: random where it should be, reproducible everywhere, alike."""
 
+import subprocess
+import sys
+from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy import stats
 
-from cifar.data import order
-from cifar.data.augment import AUGMENTATIONS, Augmentation
+from cifar.data import augment_device, loading, order, philox
+from cifar.data.augment import AUGMENTATIONS, Pipeline, normalize
+from cifar.data.augment_albumentations import Augmentation
 from cifar.data.cache import Data, open_data
-from cifar.data.loading import TrainingImages, normalize, training_batches
 from cifar.errors import UserError
 from cifar.recipes import RECIPES, Recipe
 
-RECIPE = Recipe(global_batch_size=16)
+CPU = torch.device("cpu")
+WAYS = get_args(Recipe.model_fields["augment"].annotation)
+PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation that leave an image as it is, on a scale of 0 to 1
+
+UNLIKELY = 1e-4  # a table less probable than this is refused; all draws are fixed by their seeds
 
 
 @pytest.fixture(scope="module")
@@ -22,74 +31,136 @@ def data(shapes: Path) -> Data:
     return open_data(str(shapes))
 
 
-def batches(data: Data, name: str, workers: int, start: int = 0, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
-    images = TrainingImages(data, Augmentation(name, data.mean, data.std, seed=0))
-    shares = order.RankBatches(RECIPE, len(data.train_labels), start, 9, rank, ranks)
-    return [batch for batch, _ in training_batches(images, shares, workers, torch.device("cpu"))]
+def recipe(way: str, name: str, seed: int = 0) -> Recipe:
+    return Recipe(augment=way, augmentation=name, seed=seed, global_batch_size=16)  # type: ignore[arg-type]
 
 
+def batches(
+    data: Data, way: str, name: str, workers: int, start: int = 0, rank: int = 0, ranks: int = 1
+) -> list[torch.Tensor]:
+    images = loading.training_images(recipe(way, name), data, CPU)
+    shares = order.RankBatches(recipe(way, name), len(data.train_labels), start, 9, rank, ranks)
+    return [batch for batch, _ in loading.training_batches(images, shares, workers, CPU)]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_images_do_not_depend_on_workers_ranks_or_where_the_run_resumes(name: str, data: Data) -> None:
-    here = batches(data, name, workers=0)
-    assert all(torch.equal(a, b) for a, b in zip(here, batches(data, name, workers=2), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(here[4:], batches(data, name, workers=1, start=4), strict=True))
-    halves = zip(*(batches(data, name, workers=1, rank=rank, ranks=2) for rank in (0, 1)), strict=True)
-    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(here, halves, strict=True))
+def test_images_do_not_depend_on_workers_ranks_or_where_the_run_resumes(name: str, way: str, data: Data) -> None:
+    here = batches(data, way, name, workers=0)
+    assert len(here) == 9
+    assert all(torch.equal(a, b) for a, b in zip(here, batches(data, way, name, workers=2), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(here[4:], batches(data, way, name, workers=1, start=4), strict=True))
+    for ranks in (2, 8):
+        shares = (batches(data, way, name, workers=1, rank=rank, ranks=ranks) for rank in range(ranks))
+        assert all(torch.equal(a, torch.cat(b)) for a, b in zip(here, zip(*shares, strict=True), strict=True))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", set(AUGMENTATIONS) - {"none"})
-def test_an_image_looks_different_in_each_epoch_and_for_each_seed(name: str, data: Data) -> None:
-    image = data.train_images[0]
-    of_seed = [Augmentation(name, data.mean, data.std, seed) for seed in (0, 1)]
-    seen = [of_seed[0](image, epoch, 0) for epoch in range(8)] + [of_seed[1](image, 0, 0)]
-    assert len({array.tobytes() for array in seen}) == len(seen)
+def test_an_image_looks_different_in_each_epoch_and_for_each_seed(name: str, way: str, data: Data) -> None:
+    of_seed = [loading.training_images(recipe(way, name, seed), data, CPU) for seed in (0, 1)]
+    seen = [of_seed[0].__getitems__([(epoch, 0)])[0] for epoch in range(8)] + [of_seed[1].__getitems__([(0, 0)])[0]]
+    assert len({image.numpy().tobytes() for image in seen}) == len(seen)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_images_come_out_normalised_float32_and_channels_last(name: str, data: Data) -> None:
-    batch = batches(data, name, workers=0)[0]
-    assert batch.shape == (16, 3, 32, 32)
-    assert batch.dtype == torch.float32
-    assert batch.is_contiguous(memory_format=torch.channels_last)
+def test_images_come_out_normalised_float32_and_channels_last_with_their_labels(
+    name: str, way: str, data: Data
+) -> None:
+    images, labels = loading.training_images(recipe(way, name), data, CPU).__getitems__([(0, 40), (3, 2), (0, 63)])
+    assert images.shape == (3, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [data.train_labels[index] for index in (40, 2, 63)]
 
 
-def test_none_is_what_evaluation_does(data: Data) -> None:
-    augmented = torch.from_numpy(Augmentation("none", data.mean, data.std, 0)(data.train_images[0], 0, 0))
-    evaluated = normalize(torch.from_numpy(data.train_images[:1].copy()), data.mean, data.std)
-    torch.testing.assert_close(augmented, evaluated[0].permute(1, 2, 0))
+@pytest.mark.parametrize("way", WAYS)
+def test_none_is_what_evaluation_does(way: str, data: Data) -> None:
+    augmented, _ = loading.training_images(recipe(way, "none"), data, CPU).__getitems__([(1, 5), (0, 7)])
+    assert torch.equal(augmented, normalize(torch.from_numpy(data.train_images[[5, 7]]), data.mean, data.std))
 
 
 def test_normalised_training_images_have_mean_0_and_deviation_1(data: Data) -> None:
-    everything = normalize(torch.from_numpy(data.train_images[:].copy()), data.mean, data.std)
+    everything = normalize(torch.from_numpy(data.train_images), data.mean, data.std)
     torch.testing.assert_close(everything.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(everything.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
 
 
-def parts(image: npt.NDArray[np.uint8], augmented: npt.NDArray[np.float32]) -> tuple[int, int, bool, tuple[int, int]]:
-    """The shift, the flip and the cutout's corner that explain an augmented image, by trying them all."""
+def test_images_on_the_cpu_are_the_caches_memory_map_which_nothing_can_change(shapes: Path) -> None:
+    data = open_data(str(shapes))
+    images = loading.ResidentImages(data, AUGMENTATIONS["crop_flip_cutout"], 0, CPU)
+    assert images.images.data_ptr() == data.train_images.ctypes.data
+    before = open_data(str(shapes)).train_images.tobytes()
+    images.images.zero_()  # a mistake that would stay within this process
+    assert open_data(str(shapes)).train_images.tobytes() == before
+
+
+CRASH = """
+import sys, torch
+from cifar.data import loading, order
+from cifar.data.cache import open_data
+from cifar.recipes import Recipe
+recipe, cpu = Recipe(global_batch_size=16), torch.device("cpu")
+images = loading.training_images(recipe, open_data(sys.argv[1]), cpu)
+batches = loading.training_batches(images, order.RankBatches(recipe, 64, 0, 100, 0, 1), 2, cpu)
+next(batches)
+raise RuntimeError("as when memory runs out")
+"""
+
+
+def test_after_a_crash_the_worker_processes_do_not_keep_the_program_from_ending(shapes: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, shapes], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: as when memory runs out"
+
+
+# ---- what is drawn
+
+
+def augmented(way: str, name: str, image: npt.NDArray[np.uint8], n: int) -> list[npt.NDArray[np.float32]]:
+    """One image as n samples of a training set, each augmented once."""
+    pipeline = AUGMENTATIONS[name]
+    if way == "albumentations":
+        augmentation = Augmentation(pipeline, *PLAIN, seed=0)
+        return [augmentation(image, 0, index) for index in range(n)]
+    draws = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
+    images = torch.from_numpy(image[None])
+    return list(augment_device.augment(images, np.zeros(n, int), draws, pipeline, *PLAIN).permute(0, 2, 3, 1).numpy())
+
+
+Parts = tuple[int, int, bool, tuple[int, int]]
+
+
+def explain(image: npt.NDArray[np.uint8], seen: list[npt.NDArray[np.float32]]) -> list[Parts]:
+    """The shift, the flip and the cutout's corner that explain each augmented image, by trying them all."""
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
-    scaled = np.round(augmented * 255).astype(int)  # made with mean 0 and deviation 1
-    found = []
-    for top in range(9):
-        for left in range(9):
-            crop = padded[top : top + 32, left : left + 32].astype(int)
-            for flip in (False, True):
-                odd = np.argwhere((scaled != (crop[:, ::-1] if flip else crop)).any(axis=2))
-                if len(odd) <= 64 and (np.ptp(odd, axis=0) < 8).all():
-                    corner = tuple(int(value) for value in odd.min(axis=0))
-                    assert (scaled[corner[0] : corner[0] + 8, corner[1] : corner[1] + 8] == 0).all()
-                    found.append((top, left, flip, corner))
-    assert len(found) == 1, f"{len(found)} explanations"
-    return found[0]
+    ways = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
+    crops = [padded[top : top + 32, left : left + 32] for top, left, _ in ways]
+    candidates = np.stack([crop[:, ::-1] if flip else crop for crop, (_, _, flip) in zip(crops, ways, strict=True)])
+    found: list[Parts] = []
+    for one in seen:
+        scaled = np.round(one * 255).astype(np.uint8)  # made with mean 0 and deviation 1
+        odd = (scaled != candidates).any(axis=3)
+        (number,) = np.flatnonzero(odd.sum(axis=(1, 2)) <= 64)  # one explanation and no more
+        rows, columns = np.nonzero(odd[number])
+        assert len(rows) == 64
+        assert np.ptp(rows) == np.ptp(columns) == 7
+        assert not scaled[rows, columns].any()
+        found.append((*ways[number], (int(rows[0]), int(columns[0]))))
+    return found
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["crop_flip_cutout", "crop_cutout"])
-def test_crop_flip_and_cutout_are_what_they_say_and_uniform(name: str) -> None:
+def test_crop_flip_and_cutout_are_what_they_say_and_uniform(name: str, way: str) -> None:
     # No two pixels are alike and none is 0, so that each augmented image has one explanation only.
     image = np.random.default_rng(0).integers(1, 256, (32, 32, 3)).astype(np.uint8)
-    augmentation = Augmentation(name, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), seed=0)
     n = 900
-    tops, lefts, flips, corners = zip(*(parts(image, augmentation(image, 0, i)) for i in range(n)), strict=True)
+    tops, lefts, flips, corners = zip(*explain(image, augmented(way, name, image, n)), strict=True)
     for shifts in (tops, lefts):
         counts = np.bincount(shifts, minlength=9)
         # 9 equally likely shifts: 100 of each expected, standard deviation 9.4; 5 deviations
@@ -104,10 +175,123 @@ def test_crop_flip_and_cutout_are_what_they_say_and_uniform(name: str) -> None:
         assert abs(sum(flips) - n / 2) < 5 * np.sqrt(n) / 2
 
 
+def drawn(augmentation: Augmentation) -> augment_device.Draws:
+    """What Albumentations drew for its last image; 0 where a pipeline lacks a choice."""
+    applied = {type(transform).__name__: transform.get_applied_params() for transform in augmentation.pipeline}
+    left, top, _, _ = applied.get("RandomCrop", {}).get("crop_coords", (0, 0, 0, 0))
+    hole_left, hole_top, _, _ = applied.get("CoarseDropout", {}).get("holes", [(0, 0, 0, 0)])[0]
+    return augment_device.Draws(top, left, int(bool(applied.get("HorizontalFlip"))), hole_top, hole_left)
+
+
+ALONE = {"crop": Pipeline(padding=4), "flip": Pipeline(flip=True), "cutout": Pipeline(cutout=8)}
+
+
+@pytest.mark.parametrize("name", ALONE | AUGMENTATIONS)
+def test_for_the_same_draws_both_ways_make_the_same_image_bit_for_bit(name: str, data: Data) -> None:
+    pipeline = (ALONE | AUGMENTATIONS)[name]
+    augmentation = Augmentation(pipeline, data.mean, data.std, seed=3)
+    expected, numbers = [], []
+    for index in range(len(data.train_images)):
+        expected.append(augmentation(data.train_images[index], 0, index))
+        numbers.append(drawn(augmentation))
+    draws = augment_device.Draws(*np.array(numbers).T)
+    indices = np.arange(len(numbers))
+    images = torch.from_numpy(data.train_images)
+    made = augment_device.augment(images, indices, draws, pipeline, data.mean, data.std)
+    assert np.array_equal(made.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+def uniform(values: npt.NDArray[np.int64], choices: int) -> bool:
+    """Whether all of 0 to choices - 1 occur, and nothing else, equally often (chi-square)."""
+    counts = np.bincount(values)
+    return len(counts) == choices and counts.min() > 0 and stats.chisquare(counts).pvalue > UNLIKELY
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_both_ways_draw_the_same_values_equally_often(name: str, way: str) -> None:
+    pipeline, n = AUGMENTATIONS[name], 10_000
+    if way == "device":
+        draws = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
+    else:
+        augmentation, numbers = Augmentation(pipeline, *PLAIN, seed=0), []
+        for index in range(n):
+            augmentation(np.zeros((32, 32, 3), np.uint8), 0, index)
+            numbers.append(drawn(augmentation))
+        draws = augment_device.Draws(*np.array(numbers).T)
+    assert uniform(draws.top * 9 + draws.left, 81) if pipeline.padding else not (draws.top | draws.left).any()
+    assert uniform(draws.mirrored, 2) if pipeline.flip else not draws.mirrored.any()
+    if pipeline.cutout:
+        assert uniform(draws.hole_top * 25 + draws.hole_left, 625)
+
+
+def test_draws_of_neighbouring_images_epochs_seeds_and_choices_are_independent() -> None:
+    pipeline, n = AUGMENTATIONS["crop_flip_cutout"], 20_000
+    here = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
+    others = {
+        "the next image": augment_device.draw(pipeline, 0, [(0, index + 1) for index in range(n)]),
+        "the next epoch": augment_device.draw(pipeline, 0, [(1, index) for index in range(n)]),
+        "the next seed": augment_device.draw(pipeline, 1, [(0, index) for index in range(n)]),
+        "a seed that differs in its high half": augment_device.draw(pipeline, 1 << 32, [(0, i) for i in range(n)]),
+    }
+    pairs = {f"{a} and {b}": (getattr(here, a), getattr(here, b)) for a, b in combinations(here._fields, 2)}
+    pairs |= {
+        f"{field} and that of {what}": (getattr(here, field), getattr(there, field))
+        for what, there in others.items()
+        for field in here._fields
+    }
+    assert len(pairs) == 30
+    for what, (first, second) in pairs.items():
+        table = np.zeros((first.max() + 1, second.max() + 1))
+        np.add.at(table, (first, second), 1)
+        assert stats.chi2_contingency(table).pvalue > UNLIKELY, what
+
+
+def test_no_two_samples_of_any_epoch_and_seed_share_their_random_words() -> None:
+    seeds = (0, 1, 2, 2**32, 2**63 - 1)
+    epochs, indices = np.meshgrid(np.arange(40), np.arange(500))
+    counters = np.zeros((4, epochs.size), np.uint64)
+    counters[0], counters[1] = indices.ravel(), epochs.ravel()
+    words = np.concatenate([philox.words(seed, counters) for seed in seeds], axis=1)
+    assert len(np.unique(words, axis=1).T) == len(seeds) * epochs.size
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_known_answers(counter: str, key: str, expected: str) -> None:
+    """Those that its authors publish: Random123 1.14, tests/kat_vectors, "philox4x32 10"."""
+    low, high = (int(word, 16) for word in key.split())
+    words = philox.words(low + (high << 32), np.array([[int(word, 16)] for word in counter.split()], np.uint64))
+    assert [f"{int(word):08x}" for word in words[:, 0]] == expected.split()
+
+
+def test_draws_stay_what_they_are() -> None:
+    """Other numbers would be as good, but a run that began before a change would not go on as it was."""
+    draws = augment_device.draw(AUGMENTATIONS["crop_flip_cutout"], 7, [(3, 41), (0, 0)])
+    assert np.array(draws).tolist() == [[0, 7], [4, 4], [0, 0], [9, 15], [18, 5]]
+
+
+def test_words_become_numbers_below_their_bound() -> None:
+    ends = np.array([0, 2**32 - 1], np.uint64)
+    for bound in (1, 2, 9, 25):
+        assert philox.below(np.array([bound], np.uint64), ends).tolist() == [0, bound - 1]
+
+
+# ---- names
+
+
 def test_digits_are_not_flipped() -> None:
     assert RECIPES["digits"]().augmentation == "crop_cutout"
+    assert not AUGMENTATIONS["crop_cutout"].flip
 
 
-def test_an_unknown_augmentation_is_refused_by_name(data: Data) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_unknown_augmentation_is_refused_by_name(way: str, data: Data) -> None:
     with pytest.raises(UserError, match="'mixup' is unknown; choose one of: crop_flip_cutout"):
-        Augmentation("mixup", data.mean, data.std, 0)
+        loading.training_images(recipe(way, "mixup"), data, CPU)

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint, models
+from cifar.data.augment import normalize
 from cifar.data.cache import Data, open_data
-from cifar.data.loading import normalize
 from cifar.errors import UserError
 from cifar.explain import calibration, mistakes, neighbours, runs
 from cifar.explain.findings import Findings, Shown

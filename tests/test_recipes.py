@@ -19,6 +19,7 @@ def test_every_recipe_is_documented_and_its_help_shows_its_values(name: str, tra
     shown = train("--recipe", name, "--help")
     assert shown.returncode == 0
     assert "--global-batch-size INT" in shown.stdout
+    assert "--augment albumentations|device" in shown.stdout
     assert f"({recipe.global_batch_size})" in shown.stdout
     documentation = RECIPES[name].__doc__ or ""
     for fact in ("accelerate launch", "test accuracy", "minute"):
@@ -64,6 +65,7 @@ def test_flags_change_the_fields_they_name() -> None:
         (["--peak-learning-rate", "inf"], "--peak-learning-rate inf"),
         (["--global-batch-size", "-512"], "--global-batch-size -512"),
         (["--seed", "1.5"], "--seed 1.5"),
+        (["--augment", "foo"], "--augment foo: input should be 'albumentations' or 'device'"),
         (["--checkpoint-every", "0"], "--checkpoint-every 0"),
         (["--checkpoint-every", "often"], "--checkpoint-every often"),
         (["stray"], "stray"),

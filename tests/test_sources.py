@@ -54,6 +54,21 @@ def test_a_zip_and_a_folder_of_the_same_images_are_the_same_data(shapes: Path, s
             assert np.array_equal(np.asarray(image), folder.test_images[index])
 
 
+def test_many_files_keep_their_order(tmp_path: Path) -> None:
+    n = 3 * sources.PART + 1  # read in parts, by several threads
+    for split, count in (("train", n), ("test", 1)):
+        for number in range(count):
+            path = tmp_path / split / "ab"[number % 2] / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (number // 256, number % 256, 0)).save(path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "test" / "a" / "x.png")
+    shutil.copytree(tmp_path / "test" / "a", tmp_path / "test" / "b")
+    data = open_data(str(tmp_path))
+    pixels = data.train_images[:, 0, 0].astype(int)
+    assert (pixels[:, 0] * 256 + pixels[:, 1]).tolist() == [*range(0, n, 2), *range(1, n, 2)]
+    assert [int(Path(name).stem) for name in data.files("train")] == [*range(0, n, 2), *range(1, n, 2)]
+
+
 def test_the_cache_is_mapped_and_follows_the_content(shapes: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shapes, copy)

@@ -18,8 +18,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint, models, run
+from cifar.data.augment import normalize
 from cifar.data.cache import open_data
-from cifar.data.loading import normalize
 from cifar.errors import UserError
 from cifar.recipes import Recipe, parse_command_line
 
@@ -165,13 +165,29 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("step", [3, 4], ids=["in the middle of an epoch", "at an epoch's end"])
+@pytest.fixture(scope="module")
+def finished_on_the_device(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run with its images augmented in whole batches."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    done = train(*arguments(shapes, directory, "--augment", "device"), env=BF16)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert (directory / "samples.png").is_file()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "uninterrupted"),
+    [(3, (), "finished"), (4, (), "finished"), (3, ("--augment", "device"), "finished_on_the_device")],
+    ids=["in the middle of an epoch", "at an epoch's end", "augmented on the device"],
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    step: int, finished: Path, shapes: Path, train: Train, tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
+    step: int, more: tuple[str, ...], uninterrupted: str,
+    request: pytest.FixtureRequest, shapes: Path, train: Train, tmp_path: Path,
+) -> None:  # fmt: skip
+    directory, finished = tmp_path / "run", request.getfixturevalue(uninterrupted)
     process = subprocess.Popen(
-        command(ROOT / "train.py", *arguments(shapes, directory)),
+        command(ROOT / "train.py", *arguments(shapes, directory, *more)),
         env={**os.environ, **BF16}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wait_for(directory / "checkpoints" / f"step-{step:07d}", process)
@@ -182,7 +198,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
             shutil.rmtree(later)
     assert json.loads((directory / "status.json").read_text())["state"] == "running"
 
-    done = train(*arguments(shapes, directory), env=BF16)
+    done = train(*arguments(shapes, directory, *more), env=BF16)
     assert done.returncode == 0, done.stderr
     assert f"attempt 2: going on from {directory}/checkpoints/step-{step:07d}" in done.stdout
     assert same_result(directory, finished)
@@ -190,6 +206,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     for tag in ("epoch/test_accuracy", "train/loss"):
         steps = [event.step for event in events(directory).Scalars(tag)]
         assert steps == sorted(set(steps)), f"{tag} goes back"
+
+
+def test_images_augmented_on_the_device_are_another_run(finished: Path, finished_on_the_device: Path) -> None:
+    ways = [json.loads((run / "recipe.json").read_text())["recipe"] for run in (finished, finished_on_the_device)]
+    assert [way.pop("augment") for way in ways] == ["albumentations", "device"]
+    assert ways[0] == ways[1]
+    assert without_times(finished) != without_times(finished_on_the_device)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -282,6 +305,8 @@ def check(directory: Path, *flags: str) -> None:
 def test_a_run_directory_of_another_kind_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another recipe: .*epochs \(3 there, 24 here\).*choose another --run"):
         check(finished)
+    with pytest.raises(UserError, match=r"another recipe: augment \('albumentations' there, 'device' here\)"):
+        check(finished, "--augment", "device")
     with pytest.raises(UserError, match="is not empty, and --resume never wants it so; choose a new --run"):
         check(finished, "--resume", "never")
     (tmp_path / "thesis.tex").write_text("years of work")

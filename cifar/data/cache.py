@@ -64,7 +64,8 @@ def open_data(data: str) -> Data:
 def open_cache(path: Path) -> Data:
     """Maps the arrays of a cache directory."""
     meta = json.loads((path / "meta.json").read_text())
-    arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in
+    # Copy on write, since torch takes no read-only array: what a process might write would stay its own.
+    arrays = {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in
               ("train_images", "train_labels", "test_images", "test_labels")}  # fmt: skip
     meta["mean"], meta["std"] = tuple(meta["mean"]), tuple(meta["std"])
     return Data(path=path, **meta, **arrays)
@@ -100,7 +101,10 @@ def _write(path: Path, classes: list[str], splits: dict[str, sources.Split]) -> 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel on a scale of 0 to 1, exact (from the counts of the 256 values)."""
     values = np.arange(256) / 255
-    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 100):  # bincount takes 64 bits a value: so few stay in the processor's cache
+        pixels = images[start : start + 100].reshape(-1, 3)
+        counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
     mean = (counts @ values) / counts.sum(axis=1)
     square = (counts @ values**2) / counts.sum(axis=1)
     # A channel that never varies would divide by zero; one step of 256 is the least that uint8 can resolve.

@@ -11,8 +11,10 @@ import pickle
 import tarfile
 import urllib.request
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from cifar.errors import UserError
 
 SIZE = 32  # pixels: the networks' pooling is made for it
 SPLITS = ("train", "test")
+AT_ONCE, PART = 8, 100  # threads that read a folder's files, and how many files each of them takes at a time
 LARGEST_FILE = 1 << 20  # bytes; a 32x32 image as PNG or JPEG has 1 to 4 kB
 
 # The archive that Alex Krizhevsky publishes, and its files' md5 sums (also in torchvision.datasets.CIFAR10).
@@ -91,7 +94,7 @@ def _folder(path: Path) -> Source:
         return Source(_stat_key(path, sorted(path.iterdir())), lambda: decode_official(_official_folder_reader(path)))
     members = sorted(PurePosixPath(file.relative_to(path).as_posix()) for file in _files_below(path))
     key = _stat_key(path, [path / member for member in members])
-    return Source(key, lambda: decode_images(str(path), members, lambda member: (path / member).read_bytes()))
+    return Source(key, lambda: decode_images(str(path), members, lambda member: (path / member).read_bytes(), AT_ONCE))
 
 
 def _files_below(path: Path) -> Iterator[Path]:
@@ -235,9 +238,12 @@ def _decode_zip(path: Path) -> tuple[list[str], dict[str, Split]]:
 
 
 def decode_images(
-    where: str, members: list[PurePosixPath], read: Callable[[PurePosixPath], bytes]
+    where: str, members: list[PurePosixPath], read: Callable[[PurePosixPath], bytes], at_once: int = 1
 ) -> tuple[list[str], dict[str, Split]]:
     """Decodes `<train|test>/<class>/<image>`; names that begin with a dot, and __MACOSX, are passed over.
+
+    With `at_once` above 1 so many threads read ahead: a network disk is slow, but not when it is asked for many files
+    at once.
 
     Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss.
     """
@@ -263,24 +269,38 @@ def decode_images(
     if not 2 <= len(names) <= 256:
         raise UserError(f"{where} has {len(names)} class(es); between 2 and 256 can be told apart here")
     number = {name: index for index, name in enumerate(names)}
+
+    def read_or_say(member: PurePosixPath) -> bytes:
+        try:
+            return read(member)
+        except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+            raise UserError(f"{where}: {member} cannot be read ({error}); mend or remove it") from None
+
     splits = {}
     for split, found in by_split.items():
         images = np.empty((len(found), SIZE, SIZE, 3), np.uint8)
-
-        def decode(job: tuple[npt.NDArray[np.uint8], PurePosixPath]) -> None:
-            image, member = job
-            try:
-                content = read(member)
-            except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-                raise UserError(f"{where}: {member} cannot be read ({error}); mend or remove it") from None
+        contents = _read_ahead(read_or_say, found, at_once) if at_once > 1 else map(read_or_say, found)
+        # In one thread: Pillow reads a header in Python, and two threads lose more time to its lock than they win.
+        for image, member, content in zip(images, found, contents, strict=True):
             image[:] = decode_image(content, f"{where}: {member}")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
-            for _ in pool.map(decode, zip(images, found, strict=True)):
-                pass
         labels = np.array([number[member.parts[1]] for member in found], np.uint8)
         splits[split] = Split(images, labels, [str(member) for member in found])
     return names, splits
+
+
+def _read_ahead(read: Callable[[PurePosixPath], bytes], members: list[PurePosixPath], at_once: int) -> Iterator[bytes]:
+    """The members' contents in order, read in parts by threads; no more than `at_once` parts are held."""
+
+    def read_part(part: list[PurePosixPath]) -> list[bytes]:
+        return [read(member) for member in part]
+
+    parts = iter([members[start : start + PART] for start in range(0, len(members), PART)])
+    with ThreadPoolExecutor(at_once) as pool:
+        ahead = deque(pool.submit(read_part, part) for part in islice(parts, at_once))
+        while ahead:
+            contents = ahead.popleft().result()
+            ahead.extend(pool.submit(read_part, part) for part in islice(parts, 1))
+            yield from contents
 
 
 def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
@@ -307,7 +327,7 @@ def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
                     raise refuse("is partly transparent")
             elif image.mode not in ("RGB", "L", "P", "1"):
                 raise refuse(f"has colour mode {image.mode}")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UnidentifiedImageError:
         raise refuse("is not an image") from None
     except Image.DecompressionBombError:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from cifar.data.augment import normalize
 from cifar.data.cache import Data
-from cifar.data.loading import normalize
 from cifar.explain import maps, votes
 from cifar.explain.findings import Int64, Shown, UInt8
 

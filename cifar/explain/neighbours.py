@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from cifar.data.augment import normalize
 from cifar.data.cache import Data
-from cifar.data.loading import normalize
 from cifar.explain.findings import Float, Int64, Neighbours, UInt8
 
 OF_EACH = 2  # nearest training images of the predicted class, and as many of the true class

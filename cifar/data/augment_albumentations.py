@@ -1,0 +1,46 @@
+"""Augmentation with Albumentations, image by image, each one's randomness from (seed, epoch, index) alone."""
+
+import os
+import random
+
+import numpy as np
+import numpy.typing as npt
+
+from cifar.data.augment import Pipeline, Statistics
+from cifar.data.order import AUGMENTATION
+from cifar.data.sources import SIZE
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks a package index for its newest version at import
+
+import albumentations as A
+import cv2
+
+
+def _transforms(pipeline: Pipeline, mean: Statistics, std: Statistics) -> list[A.BasicTransform]:
+    transforms: list[A.BasicTransform] = []
+    if pipeline.padding:
+        transforms += [A.Pad(pipeline.padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(SIZE, SIZE)]
+    if pipeline.flip:
+        transforms += [A.HorizontalFlip(p=0.5)]
+    transforms += [A.Normalize(mean, std, max_pixel_value=255)]
+    if pipeline.cutout:
+        side = (pipeline.cutout, pipeline.cutout)
+        transforms += [A.CoarseDropout((1, 1), hole_height_range=side, hole_width_range=side, fill=0, p=1)]
+    return transforms
+
+
+class Augmentation:
+    """A pipeline of Albumentations: uint8 [32, 32, 3] in, normalised float32 of the same shape out."""
+
+    def __init__(self, pipeline: Pipeline, mean: Statistics, std: Statistics, seed: int) -> None:
+        self.seed = seed
+        self.pipeline = A.Compose(_transforms(pipeline, mean, std))
+
+    def __call__(self, image: npt.NDArray[np.uint8], epoch: int, index: int) -> npt.NDArray[np.float32]:
+        # Left to itself, Albumentations draws the same numbers in every worker and epoch. set_random_state costs
+        # 17 us an image where set_random_seed costs 86.
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(AUGMENTATION, epoch, index))
+        generator = np.random.Generator(np.random.PCG64(sequence))
+        self.pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        augmented: npt.NDArray[np.float32] = self.pipeline(image=image)["image"]
+        return augmented
