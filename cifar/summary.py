@@ -5,17 +5,29 @@ from torch import nn
 
 
 def table(network: nn.Module, image_size: int = 32) -> str:
-    """Name, type, output shape and parameters of every layer, their total, and the size of the float32 weights in MB.
+    """`rows` under each other, and the size of the float32 weights in MB."""
+    cells = rows(network, image_size)
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    lines = [
+        f"{name:{widths[0]}}  {kind:{widths[1]}}  {shape:>{widths[2]}}  {own:>{widths[3]}}"
+        for name, kind, shape, own in cells
+    ]
+    size = parameter_count(network) * 4 / 1e6
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"{size:.3f} MB in float32"])
+
+
+def rows(network: nn.Module, image_size: int = 32) -> list[tuple[str, str, str, str]]:
+    """Name, type, output shape and parameters of every layer, and their total, below a row of these headings.
 
     Runs one zero image through the network in evaluation mode; mode, hooks and buffers are left as they were.
     """
-    rows: list[tuple[str, str, str, int]] = []
+    found: list[tuple[str, str, str, int]] = []
     layers = [(name, module) for name, module in network.named_modules() if not list(module.children())]
 
     def hook_for(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
             own = sum(parameter.numel() for parameter in module.parameters())
-            rows.append((name, type(module).__name__, "x".join(map(str, output.shape[1:])), own))
+            found.append((name, type(module).__name__, "x".join(map(str, output.shape[1:])), own))
 
         return hook
 
@@ -29,19 +41,11 @@ def table(network: nn.Module, image_size: int = 32) -> str:
         network.train(mode)
         for handle in handles:
             handle.remove()
-    total = parameter_count(network)
-    head = ("layer", "type", "output", "parameters")
-    cells = [
-        head,
-        *((name, kind, shape, f"{own:,}") for name, kind, shape, own in rows),
-        ("total", "", "", f"{total:,}"),
+    return [
+        ("layer", "type", "output", "parameters"),
+        *((name, kind, shape, f"{own:,}") for name, kind, shape, own in found),
+        ("total", "", "", f"{parameter_count(network):,}"),
     ]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    lines = [
-        f"{name:{widths[0]}}  {kind:{widths[1]}}  {shape:>{widths[2]}}  {own:>{widths[3]}}"
-        for name, kind, shape, own in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"{total * 4 / 1e6:.3f} MB in float32"])
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -18,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS if "sbatch" not in block for line in block.splitlines()]  # those: test_slurm.py
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
+APP, EXPORT = (line for line in COMMANDS if "cifar.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
 
@@ -40,11 +42,18 @@ def test_it_begins_with_the_two_commands_a_newcomer_needs() -> None:
         "pip install -e . && accelerate launch train.py --recipe digits",
         "pip install -e '.[test]' && pytest",
     ]
-    assert COMMANDS[:2] == INSTALLS
+    assert COMMANDS[:2] == INSTALLS[:2]
+
+
+def test_what_the_app_needs_comes_with_it_and_with_the_tests() -> None:
+    assert INSTALLS[2:] == ["pip install -e '.[app]'"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["app"][0].startswith("gradio>=")
+    assert "cifar[app]" in extras["test"]
 
 
 def test_every_command_is_run_by_a_test_here() -> None:
-    known = ("pip install", "tensorboard", "accelerate launch", "python train.py", "python explain.py")
+    known = ("pip install", "tensorboard", "accelerate launch", "python train.py", "python explain.py", APP, EXPORT)
     assert [line for line in COMMANDS if not line.startswith(known)] == []
 
 
@@ -92,6 +101,42 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
             "report.html", "misclassified.csv", "gallery.png", "cam.png", "maps", "confusion.png", "calibration.png",
             "result.json",
         }  # fmt: skip
+
+
+def test_the_app_answers_at_the_address_of_the_readme(finished: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = shlex.split(APP)
+    words[words.index("--run") + 1] = str(finished)
+    server = subprocess.Popen(
+        [Path(sys.executable).parent / words[0], *words[1:], "--port", port],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        opened = server.stdout.readline()
+        assert opened.startswith("open http://127.0.0.1:"), opened + server.stdout.read()
+        assert (
+            "http://127.0.0.1:7860"
+            in subprocess.run(
+                [sys.executable, "-m", "cifar.app", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as response:
+            assert "gradio" in response.read().decode()
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+    assert server.returncode == 0
+
+
+def test_a_space_is_written(finished: Path, tmp_path: Path) -> None:
+    words = shlex.split(EXPORT)
+    words[words.index("--run") + 1], words[words.index("--export-space") + 1] = str(finished), str(tmp_path / "space")
+    executable = Path(sys.executable).parent / words[0]
+    subprocess.run([executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, timeout=300, check=True)
+    assert (tmp_path / "space" / "app.py").is_file()
 
 
 def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:

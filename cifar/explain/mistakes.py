@@ -27,19 +27,27 @@ def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], 
 
     Raises UserError where --count asks for more than there are.
     """
-    keep = np.ones(len(wrong), bool)
-    if options.true is not None:
-        keep &= labels[wrong] == classes.index(options.true)
-    if options.predicted is not None:
-        keep &= predictions[wrong] == classes.index(options.predicted)
-    rows = np.flatnonzero(keep)
+    true, predicted = (None if name is None else classes.index(name) for name in (options.true, options.predicted))
+    rows = select(labels[wrong], predictions[wrong], true, predicted, options.order, options.seed)
     if options.count is not None and options.count > len(rows):
         raise UserError(f"--count {options.count} is more than the {len(rows)} such mistake(s) there are; give fewer")
-    if options.order == "uncertain":
-        rows = rows[::-1]
-    elif options.order == "random":
-        rows = np.random.default_rng(options.seed).permutation(rows)
     return rows[: options.count or COUNT]
+
+
+def select(labels: UInt8, predictions: UInt8, true: int | None, predicted: int | None, order: str, seed: int) -> Int64:
+    """The rows of mistakes (labels, predictions [m], most confident first) of a true and a predicted class, if given.
+
+    `order` is one of ORDERS; `seed` belongs to random.
+    """
+    keep = np.ones(len(labels), bool)
+    if true is not None:
+        keep &= labels == true
+    if predicted is not None:
+        keep &= predictions == predicted
+    rows = np.flatnonzero(keep)
+    if order == "uncertain":
+        return rows[::-1]
+    return np.random.default_rng(seed).permutation(rows) if order == "random" else rows
 
 
 def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64, Int64]:

@@ -65,7 +65,7 @@ class Run:
 
 def open_run(path: Path) -> Run:
     """Raises UserError where there is no run, it is not finished, or its files are not what was saved."""
-    finished = all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
+    finished = is_finished(path)
     if not finished and not (path / "state.json").is_file():
         raise _nothing_to_explain(path)
     try:
@@ -96,6 +96,11 @@ def open_run(path: Path) -> Run:
     if run.network not in models.names():
         raise UserError(f"{path}: network {run.network!r} is unknown; choose a run of: {', '.join(models.names())}")
     return run
+
+
+def is_finished(path: Path) -> bool:
+    """Whether this is the directory of a finished run."""
+    return all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
 
 
 def _nothing_to_explain(path: Path) -> UserError:

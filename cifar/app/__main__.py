@@ -1,0 +1,99 @@
+"""Try a trained network in the browser.
+
+python -m cifar.app --run runs/resnet
+python -m cifar.app --run runs/resnet --export-space DIR
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar.app import server
+from cifar.errors import UserError
+from cifar.explain import runs
+
+
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError for an unknown flag; `--help` prints and exits."""
+    parser = _Parser(
+        prog="python -m cifar.app",
+        allow_abbrev=False,
+        description=f"Try a trained network in the browser, at http://{server.HOST}:{server.PORT}.",
+    )
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help="a finished run (runs/resnet)")
+    add("--data", metavar="PATH", help="where the test images are (as in training)")
+    add(
+        "--export-space", type=Path, metavar="DIR", help="write a Hugging Face Space to a new folder, and serve nothing"
+    )
+    add(
+        "--host",
+        default=server.HOST,
+        metavar="ADDRESS",
+        help=f"who can reach it; 0.0.0.0: every machine around ({server.HOST})",
+    )
+    add("--port", type=int, default=server.PORT, metavar="N", help=f"({server.PORT})")
+    return parser.parse_args(argv)
+
+
+def start(asked: argparse.Namespace) -> None:
+    """Serves or exports what was asked for."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("gradio is not installed; install it with: pip install '.[app]'")
+    if asked.run.is_dir() and not runs.is_finished(asked.run):
+        raise UserError(f"{asked.run} is not a finished run; train it to its end first, or name another --run")
+    run = runs.open_run(asked.run)
+    # What takes seconds to import comes after all that can be refused without it.
+    if asked.export_space:
+        check_new(asked.export_space)
+    else:
+        server.check_port(asked.host, asked.port)
+
+    from cifar.app import material
+    from cifar.app.engine import Engine
+
+    shown, engine = material.of_run(run, asked.data or run.recipe["data"]), Engine(run)
+    if asked.export_space:
+        from cifar.app import space
+
+        space.export(engine, shown, asked.export_space)
+        print(f"{asked.export_space} is a complete Space; try it with: python {asked.export_space / 'app.py'}")
+    else:
+        server.serve(engine, shown, asked.host, asked.port)
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError for a folder that something is in, or that cannot be written."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--export-space {folder} is not an empty folder; name a new one")
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--export-space {folder} cannot be written; name another folder")
+
+
+def main() -> None:
+    """Reads the command line and serves; a user's mistake ends in one line and exit status 2."""
+    try:
+        start(parse_command_line(sys.argv[1:]))
+    except UserError as error:
+        print(f"cifar.app: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see python -m cifar.app --help")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One network in memory, asked by one visitor at a time, with the functions of the explanation pass."""
+
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+
+from cifar.data.augment import normalize
+from cifar.explain import layers, maps, runs, votes
+from cifar.explain.findings import Float, Int64, UInt8
+from cifar.explain.runs import Run
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where the network looked, at one layer of h x w cells."""
+
+    layer: str
+    map: Float  # [h, w] >= 0, not rescaled
+    peak: float  # the raw maximum before negative evidence was cut; <= 0: no positive evidence
+
+
+@dataclass(frozen=True)
+class Votes:
+    """How much each cell of the last stage added to the margin between two classes."""
+
+    layer: str
+    target: int
+    against: int
+    cells: Float  # [h, w] signed; their sum plus `bias` is `margin`
+    bias: float
+    margin: float  # logit(target) - logit(against)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says about a picture of 32x32 pixels, and why."""
+
+    pixels: UInt8  # [32, 32, 3]
+    probabilities: Float  # [C]
+    target: int  # the class that maps and votes are for
+    method: str
+    looks: list[Look]
+    votes: Votes | None  # None where maps were not asked for
+
+    @property
+    def ranking(self) -> Int64:
+        """[C] the classes, the most probable first."""
+        return np.argsort(-self.probabilities, kind="stable")
+
+
+class Engine:
+    """A run's network. Two threads on one network would mix their maps: a lock lets one in."""
+
+    def __init__(self, run: Run) -> None:
+        """Raises UserError for weights that are not the network's."""
+        self.run = run
+        self.network = runs.load(run, torch.device("cpu"))
+        self.layers = layers.of(run.network)
+        self._lock = Lock()
+        # Now, and not in front of the first visitor: grad-cam takes seconds to import.
+        self.answer(np.zeros((32, 32, 3), np.uint8), None, "gradcam", [self.default_layer])
+
+    @property
+    def default_layer(self) -> str:
+        """Where maps are made unless another layer is asked for."""
+        return layers.default(self.layers)
+
+    def answer(self, pixels: UInt8, target: int | None, method: str, at: list[str]) -> Answer:
+        """Probabilities of a picture [32, 32, 3], its maps at the layers `at`, and its votes where there are any maps.
+
+        They are for the class `target`, or the predicted one; votes count it against the predicted class, or, where it
+        is that, against the runner-up.
+        """
+        with self._lock:
+            images = self._tensor(pixels[None])
+            with torch.no_grad():
+                probabilities: Float = self.network(images).softmax(dim=1)[0].numpy()
+            first, second = np.argsort(-probabilities, kind="stable")[:2].tolist()
+            target = first if target is None else target
+            looks, counted = [], None
+            for layer in at:
+                objectives = maps.scores(torch.tensor([[target]]), len(probabilities))
+                raw, _ = maps.compute(self.network, layer, method, images, objectives)
+                looks.append(_look(layer, raw[0, 0]))
+            if at:
+                against, last_stage = second if target == first else first, list(self.layers)[-1]
+                cells, bias, margin = votes.count(self.network, last_stage, images, torch.tensor([[target, against]]))
+                counted = Votes(last_stage, target, against, cells[0], float(bias[0]), float(margin[0]))
+        return Answer(pixels, probabilities, target, method, looks, counted)
+
+    def looks(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Look], Float]:
+        """The map of each picture [n, 32, 32, 3] for its class of `targets` [n], and the probabilities [n, C]."""
+        with self._lock:
+            objectives = maps.scores(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
+            raw, logits = maps.compute(self.network, layer, method, self._tensor(pixels), objectives)
+        return [_look(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
+
+    def _tensor(self, pixels: UInt8) -> torch.Tensor:
+        return normalize(torch.from_numpy(pixels), self.run.mean, self.run.std)
+
+
+def _look(layer: str, raw: Float) -> Look:
+    return Look(layer, np.maximum(raw, 0), float(raw.max()))

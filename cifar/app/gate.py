@@ -1,0 +1,113 @@
+"""What gets in and out: the few addresses that the page needs, the app's own folder, and no other machine.
+
+Gradio serves more than this app uses: files by path or by web address, a proxy, links to saved states, monitoring.
+"""
+
+import ipaddress
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+NEEDED = re.compile(
+    r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|assets/.+|static/.+)?"
+    r"|/gradio_api/(info|startup-events|upload|upload_progress|reset|cancel|queue/(join|data)|heartbeat/\w+|file=.+)"
+)
+# Gradio's page has inline scripts, and templates that it compiles; neither comes from anywhere but this server.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class Gate:
+    """ASGI middleware in front of all that Gradio serves."""
+
+    def __init__(self, app: ASGIApp, uploads: Path, largest: int) -> None:
+        """`uploads` is the only folder that files come from, `largest` the bytes that a request may have."""
+        self.app, self.uploads, self.largest = app, uploads, largest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers what is not allowed in, and passes on the rest."""
+        if scope["type"] != "http":  # 'lifespan' says that the server starts and ends; there are no websockets
+            await self.app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *HEADERS]}
+            await send(message)
+
+        refusal = self.refusal(scope["path"], scope["method"], dict(scope["headers"]))
+        await (refusal or self.app)(scope, receive, send_guarded)
+
+    def refusal(self, path: str, method: str, headers: dict[bytes, bytes]) -> PlainTextResponse | None:
+        """The answer to a request that is not let in, else None."""
+        if not NEEDED.fullmatch(path):
+            return PlainTextResponse("Not found", 404)
+        _, asks_for_file, file = path.partition("/file=")
+        # Of an address of another machine, too, 'http://...' being no file in the folder.
+        if asks_for_file and not lies_in(file, self.uploads):
+            return PlainTextResponse("Forbidden", 403)
+        if method == "POST":
+            length = headers.get(b"content-length", b"")
+            if not length.isdigit():
+                return PlainTextResponse("Length required", 411)
+            if int(length) > self.largest:
+                return PlainTextResponse("Too large", 413)
+        return None
+
+
+def lies_in(path: str, folder: Path) -> bool:
+    """Whether a path that a stranger has sent leads into a folder, all its links and dots followed."""
+    try:
+        return Path(path).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # no path at all: it holds a zero byte, or half of a character
+        return False
+
+
+def stay_on_this_machine(host: str | None) -> None:
+    """From now on this process connects to no other machine, whatever a library has in mind; `host` is its own address.
+
+    It cannot be undone: audit hooks stay.
+    """
+    own = {"localhost", "", host}
+
+    def is_here(name: Any) -> bool:
+        name = name.decode() if isinstance(name, bytes) else name
+        if name is None or name in own:
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in {"socket.connect", "socket.sendto"}:
+            connection, address = arguments
+            allowed = connection.family not in {socket.AF_INET, socket.AF_INET6} or is_here(address[0])
+        elif event in {"socket.getaddrinfo", "socket.gethostbyname"}:
+            allowed = is_here(arguments[0]) or _is_address(arguments[0])
+        else:
+            return
+        if not allowed:
+            raise PermissionError("this app connects to no other machine")
+
+    sys.addaudithook(hook)
+
+
+def _is_address(name: Any) -> bool:
+    try:
+        ipaddress.ip_address(name.decode() if isinstance(name, bytes) else name)
+    except ValueError:
+        return False
+    return True

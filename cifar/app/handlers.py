@@ -1,0 +1,105 @@
+"""What happens when a visitor asks: from values that a browser sent to what is shown, and the same as numbers.
+
+Nothing here knows Gradio. Values are unchecked as they come; what is wrong with them is a UserError.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar.app import asked, pictures, views
+from cifar.app.engine import Engine
+from cifar.app.gate import lies_in
+from cifar.app.material import Material
+from cifar.app.views import Mistake
+from cifar.errors import UserError
+from cifar.explain import figures, mistakes
+from cifar.explain.findings import Int64, UInt8
+from cifar.explain.options import METHODS, ORDERS
+
+MOST = 60  # mistakes on the page at once
+PREDICTED, TRUE, NO_MAP, ANY = "(predicted)", "(true)", "(no map)", "(any)"
+HINT = "Upload, paste or photograph a picture, or choose one of the test images."
+
+Shown = tuple[str, Any]  # HTML, and the same as plain values
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """The answers of one network; `uploads` is the only folder whose files are read."""
+
+    engine: Engine
+    material: Material
+    uploads: Path
+
+    def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Shown:
+        """Classes of a picture with their probabilities, and where the network looked."""
+        if picture is None:
+            return views.hint(HINT), None
+        classes, known = self.engine.run.classes, list(self.engine.layers)
+        top = asked.whole("the number of classes", top, 1, len(classes))
+        map_for = asked.one_of("class", map_for, [PREDICTED, *classes])
+        method = asked.one_of("method", method, list(METHODS))
+        layers = asked.some_of("layer", layers, known) if asked.switch("the switch", maps) else []
+        target = None if map_for == PREDICTED else classes.index(map_for)
+        answer = self.engine.answer(pictures.read(self._uploaded(picture)), target, method, layers)
+        return views.answer(answer, self.engine, top), views.answer_numbers(answer, self.engine, top)
+
+    def misclassified(
+        self,
+        show: Any,
+        count: Any,
+        true: Any,
+        predicted: Any,
+        order: Any,
+        seed: Any,
+        map_for: Any,
+        method: Any,
+        layer: Any,
+    ) -> Shown:
+        """Test images that the network got wrong, each with its map."""
+        if not asked.switch("the switch", show):
+            return "", None
+        wrong, classes, cells = self.material.mistakes, self.engine.run.classes, self.engine.layers
+        count = asked.whole("the number of mistakes", count, 1, MOST)
+        true = asked.one_of("true class", true, [ANY, *classes])
+        predicted = asked.one_of("predicted class", predicted, [ANY, *classes])
+        order = asked.one_of("order", order, ORDERS)
+        seed = asked.whole("seed", seed, 0, 2**32 - 1)
+        map_for = asked.one_of("map", map_for, [NO_MAP, PREDICTED, TRUE])
+        method = asked.one_of("method", method, list(METHODS))
+        layer = asked.one_of("layer", layer, list(cells))
+        of_true, of_predicted = (None if name == ANY else classes.index(name) for name in (true, predicted))
+        found = mistakes.select(wrong.labels, wrong.predictions, of_true, of_predicted, order, seed)
+        shown = self._mistakes(found[:count], map_for, method, layer)
+        kind = "".join(f", {word} {name}" for word, name in (("true", true), ("predicted", predicted)) if name != ANY)
+        sentence = f"{len(shown)} of {len(found):,} mistakes{kind}. Choose one to classify it."
+        if map_for != NO_MAP:
+            sentence += (
+                f" Maps: {method} at {layer}, {cells[layer]}x{cells[layer]} cells, each on its own scale from 0 to "
+            )
+            sentence += "its raw maximum."
+        return views.mistakes(shown, classes, sentence), views.mistake_numbers(shown, classes)
+
+    def test_image(self, index: Any) -> UInt8:
+        """A test image that was clicked on, enlarged: so it is seen sharp, and averages back to what it was."""
+        for judged in (self.material.examples, self.material.mistakes):
+            for row in (judged.indices == index).nonzero()[0]:
+                return figures.enlarged(judged.pixels[row], figures.ENLARGED)
+        raise UserError("that is no test image of this page")
+
+    def _mistakes(self, rows: Int64, map_for: str, method: str, layer: str) -> list[Mistake]:
+        wrong = self.material.mistakes
+        targets = (wrong.labels if map_for == TRUE else wrong.predictions)[rows]
+        if map_for == NO_MAP or not len(rows):
+            return [Mistake(*wrong.row(row), int(target)) for row, target in zip(rows, targets, strict=True)]
+        looks, probabilities = self.engine.looks(wrong.pixels[rows], targets, method, layer)
+        now = probabilities.argmax(axis=1).tolist()
+        return [Mistake(*wrong.row(row), *rest) for row, *rest in zip(rows, targets.tolist(), looks, now, strict=True)]
+
+    def _uploaded(self, picture: Any) -> Path:
+        """The file of an uploaded picture. Raises UserError for any other."""
+        path = picture.get("path") if isinstance(picture, dict) else None
+        if not isinstance(path, str) or not lies_in(path, self.uploads):
+            raise UserError("the picture was not uploaded here; upload it")
+        return Path(path)

@@ -1,0 +1,148 @@
+"""What the app shows of a run beside its network: test images, and the lines of About.
+
+Taken from the run and its test set, or read from a folder that `save` wrote, which needs no data set.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cifar import files
+from cifar.errors import UserError
+from cifar.explain import calibration, figures, mistakes, runs
+from cifar.explain.findings import Float, Int64, UInt8
+from cifar.explain.runs import Run
+
+LIST = "pictures.json"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Some test images with what the run said of them at its end."""
+
+    indices: Int64  # [m] positions in the test set
+    pixels: UInt8  # [m, 32, 32, 3]
+    labels: UInt8  # [m]
+    probabilities: Float  # [m, C]
+
+    @property
+    def predictions(self) -> UInt8:
+        """[m] the most probable class."""
+        most_probable: UInt8 = self.probabilities.argmax(axis=1).astype(np.uint8)
+        return most_probable
+
+    def row(self, row: int) -> tuple[int, UInt8, int, int, Float]:
+        """Index, pixels [32, 32, 3], true and predicted class, probabilities [C] of one of them."""
+        numbers = (int(array[row]) for array in (self.indices, self.labels, self.predictions))
+        index, label, predicted = numbers
+        return index, self.pixels[row], label, predicted, self.probabilities[row]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All of it."""
+
+    examples: Judged  # the first test image of each class
+    mistakes: Judged  # all of them, the most confident first
+    images: int  # in the test set
+    right: list[tuple[int, int]]  # for each class: images that were classified correctly, and images
+    facts: dict[str, str]  # how it was trained and how good it is: name and value of each line
+
+
+def of_run(run: Run, source: str) -> Material:
+    """Takes it from the run's last evaluation and the images that `source` (as --data) names.
+
+    Raises UserError where the images are missing, or are not those that the run judged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from cifar.data.cache import open_data
+
+    data = runs.as_trained(open_data(source), run)
+    try:
+        epochs, judged = runs.judgements(run, data)
+        probabilities = load_file(run.directory / "predictions.safetensors")["probabilities"].astype(np.float32)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{run.path / 'predictions.safetensors'} cannot be read ({error}); choose another --run"
+        ) from None
+    if not len(epochs):
+        raise UserError(f"{source} does not hold the test images that {run.path} judged; name them with --data")
+    labels, predictions = np.array(data.test_labels), judged[epochs.argmax()]
+    # They are kept in float16, which has ties that the run did not have: the class that it predicted goes before.
+    tied = np.flatnonzero(probabilities.argmax(axis=1) != predictions)
+    probabilities[tied, predictions[tied]] = np.nextafter(probabilities[tied].max(axis=1), np.float32(2))
+
+    def take(indices: Int64) -> Judged:
+        return Judged(indices, data.test_images[indices], labels[indices], probabilities[indices])
+
+    first = [positions[0] for number in range(len(run.classes)) if len(positions := np.flatnonzero(labels == number))]
+    correct = predictions == labels
+    return Material(
+        examples=take(np.array(first, np.int64)),
+        mistakes=take(mistakes.find(probabilities, labels)),
+        images=len(labels),
+        right=[
+            (int(correct[labels == number].sum()), int((labels == number).sum())) for number in range(len(run.classes))
+        ],
+        facts=_facts(run, correct, probabilities),
+    )
+
+
+def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities: Float) -> dict[str, str]:
+    result = json.loads((run.path / "result.json").read_bytes())
+    low, high = calibration.wilson(np.array([correct.mean()]), np.array([len(correct)]))
+    trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
+    hours, minutes = divmod(round(result["seconds"] / 60), 60)
+    return {
+        "accuracy": f"{correct.mean():.2%} of {len(correct):,} test images "
+        f"(95 % interval {low[0]:.2%} to {high[0]:.2%})",
+        "confidence": f"{probabilities.max(axis=1).mean():.2%} in the mean",
+        "network": f"{run.network}, {result['parameters']:,} parameters",
+        "training": f"{run.step:,} steps in {hours} h {minutes:02} min, {result['world_size']} process(es), "
+        f"precision {result['precision']}",
+        "finished": f"{trained:%Y-%m-%d %H:%M} UTC",
+        "weights": f"sha256 {run.sha256}",
+    }
+
+
+def save(material: Material, folder: Path) -> None:
+    """Writes a PNG of each picture, examples/ and mistakes/, and a list of them. Raises OSError."""
+    listed: dict[str, Any] = {"images": material.images, "right": material.right, "facts": material.facts}
+    for name, judged in (("examples", material.examples), ("mistakes", material.mistakes)):
+        (folder / name).mkdir()
+        listed[name] = []
+        for index, pixels, label, row in zip(*vars(judged).values(), strict=True):
+            file = f"{name}/{index:05}.png"
+            files.write(folder / file, figures.png(pixels))
+            facts = {"file": file, "index": int(index), "true": int(label), "probabilities": row.tolist()}
+            listed[name].append(facts)
+    files.write(folder / LIST, json.dumps(listed, indent=1).encode())
+
+
+def read(folder: Path) -> Material:
+    """What `save` wrote."""
+    listed = json.loads((folder / LIST).read_bytes())
+
+    def judged(rows: list[dict[str, Any]]) -> Judged:
+        pixels = [np.asarray(Image.open(folder / row["file"])) for row in rows]
+        return Judged(
+            np.array([row["index"] for row in rows], np.int64),
+            np.stack(pixels) if pixels else np.empty((0, 32, 32, 3), np.uint8),
+            np.array([row["true"] for row in rows], np.uint8),
+            np.array([row["probabilities"] for row in rows], np.float32).reshape(len(rows), -1),
+        )
+
+    return Material(
+        judged(listed["examples"]),
+        judged(listed["mistakes"]),
+        listed["images"],
+        [(right, count) for right, count in listed["right"]],
+        listed["facts"],
+    )

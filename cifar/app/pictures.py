@@ -1,0 +1,86 @@
+"""An uploaded picture of any size and mode, as the network sees it: the middle square, averaged down to 32x32.
+
+The file comes from a stranger. Its size in bytes and in pixels is known from the directory and the header before
+anything is decoded, and every way in which decoding can fail ends in words.
+"""
+
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from cifar.data.sources import SIZE
+from cifar.errors import UserError
+from cifar.explain.findings import UInt8
+
+BYTES = 25 << 20  # of a file: a telephone's largest JPEG
+PIXELS = 64_000_000  # of a picture: a telephone's 50 million, and room; 256 MB once decoded
+TOO_MANY = f"the picture has more than {PIXELS // 1_000_000} million pixels; make it smaller"
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that starts another program, as EPS does
+
+UPRIGHT = {  # what undoes each EXIF orientation but 1
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow looks at the header, too: let it refuse where it would warn.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def read(path: Path) -> UInt8:
+    """The picture as uint8 [32, 32, 3]. Raises UserError for whatever is no picture, broken or too large.
+
+    Of an animation the first frame; upright, as its EXIF orientation says; what is transparent lies on white. Each
+    pixel is the mean of what falls into it: a 32x32 picture, or one enlarged by a whole number, stays as it is.
+    """
+    try:
+        _check(path.stat().st_size <= BYTES, f"the file is larger than {BYTES >> 20} MB; make it smaller")
+        with Image.open(path, formats=FORMATS) as image:
+            _check(image.width * image.height <= PIXELS, TOO_MANY)
+            image.draft(None, (8 * SIZE, 8 * SIZE))  # lets JPEG decode a large picture at a fraction of its size
+            return _small(image)
+    except FileNotFoundError:
+        raise UserError("the picture is no longer here; upload it again") from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"the file is not a picture that can be read; save it as one of: {', '.join(FORMATS)}"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(TOO_MANY) from None
+    except UserError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise UserError(
+            f"the picture is damaged ({f'{error}'[:120] or type(error).__name__}); save it again, or try another"
+        ) from None
+
+
+def _small(image: Image.Image) -> UInt8:
+    if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would cut off at 255
+        pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UserError(f"the picture has 32 bits a pixel (mode {image.mode}), without a known white; save it with 8")
+    else:
+        pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    side = min(pixels.size)
+    left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
+    square = pixels.resize((SIZE, SIZE), Image.Resampling.BOX, (left, top, left + side, top + side))
+    if square.mode == "RGBA":
+        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
+    with suppress(Exception):  # a broken note of the camera's is no reason to refuse its picture
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in UPRIGHT:
+            square = square.transpose(UPRIGHT[orientation])
+    return np.array(square.convert("RGB"))
+
+
+def _check(fine: bool, otherwise: str) -> None:
+    if not fine:
+        raise UserError(otherwise)

@@ -1,0 +1,102 @@
+"""The app as a server: a page, a folder of its own for uploads, and an end that leaves nothing behind."""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from cifar.errors import UserError
+
+if TYPE_CHECKING:  # a wrong address is refused before torch has loaded
+    from cifar.app.engine import Engine
+    from cifar.app.material import Material
+
+HOST, PORT = "127.0.0.1", 7860
+OF_A_SPACE = {"GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH"}  # where Hugging Face wants the server
+
+
+def serve_folder(folder: Path) -> None:
+    """Serves a folder that `--export-space` wrote, at the address that the environment names (as a Space's does)."""
+    from cifar.app import material
+    from cifar.app.engine import Engine
+    from cifar.explain import runs
+
+    host, port = os.environ.get("GRADIO_SERVER_NAME", HOST), int(os.environ.get("GRADIO_SERVER_PORT", PORT))
+    check_port(host, port)
+    serve(Engine(runs.open_run(folder)), material.read(folder), host, port)
+
+
+def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
+    """Serves until it is interrupted or terminated, then deletes what visitors have uploaded."""
+    signal.signal(signal.SIGTERM, _stop)
+    with tempfile.TemporaryDirectory(prefix="cifar-app-", ignore_cleanup_errors=True) as uploads:
+        # Before Gradio is imported. What is set for other apps must not open this one.
+        for name in [name for name in os.environ if name.startswith("GRADIO_") and name not in OF_A_SPACE]:
+            del os.environ[name]
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        # Gradio asks its own server whether it runs: not through a proxy.
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(["127.0.0.1", "localhost", host])
+
+        import gradio as gr
+        from starlette.middleware import Middleware
+
+        from cifar.app import page, pictures
+        from cifar.app.gate import Gate, stay_on_this_machine
+
+        stay_on_this_machine(host)
+        gate = Middleware(Gate, uploads=Path(uploads), largest=pictures.BYTES + (1 << 20))
+        fonts = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]  # what the visitor's machine has
+        _, address, _ = page.build(engine, shown, Path(uploads)).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            num_workers=0,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            max_file_size=pictures.BYTES,
+            state_session_capacity=100,
+            app_kwargs={"middleware": [gate]},
+            theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]).set(
+                body_text_color_subdued="*neutral_600",
+                body_text_color_subdued_dark="*neutral_300",  # to be readable
+            ),
+            # Not as `css`, whose rules Gradio rewrites, and breaks where a selector has a comma in brackets.
+            head=f"<style>{Path(__file__).with_name('app.css').read_text()}</style>",
+        )
+        print(f"open {address} (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError where no server can listen."""
+    if not 0 < port < 1 << 16:  # getaddrinfo would take it modulo 65536
+        raise UserError(f"--port {port} is out of range; give one from 1 to 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        raise UserError(
+            f"no server can listen at {host} port {port} ({error.strerror}); give another --port or --host"
+        ) from None
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

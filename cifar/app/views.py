@@ -1,0 +1,151 @@
+"""What the app shows, as HTML: the macros of `views.html.j2`, and the same answers as plain numbers."""
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import escape
+
+from cifar import recipes, summary
+from cifar.app.engine import Answer, Engine, Look, Votes
+from cifar.app.material import Judged, Material
+from cifar.explain import figures
+from cifar.explain.findings import Float, UInt8
+
+DIGITS = 6  # decimals of the numbers; float32 has about as many
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that the network got wrong."""
+
+    index: int
+    pixels: UInt8  # [32, 32, 3]
+    true: int
+    predicted: int  # by the run itself, in the precision that it was trained with
+    probabilities: Float  # [C], the run's own
+    target: int  # the class that the map is for
+    look: Look | None = None  # None: no map was asked for
+    now: int | None = None  # the class that the network predicts here, in float32
+
+
+def _uri(pixels: UInt8) -> str:
+    """A picture [h, w, 3] as a data: URI, lossless."""
+    return f"data:image/png;base64,{base64.b64encode(figures.png(pixels)).decode()}"
+
+
+def _vote_text(votes: Votes, vote: float) -> str:
+    """A vote with its sign in five characters, all those of a map with as many decimals."""
+    largest = float(np.abs(votes.cells).max())
+    return f"{vote:+.{2 if largest < 9.995 else 1 if largest < 99.95 else 0}f}"
+
+
+def _vote_style(votes: Votes, down: int, across: int) -> str:
+    """The colours of a vote's cell, with a text that can be read on it."""
+    limit = float(np.abs(votes.cells).max())
+    colour = figures.coloured(votes.cells, limit, signed=True)[down, across]
+    linear = np.where(colour <= 10, colour / 3294.6, ((colour / 255 + 0.055) / 1.055) ** 2.4)  # sRGB's definition
+    dark = linear @ (0.2126, 0.7152, 0.0722) < 0.179  # where white and black have the same contrast (WCAG), 4.6
+    return f"background: rgb({' '.join(map(str, colour))}); color: {'white' if dark else 'black'}"
+
+
+_environment = Environment(
+    loader=PackageLoader("cifar.app", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_environment.globals |= {
+    "uri": _uri,
+    "coloured": figures.coloured,
+    "vote_style": _vote_style,
+    "vote_text": _vote_text,
+    "ramp": figures.coloured(np.linspace(0, 1, 128, dtype=np.float32)[None], 1),
+}
+_macros: Any = _environment.get_template("views.html.j2").module
+
+
+def escaped(text: str) -> str:
+    """Text that may stand in HTML."""
+    return str(escape(text))
+
+
+def hint(text: str) -> str:
+    """What to do next."""
+    return str(_macros.hint(text))
+
+
+def problem(text: str) -> str:
+    """What is wrong."""
+    return str(_macros.problem(f"{text[:1].upper()}{text[1:]}."))
+
+
+def examples(judged: Judged, classes: list[str]) -> str:
+    """A button with each picture and its class."""
+    rows = zip(judged.indices, judged.pixels, judged.labels, strict=True)
+    return str(_macros.tiles([{"index": int(i), "pixels": p, "name": classes[label]} for i, p, label in rows]))
+
+
+def answer(given: Answer, engine: Engine, top: int) -> str:
+    """The picture as the network sees it, bars of its `top` classes, maps and votes."""
+    return str(_macros.answer(given, engine.run.classes, top, engine.layers))
+
+
+def mistakes(rows: list[Mistake], classes: list[str], sentence: str) -> str:
+    """A button with each mistake, its map over it, true and predicted class."""
+    return str(_macros.mistakes(rows, classes, sentence))
+
+
+def about(material: Material, engine: Engine) -> str:
+    """The network, how it was trained, and what it cannot do."""
+    run = engine.run
+    described = {name: field.description for name, field in recipes.Recipe.model_fields.items()}
+    rows = summary.rows(engine.network)
+    return str(_macros.about(material.facts, run.classes, material.right, rows, run.recipe, described))
+
+
+def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:
+    """An answer for programs: everything that the page shows."""
+    classes, votes = engine.run.classes, given.votes
+    return {
+        "top": [{"class": classes[n], "probability": _rounded(given.probabilities[n])} for n in given.ranking[:top]],
+        "map for": classes[given.target],
+        "method": given.method,
+        "maps": [{"layer": look.layer, **_map(look)} for look in given.looks],
+        "votes": votes
+        and {
+            "layer": votes.layer,
+            "for": classes[votes.target],
+            "against": classes[votes.against],
+            "cells": _rounded(votes.cells),
+            "sum": _rounded(votes.cells.sum()),
+            "bias": _rounded(votes.bias),
+            "margin": _rounded(votes.margin),
+        },
+    }
+
+
+def _map(look: Look) -> dict[str, Any]:
+    return {"cells": len(look.map), "raw maximum": _rounded(look.peak), "map": _rounded(look.map)}
+
+
+def _rounded(values: Float | np.floating[Any] | float) -> Any:
+    return np.asarray(values, np.float64).round(DIGITS).tolist()
+
+
+def mistake_numbers(rows: list[Mistake], classes: list[str]) -> list[dict[str, Any]]:
+    """Mistakes for programs: everything that the page shows."""
+    return [
+        {
+            "index": row.index,
+            "true": classes[row.true],
+            "predicted": classes[row.predicted],
+            "probabilities": dict(zip(classes, _rounded(row.probabilities), strict=True)),
+            "map for": classes[row.target],
+            **(_map(row.look) if row.look else {}),
+        }
+        for row in rows
+    ]
