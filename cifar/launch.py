@@ -30,6 +30,7 @@ def start() -> Accelerator:
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16") and not has_accelerator:
         raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
+    _rejoin("nccl" if has_accelerator else "gloo")
     accelerator = Accelerator(cpu=not has_accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -43,6 +44,22 @@ def start() -> Accelerator:
         torch.set_num_threads(max(1, _cores() // local_processes()))
         _keep_freed_memory()
     return accelerator
+
+
+def _rejoin(backend: str) -> None:
+    """After a restart in place (--max_restarts), meets the other ranks where the dead ones have left nothing.
+
+    The launcher's store outlives its workers, and with static rendezvous, Accelerate's default, torch 2.14 does not
+    separate one attempt's keys from the next: a new rank would look for a dead one's address, and hang.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0":
+        return
+    from torch.distributed import PrefixStore, TCPStore, init_process_group  # type: ignore[attr-defined]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    init_process_group(backend, store=PrefixStore(f"restart/{count}", store), rank=rank, world_size=ranks)
 
 
 def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_steps: int) -> None:

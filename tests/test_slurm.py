@@ -260,6 +260,7 @@ def test_the_end_of_the_time_limit(submit: Submit, undisturbed: Callable[..., Pa
     job.cluster.call("scontrol", "update", f"JobId={job.number}", "EndTime=now+60")
     job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
     stopped = job.status()["step"]
+    job.cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # or each attempt would be as short
     job.wait_state("COMPLETED")
     assert job.resumed_at() == [stopped]
     assert_nothing_happened(job, reference, attempts=2, epochs=LONG)
@@ -302,18 +303,18 @@ def test_a_network_cable_is_pulled(submit: Submit, undisturbed: Callable[..., Pa
 
 def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, undisturbed: Callable[..., Path]) -> None:
     reference = undisturbed(nodes=1, epochs=LONG)
-    job = submit("--nodelist=node1", epochs=LONG)
+    job = submit("--nodes=1", epochs=LONG)
     job.wait_step(20)
-    (old,) = job.cluster.ranks(1)
+    node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
+    (old,) = job.cluster.ranks(node)
     job.fault()
-    job.cluster.lag(1)  # Slurm gives the job to another node, and the processes on this one train on
+    job.cluster.lag(node)  # Slurm gives the job to another node, and the processes on this one train on
     try:
-        job.cluster.call("scontrol", "update", f"JobId={job.number}", "ReqNodeList=")
         job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
         old.wait(timeout=60)
     finally:
-        job.cluster.kill(1)
-        job.cluster.start(1)
+        job.cluster.kill(node)
+        job.cluster.start(node)
     job.wait_state("COMPLETED")
     assert re.search(
         r"train\.py: error: \S+ was taken over by attempt 2 \(process \d+ on node\d, Slurm job", job.text()
