@@ -165,7 +165,8 @@ def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
     """The fields that decide the result and differ, as 'field: ours, theirs' (the data is compared by content)."""
-    mine = ours.model_dump()
+    # A run from before a field was there was made with what is now its default.
+    mine, theirs = ours.model_dump(), {**Recipe().model_dump(), **theirs}
     return [
         f"{field} ({theirs.get(field)!r} there, {mine.get(field)!r} here)"
         for field in sorted(mine.keys() | theirs.keys())
