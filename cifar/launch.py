@@ -108,14 +108,15 @@ def topology(accelerator: Accelerator, global_batch_size: int) -> str:
         f"precision {accelerator.mixed_precision}, global batch {global_batch_size}"
         f" ({global_batch_size // processes} a process)"
     )
-    if accelerator.mixed_precision == "no" and _native_bf16(device):
+    if accelerator.mixed_precision == "no" and native_bf16(device):
         line += (
             "\nhint: this machine computes bf16 natively, about twice as fast: accelerate launch --mixed_precision bf16"
         )
     return line
 
 
-def _native_bf16(device: torch.device) -> bool:
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself, instead of emulating it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":

@@ -53,7 +53,16 @@ def test_what_the_app_needs_comes_with_it_and_with_the_tests() -> None:
 
 
 def test_every_command_is_run_by_a_test_here() -> None:
-    known = ("pip install", "tensorboard", "accelerate launch", "python train.py", "python explain.py", APP, EXPORT)
+    known = (
+        "pip install",
+        "tensorboard",
+        "accelerate launch",
+        "python train.py",
+        "python explain.py",
+        "python -m cifar.bench",
+        APP,
+        EXPORT,
+    )
     assert [line for line in COMMANDS if not line.startswith(known)] == []
 
 
@@ -137,6 +146,24 @@ def test_a_space_is_written(finished: Path, tmp_path: Path) -> None:
     executable = Path(sys.executable).parent / words[0]
     subprocess.run([executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, timeout=300, check=True)
     assert (tmp_path / "space" / "app.py").is_file()
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "cifar.bench" in line], ids=str)
+def test_a_command_measures(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    # Of everything only what is cheap: test_bench.py has the rest.
+    parts = [word for word in words if word in ("step", "input")] or ["explain"]
+    words += ["--recipe", "digits", "--repeats", "2", "--seconds", "0.01", *([] if "step" in words else parts)]
+    executable = Path(sys.executable).parent / words[0]
+    environment_ = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [executable, *words[1:]], cwd=tmp_path, env=environment_, capture_output=True, text=True, timeout=600,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = {row.split()[0] for row in done.stdout.splitlines()[2:]}
+    assert measured == {"limit", *parts}
+    assert {path.name for path in tmp_path.iterdir()} == ({"bench.json"} if "--json" in words else set())
 
 
 def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:

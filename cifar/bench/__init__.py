@@ -1,0 +1,1 @@
+"""Measurements that a user repeats on their own machine: `python -m cifar.bench`."""

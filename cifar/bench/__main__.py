@@ -1,0 +1,121 @@
+"""python -m cifar.bench: what this machine can do, how near this project comes to it, and against the plain way.
+
+    python -m cifar.bench                                # everything
+    python -m cifar.bench step --recipe digits --repeats 3
+    python -m cifar.bench --json bench.json
+
+Programs are measured in turn (A B A B), each in a process of its own; see turns.py. The baseline is in plain.py.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cifar import files, recipes
+from cifar.bench import checkpoint, explain, figures, input, limit, scaling, startup, step  # noqa: A004
+from cifar.bench.context import Bench
+from cifar.bench.figures import Figure
+from cifar.errors import UserError
+
+PARTS: dict[str, tuple[Callable[[Bench], list[Figure]], str]] = {
+    "limit": (limit.measure, "matrix products and memory: measured always, since the others are compared with it"),
+    "step": (step.measure, "a training step, by operator too, and evaluation"),
+    "input": (input.measure, "training images from one core, and what a step waits for them"),
+    "scaling": (scaling.measure, "two processes against one, and the bytes that they exchange"),
+    "checkpoint": (checkpoint.measure, "saving, and going on"),
+    "explain": (explain.measure, "maps in batches against one at a time"),
+    "startup": (startup.measure, "launch to first step, --help, the image cache"),
+}
+
+
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError for an unknown part or flag, or a value outside its range."""
+    parser = _Parser(
+        prog="python -m cifar.bench",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure this machine, and this project on it.\n\n"
+        + "\n".join(f"  {name:12}{text}" for name, (_, text) in PARTS.items()),
+        epilog="Close other programs first. Images are scanned digits: nothing is downloaded.",
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (everything)")
+    parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(recipes.RECIPES)}")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each program (5)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="length of a turn (5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every turn's figures here")
+    arguments = parser.parse_args(argv)
+    for part in arguments.parts:
+        if part not in PARTS:
+            raise UserError(f"part {part!r} is unknown; choose among: {', '.join(PARTS)}")
+    if arguments.recipe not in recipes.RECIPES:
+        raise UserError(f"--recipe {arguments.recipe!r} is unknown; choose one of: {', '.join(recipes.RECIPES)}")
+    if arguments.repeats < 2:
+        raise UserError(f"--repeats {arguments.repeats} has no spread; give at least 2")
+    if not 0 < arguments.seconds <= 3600:
+        raise UserError(f"--seconds {arguments.seconds:g} is outside 0..3600; give e.g. 5")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: there is no such folder; make it first")
+    return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see python -m cifar.bench --help")
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    """Measures the parts that are asked for, and prints each when it is done."""
+    bench = Bench(arguments.recipe, arguments.repeats, arguments.seconds, folder)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    found: list[Figure] = []
+    for name, (part, _) in PARTS.items():
+        if name == "limit" or not arguments.parts or name in arguments.parts:
+            figured = part(bench)
+            if name == "limit":
+                facts = bench.machine
+                print(f"{began}  {facts['device']}, {facts['threads']} threads, torch {facts['torch']}; "
+                      f"recipe {bench.recipe}, precision {bench.precision}\n{figures.head()}")  # fmt: skip
+            found += figured
+            print("\n".join(figure.row() for figure in figured), flush=True)
+    if arguments.json:
+        content = {
+            "date": began,
+            "machine": bench.machine,
+            "recipe": bench.recipe,
+            "precision": bench.precision,
+            "images": "scanned digits, over and over; random ones for maps and forward alone",
+            "repeats": bench.repeats,
+            "seconds": bench.seconds,
+            "counts": bench.counts,
+            "figures": [figure.json() for figure in found],
+        }
+        files.replace(arguments.json, json.dumps(content, indent=1))
+
+
+def main() -> None:
+    """Reads the command line and measures; a user's mistake ends in one line and exit status 2."""
+    try:
+        arguments = parse_command_line(sys.argv[1:])
+        # Here, where runs are too, so that checkpoints go to the same disk.
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
+            measure(arguments, Path(folder))
+    except UserError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = error.filename or "this folder"
+        print(f"bench: error: {where}: {error.strerror}; it needs 500 MB here for a while", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it
+
+
+if __name__ == "__main__":
+    main()

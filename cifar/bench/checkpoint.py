@@ -1,0 +1,43 @@
+"""A checkpoint: what training waits for it, and taking it up again."""
+
+from statistics import median
+
+from cifar.bench import turns
+from cifar.bench.context import COPY, EPOCH, Bench
+from cifar.bench.figures import Figure
+from cifar.bench.turns import Answer
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """train.py saves after every step here. The baseline is torch.save and torch.load: no sums, no sync, no rename.
+
+    The time of an epoch is that of the same turns' steps, times CIFAR-10's images.
+    """
+    with bench.ours("checkpoint", "--checkpoint-every", 1) as ours, bench.plain() as plain:
+        savers = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "save"})}
+        plain.turn("train", amount=1)  # before it, Adam has nothing to save
+        saved = turns.alternate(savers, bench.repeats, bench.seconds)
+        readers = {
+            "ours": (ours, {"do": "restore"}),
+            "plain": (plain, {"do": "restore"}),
+        }
+        restored = turns.alternate(readers, bench.repeats, bench.seconds)
+    size = restored["ours"][0]["bytes"]
+    seconds, plain_seconds = [median(t["save"]) for t in saved["ours"]], _each(saved["plain"])
+    steps = [t["seconds"] / t["amount"] for t in saved["ours"]]
+    shares = [s / (s + step * EPOCH / bench.batch) for s, step in zip(seconds, steps, strict=True)]
+    reading, plain_reading = _each(restored["ours"]), _each(restored["plain"])
+    limit = (COPY, bench.limits[COPY] / 1e6)
+    return [
+        Figure("checkpoint", "training waits for a save", "s", seconds, None, "plain",
+               turns.quotients(plain_seconds, seconds)),
+        Figure("checkpoint", f"a save's {size / 1e6:.1f} MB", "MB/s", [size / s / 1e6 for s in seconds], limit),
+        Figure("checkpoint", "a save", "of an epoch and it", shares),
+        Figure("checkpoint", "verified and restored", "s", reading, None, "plain",
+               turns.quotients(plain_reading, reading)),
+        Figure("checkpoint", "verified and restored", "MB/s", [size / s / 1e6 for s in reading], limit),
+    ]  # fmt: skip
+
+
+def _each(answers: list[Answer]) -> list[float]:
+    return [answer["seconds"] / answer["amount"] for answer in answers]

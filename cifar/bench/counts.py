@@ -1,0 +1,112 @@
+"""Counts that are the same on every machine, and where a step's time goes: all from torch's own records."""
+
+import json
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+# An operator belongs to the first kind whose pattern is found in its name; within the optimizer's step, to that.
+KINDS = {
+    "convolution": r"(?i)conv",
+    "normalisation": r"(?i)batch_?norm|group_?norm|layer_?norm",
+    "pooling": r"(?i)pool",
+    "activation": r"(?i)relu|threshold|clamp|celu|gelu|silu",
+    "fills and copies": r"(?i)copy|copies|clone|contiguous|zero|fill|aten::cat$",
+}
+OPTIMIZER = "optimizer"
+COLLECTIVE = re.compile(r"(gloo|nccl):")
+BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "unsigned char": 1,
+         "signed char": 1, "bool": 1}  # fmt: skip
+
+
+def multiply_adds(function: Callable[[], object]) -> int:
+    """Multiply-adds of all convolutions and matrix products that are computed while `function` runs."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops()) // 2
+
+
+def forward_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
+    """Multiply-adds of one image's way forward. The network's mode and buffers are left as they were."""
+    mode, weight = network.training, next(network.parameters())
+    image = torch.zeros(1, 3, image_size, image_size, device=weight.device)
+    try:
+        with torch.no_grad():
+            return multiply_adds(lambda: network.eval()(image))
+    finally:
+        network.train(mode)
+
+
+class Record(NamedTuple):
+    """What one training step did. Keys are kinds and operators, bytes are what this process hands to collectives."""
+
+    kinds: dict[str, float]  # seconds by kind, of the processor that does the computing
+    copies: dict[str, int]  # aten::copy_ by what for: see `_purpose`
+    optimizer: dict[str, int]  # operators called directly by the optimizer's step
+    collectives: list[tuple[str, int]]  # each one's name and bytes
+
+
+def recorder() -> profile:
+    """A profiler to be started and stopped around a step."""
+    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True)
+
+
+def read(recorded: profile) -> Record:
+    """What a stopped profiler has seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        recorded.export_chrome_trace(str(path))  # the one place where types and strides can be had
+        events = json.loads(path.read_text())["traceEvents"]
+    events = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
+    copies = Counter(_purpose(event["args"]) for event in events if event["name"] == "aten::copy_")
+    collectives = [(event["name"], _bytes(event["args"])) for event in events if COLLECTIVE.match(event["name"])]
+    direct: Counter[str] = Counter()
+    seconds = dict.fromkeys((*KINDS, OPTIMIZER), 0.0)
+    for event in recorded.events() or []:  # type: ignore[no-untyped-call]
+        above = list(_above(event))
+        in_step = [outer.name.startswith("Optimizer.step") for outer in above]
+        if in_step[:1] == [True]:
+            direct[event.name] += 1
+        if COLLECTIVE.match(event.name):
+            continue
+        kind = OPTIMIZER if any(in_step) or event.name.startswith("Optimizer.") else _kind(event.name)
+        if kind:
+            time = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+            seconds[kind] += time / 1e6
+    return Record(seconds, dict(copies), dict(direct), sorted(collectives))
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+
+
+def _above(event: Any) -> Iterator[Any]:
+    while (event := event.cpu_parent) is not None:
+        yield event
+
+
+def _purpose(arguments: dict[str, Any]) -> str:
+    """What a copy is for: 'scalar', 'precision' (a new type), 'layout' (of images or kernels, new strides), 'other'."""
+    (to, source, *_), types, strides = (arguments[key] for key in ("Input Dims", "Input type", "Input Strides"))
+    if not to:
+        return "scalar"
+    if types[0] != types[1]:
+        return "precision"
+    return "layout" if len(source) == 4 and strides[0] != strides[1] else "other"
+
+
+def _bytes(arguments: dict[str, Any]) -> int:
+    shapes = arguments["Input Dims"]
+    return sum(
+        math.prod(shape) * BYTES.get(kind, 0) for shape, kind in zip(shapes, arguments["Input type"], strict=True)
+    )

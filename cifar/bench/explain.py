@@ -1,0 +1,66 @@
+"""Maps of an explanation: in batches, as explain.py makes them, and one image at a time."""
+
+import sys
+import time
+
+from cifar.bench import turns
+from cifar.bench.context import Bench, products
+from cifar.bench.figures import Figure
+from cifar.bench.turns import Answer, Program
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """Grad-CAM in float32, of two classes of each image, at the layer that explain.py chooses; random weights."""
+    with Program("explain", ["-m", "cifar.bench.explain", bench.recipe], {}) as program:
+        facts = program.turn("facts")
+        contestants = {
+            "batches": (program, {"do": "maps", "batch": facts["batch"]}),
+            "single": (program, {"do": "maps", "batch": 1}),
+        }
+        answers = turns.alternate(contestants, bench.repeats, bench.seconds, facts["batch"])
+    rates, single = turns.rates(answers["batches"]), turns.rates(answers["single"])
+    name = products("float32")
+    limit = (f"{name}, {facts['multiply_adds']:,} an image", bench.limits[name] / facts["multiply_adds"])
+    return [
+        Figure("explain", f"maps in batches of {facts['batch']}", "images/s", rates, limit, "one at a time",
+               turns.quotients(rates, single)),
+        Figure("explain", "maps one at a time", "images/s", single, limit),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """The program that is measured: the functions that explain.py calls, in a process set up as its own."""
+    import torch
+
+    from cifar import launch, models, recipes
+    from cifar.bench import counts
+    from cifar.explain import layers, maps
+
+    accelerator = launch.start()
+    name = recipes.RECIPES[sys.argv[1]]().network
+    layer = layers.default(layers.of(name))
+    torch.manual_seed(0)
+    network = models.build(name, 10, 0.0).eval()
+    network.to(device=accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(maps.BATCH, 3, 32, 32, device=accelerator.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    classes = torch.tensor([[0, 1]] * maps.BATCH, device=accelerator.device)
+    objectives = maps.scores(classes, 10)
+
+    def explained(start: int, end: int) -> None:
+        maps.compute(network, layer, "gradcam", images[start:end], objectives[start:end])
+
+    def facts() -> Answer:
+        return {"batch": maps.BATCH, "multiply_adds": counts.multiply_adds(lambda: explained(0, 1))}
+
+    def timed(amount: int, batch: int) -> Answer:
+        began = time.perf_counter()
+        for start in range(0, amount, batch):
+            explained(start % maps.BATCH, start % maps.BATCH + batch)  # ends with its maps in the CPU's memory
+        return {"amount": amount, "seconds": time.perf_counter() - began}
+
+    turns.serve({"facts": facts, "maps": timed})
+
+
+if __name__ == "__main__":
+    main()

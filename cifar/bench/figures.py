@@ -1,0 +1,63 @@
+"""What was measured: never one number, but those of all turns, and what they are compared with."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+HEAD = ("part", "what", "median (lowest to highest)", "", "of the limit", "ratio", "to", "n")
+WIDTHS = (10, 41, 29, 20, 12, 22, 18)
+
+
+class Figure(NamedTuple):
+    """One measured quantity. `values` has a value for each turn, `ratios` a ratio for each pair of turns.
+
+    A ratio says how many times as fast as the baseline: a quotient of rates, or the other way round one of times.
+    """
+
+    part: str
+    what: str
+    unit: str
+    values: Sequence[float]
+    limit: tuple[str, float] | None = None  # which, and its median in the unit of `values`
+    baseline: str = ""
+    ratios: Sequence[float] = ()
+
+    def row(self) -> str:
+        """One line of the table."""
+        fraction = f"{short(median(self.values) / self.limit[1])}" if self.limit else ""
+        ratio = spread(self.ratios) if self.ratios else ""
+        cells = (self.part, self.what, spread(self.values), self.unit, fraction, ratio, self.baseline)
+        return _line(cells, str(len(self.values)))
+
+    def json(self) -> dict[str, Any]:
+        """The same with every turn's value."""
+        facts: dict[str, Any] = {"part": self.part, "what": self.what, "unit": self.unit, **statistics(self.values)}
+        if self.limit:
+            facts |= {"limit": self.limit[0], "of_limit": median(self.values) / self.limit[1]}
+        if self.ratios:
+            facts |= {"baseline": self.baseline, "times_as_fast": statistics(self.ratios)}
+        return facts
+
+
+def head() -> str:
+    """The table's head."""
+    return _line(HEAD[:-1], HEAD[-1])
+
+
+def statistics(values: Sequence[float]) -> dict[str, Any]:
+    """Median, range, number and the values themselves."""
+    return {"median": median(values), "low": min(values), "high": max(values), "n": len(values), "values": [*values]}
+
+
+def spread(values: Sequence[float]) -> str:
+    """For a person: 'median (lowest to highest)'."""
+    return f"{short(median(values))} ({short(min(values))} to {short(max(values))})"
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _line(cells: Sequence[str], last: str) -> str:
+    return "  ".join([*(f"{cell:{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), last])

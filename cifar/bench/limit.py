@@ -1,0 +1,100 @@
+"""What the machine can do at most: matrix products in each precision, and copying memory.
+
+The products have the shapes of the convolutions of network `resnet`: positions x (9 x channels in) x channels out.
+A precision's limit is the fastest of them, so that no fraction of it flatters.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from cifar.bench import turns
+from cifar.bench.context import COPY, Bench, products
+from cifar.bench.figures import Figure
+from cifar.bench.turns import Answer, Program
+
+ROWS = 8192  # positions: those of 8 images of 32x32, or of 512 of 4x4
+SHAPES = ((576, 128), (1152, 128), (1152, 256), (2304, 512), (4608, 512))
+COPIED = 1 << 28  # bytes, many times the caches
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """Also tells `bench` its machine and its limits."""
+    with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
+        bench.machine = program.turn("facts")
+        contestants: dict[str, tuple[Program, dict[str, Any]]] = {
+            f"{precision} {shape}": (program, {"do": "multiply", "precision": precision, "shape": shape})
+            for precision in bench.machine["precisions"]
+            for shape in SHAPES
+        }
+        contestants[COPY] = (program, {"do": "copy"})
+        answers = turns.alternate(contestants, bench.repeats, bench.seconds / len(SHAPES))
+    figures = []
+    for precision in bench.machine["precisions"]:
+        figures += bench.best(products(precision), 1e9, [
+            Figure("limit", f"{products(precision)}, {ROWS}x{shape[0]}x{shape[1]}", "10^9 multiply-adds/s",
+                   turns.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
+            for shape in SHAPES
+        ])  # fmt: skip
+    copied = turns.rates(answers[COPY], 2 * COPIED / 1e9)
+    figures += bench.best(COPY, 1e9, [Figure("limit", f"{COPY}, read and written", "GB/s", copied)])
+    return figures
+
+
+def main() -> None:
+    """The program that is measured: torch alone, on the GPU or on all cores."""
+    import torch
+
+    from cifar import launch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def settle() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def facts() -> Answer:
+        cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+        return {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+            "gpus": torch.cuda.device_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "native_bf16": launch.native_bf16(device),
+            "precisions": ["float32", "bf16", *(["float16"] if device.type == "cuda" else [])],
+        }
+
+    @cache  # made in the turn that is not counted
+    def operands(
+        precision: str, rows: int, inner: int, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kind = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}[precision]
+        left, right = (torch.randn(*size, device=device).to(kind) for size in ((rows, inner), (inner, columns)))
+        return left, right, torch.mm(left, right)
+
+    @cache
+    def arrays() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(COPIED // 4, device=device), torch.ones(COPIED // 4, device=device)
+
+    def repeated(function: Callable[[], object], amount: int) -> Answer:
+        settle()
+        began = time.perf_counter()
+        for _ in range(amount):
+            function()
+        settle()
+        return {"amount": amount, "seconds": time.perf_counter() - began}
+
+    def multiply(precision: str, shape: tuple[int, int], amount: int) -> Answer:
+        left, right, product = operands(precision, ROWS, *shape)
+        return repeated(lambda: torch.mm(left, right, out=product), amount)
+
+    def copy(amount: int) -> Answer:
+        source, target = arrays()
+        return repeated(lambda: target.copy_(source), amount)
+
+    turns.serve({"facts": facts, "multiply": multiply, "copy": copy})
+
+
+if __name__ == "__main__":
+    main()

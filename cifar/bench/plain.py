@@ -1,0 +1,161 @@
+"""The baseline `plain`: the training loop that one writes first. What it shares with train.py is what is computed.
+
+The recipe's network, images, batch size, augmentation, loss and evaluation, with Adam; but float32, tensors in torch's
+own layout, each image transformed by itself in the training process, and nothing done ahead.
+
+    python -m cifar.bench.plain <arguments of train.py>
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from cifar import models
+from cifar.bench import turns
+from cifar.bench.turns import Answer
+from cifar.data.cache import Data, open_data
+from cifar.errors import UserError
+from cifar.recipes import Recipe, parse_command_line
+
+# The recipe's augmentations as torchvision's transforms: before and after an image becomes a normalised tensor.
+CROP = [transforms.Pad(4, padding_mode="reflect"), transforms.RandomCrop(32)]
+CUTOUT = [transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0)]  # 8x8 of 32x32, wholly inside
+TRANSFORMS: dict[str, tuple[list[Any], list[Any]]] = {
+    "crop_flip_cutout": ([*CROP, transforms.RandomHorizontalFlip()], CUTOUT),
+    "crop_cutout": (CROP, CUTOUT),
+    "none": ([], []),
+}
+
+
+class Images(Dataset[tuple[torch.Tensor, int]]):
+    """One split, an image at a time."""
+
+    def __init__(self, data: Data, split: str, before: list[Any], after: list[Any]) -> None:
+        self.images = {"train": data.train_images, "test": data.test_images}[split]
+        self.labels = {"train": data.train_labels, "test": data.test_labels}[split]
+        self.transform = transforms.Compose(
+            [*before, transforms.ToTensor(), transforms.Normalize(data.mean, data.std), *after]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image: torch.Tensor = self.transform(Image.fromarray(self.images[index]))
+        return image, int(self.labels[index])
+
+
+class Plain:
+    """Network, optimizer and images of a recipe, and what a turn may ask for."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        if recipe.augmentation not in TRANSFORMS:
+            raise UserError(f"cifar/bench/plain.py does not know augmentation {recipe.augmentation!r}; write it there")
+        self.recipe, self.path = recipe, folder.with_suffix(".pt")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        data = open_data(recipe.data)
+        self.images = Images(data, "train", *TRANSFORMS[recipe.augmentation])
+        self.test_images = Images(data, "test", [], [])
+        torch.manual_seed(recipe.seed)
+        self.network = models.build(recipe.network, len(data.classes), recipe.dropout).to(self.device)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=recipe.peak_learning_rate / 25, weight_decay=recipe.weight_decay
+        )
+        self.batches = self.epochs()
+
+    def epochs(self) -> Iterator[list[torch.Tensor]]:
+        """Training batches without end."""
+        loader = DataLoader(self.images, batch_size=self.recipe.global_batch_size, shuffle=True, drop_last=True)
+        while True:
+            yield from loader
+
+    def train(self, amount: int, uncounted: int = 1) -> Answer:
+        """So many steps, after others that are not counted."""
+        seconds = input_seconds = 0.0
+        for step in range(-uncounted, amount):
+            began = time.perf_counter()
+            images, labels = (tensor.to(self.device) for tensor in next(self.batches))
+            made = time.perf_counter()
+            loss = F.cross_entropy(self.network(images), labels, label_smoothing=self.recipe.label_smoothing)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.settle()
+            if step >= 0:
+                seconds += time.perf_counter() - began
+                input_seconds += made - began
+        return {"amount": amount, "seconds": seconds, "input": input_seconds, "at": time.time()}
+
+    def evaluate(self, amount: int) -> Answer:
+        """Judges so many test images, in batches as large as the project's own."""
+        from cifar.loop import EVALUATION_BATCH
+
+        chosen = [index % len(self.test_images) for index in range(amount)]
+        loader = DataLoader(self.test_images, batch_size=EVALUATION_BATCH, sampler=chosen)
+        loss, right = 0.0, 0
+        began = time.perf_counter()
+        self.network.eval()
+        with torch.no_grad():
+            for images, labels in loader:
+                logits, truth = self.network(images.to(self.device)), labels.to(self.device)
+                loss += F.cross_entropy(logits, truth, reduction="sum").item()
+                right += int((logits.argmax(1) == truth).sum())
+        self.network.train()
+        return {"amount": amount, "seconds": time.perf_counter() - began, "loss": loss / amount, "correct": right}
+
+    def input(self, amount: int) -> Answer:
+        """Makes so many training images, on one core."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        size = min(amount, self.recipe.global_batch_size)
+        batches = iter(DataLoader(self.images, batch_size=size, sampler=[i % 1024 for i in range(amount)]))
+        began = time.perf_counter()
+        for _ in batches:
+            pass
+        seconds = time.perf_counter() - began
+        torch.set_num_threads(threads)
+        return {"amount": amount, "seconds": seconds}
+
+    def save(self, amount: int) -> Answer:
+        """Writes network and optimizer, so many times."""
+        began = time.perf_counter()
+        for _ in range(amount):
+            torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, self.path)
+        return {"amount": amount, "seconds": time.perf_counter() - began}
+
+    def restore(self, amount: int) -> Answer:
+        """Reads them again."""
+        began = time.perf_counter()
+        for _ in range(amount):
+            state = torch.load(self.path, map_location=self.device)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        return {"amount": amount, "seconds": time.perf_counter() - began}
+
+    def settle(self) -> None:
+        """Waits for a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Answers requests; a user's mistake ends in one line and exit status 2."""
+    try:
+        recipe, options = parse_command_line(sys.argv[1:])
+        plain = Plain(recipe, options.run)
+    except UserError as error:
+        print(f"plain: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    turns.serve({name: getattr(plain, name) for name in ("train", "evaluate", "input", "save", "restore")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""train.py under observation: the real program, with a look at the clock where a step begins and ends.
+
+    accelerate launch ... -m cifar.bench.probe <arguments of train.py>
+
+At a step's beginning it waits for requests (see turns.py). What is put around the functions of the project that
+train.py calls between steps does nothing else.
+"""
+
+from cifar.bench import imports
+
+IMPORTS = imports.Imports()
+
+import importlib  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import suppress  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from cifar.bench import turns  # noqa: E402
+from cifar.bench.turns import Answer  # noqa: E402
+from cifar.recipes import Options, Recipe  # noqa: E402
+
+if TYPE_CHECKING:  # when torch is imported is train.py's business, and is measured
+    from accelerate import Accelerator
+    from torch import nn
+
+
+class Observer:
+    """Watches one run of train.py. What passes is `input` (waiting for a batch), `work`, `save` or `pause`."""
+
+    recipe: Recipe
+    accelerator: "Accelerator"
+    network: "nn.Module"
+    images: Any  # what training batches are made of: `__getitems__` makes one
+    saved: tuple[Any, ...]  # the arguments of the last checkpoint
+
+    def __init__(self) -> None:
+        self.ahead = 0  # batches that other processes may have ready at a turn's beginning
+        self.ready: float | None = None  # when the first step began
+        self.passing, self.since = "pause", 0.0
+        self.spans: dict[str, list[float]] = {}
+        self.asked: Answer | None = None  # the turn that is under way
+        self.uncounted = self.counted = 0  # its steps to come
+        self.profiler: Any = None
+
+    # ---- what train.py calls
+
+    def observe(self, train: Callable[[Recipe, Options], None]) -> Callable[[Recipe, Options], None]:
+        """`train`, watched."""
+
+        def watched(recipe: Recipe, options: Options) -> None:
+            from cifar import checkpoint, launch, loop, models  # as `train` does, a moment later
+            from cifar.data import loading
+
+            self.recipe = recipe
+            start, build, batches = launch.start, models.build, loading.training_batches
+            evaluate, save = loop.evaluate, checkpoint.save
+
+            def started() -> "Accelerator":
+                self.accelerator = start()
+                return self.accelerator
+
+            def built(*arguments: Any) -> "nn.Module":
+                self.network = build(*arguments)
+                return self.network
+
+            def made(images: Any, shares: Any, workers: int, device: Any) -> Iterator[Any]:
+                self.images, self.ahead = images, 2 * workers  # 2: the prefetch_factor of torch's DataLoader
+                return self.watch_batches(iter(batches(images, shares, workers, device)))
+
+            def evaluated(*arguments: Any) -> Any:
+                self.passes("pause")
+                return evaluate(*arguments)
+
+            def saved(*arguments: Any) -> Any:
+                self.passes("save")
+                self.saved = arguments
+                return save(*arguments)
+
+            launch.start, models.build, loading.training_batches = started, built, made  # type: ignore[assignment]
+            loop.evaluate, checkpoint.save = evaluated, saved  # type: ignore[assignment]
+            train(recipe, options)
+
+        return watched
+
+    def watch_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, with requests answered between the steps."""
+        while True:
+            self.passes("pause")
+            self.between_steps()
+            self.passes("input")
+            batch = next(batches)
+            self.passes("work")
+            yield batch
+
+    def passes(self, what: str) -> None:
+        """From now on the time goes to something else; what ends a step also ends its recording."""
+        now = time.perf_counter()
+        if self.passing == "work" and self.profiler and not self.counted:
+            self.profiler.stop()
+        self.spans.setdefault(self.passing, []).append(now - self.since)
+        self.passing, self.since = what, now
+
+    def between_steps(self) -> None:
+        """Goes on with the turn that is under way, or ends it and waits for others."""
+        if self.ready is None:
+            self.ready = time.time()
+            IMPORTS.end()
+        if self.asked and not self.uncounted + self.counted:
+            self.answer(self.trained())
+        if self.asked is None:
+            self.requests()
+        assert self.asked is not None
+        if self.uncounted:
+            self.uncounted -= 1
+            return
+        if self.counted == self.asked["amount"]:
+            self.settle()
+            self.spans = {}
+            if self.asked["do"] == "profile":
+                from cifar.bench import counts
+
+                self.profiler = counts.recorder()
+                self.profiler.start()
+        self.counted -= 1
+
+    # ---- turns
+
+    def requests(self) -> None:
+        """Answers requests until one asks for steps; all ranks hear them from the first."""
+        from accelerate.utils import broadcast_object_list
+
+        while True:
+            first = self.accelerator.is_main_process
+            asked = broadcast_object_list([turns.ask() if first else None])[0]
+            if asked is None:
+                os._exit(0)  # the run directory is thrown away: there is nothing to save
+            if asked["do"] in ("train", "profile"):
+                self.asked = asked
+                # What other processes have made while this one waited for its turn is used up first.
+                self.uncounted, self.counted = asked.get("uncounted", self.ahead + 1), asked["amount"]
+                return
+            self.answer(getattr(self, asked.pop("do"))(**asked))
+
+    def answer(self, facts: Answer) -> None:
+        """Ends a turn."""
+        self.asked = None
+        if self.accelerator.is_main_process:
+            turns.answer(facts)
+
+    def trained(self) -> Answer:
+        """What the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
+        assert self.asked is not None
+        self.settle()
+        spans = self.spans
+        facts = {
+            "amount": self.asked["amount"],
+            "seconds": sum(spans["input"]) + sum(spans["work"]),
+            "input": sum(spans["input"]),
+            "save": spans.get("save", []),
+            "at": time.time(),
+        }
+        if self.profiler:
+            from cifar.bench import counts
+
+            facts |= counts.read(self.profiler)._asdict()
+            self.profiler = None
+        return facts
+
+    def settle(self) -> None:
+        """Waits for what a GPU was given to do; on a CPU it is done."""
+        import torch
+
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    # ---- requests that are no steps
+
+    def facts(self) -> Answer:
+        """What does not depend on time, and when the first step began."""
+        from cifar import summary
+        from cifar.bench import counts
+
+        return {
+            "multiply_adds": counts.forward_multiply_adds(self.network),
+            "parameters": summary.parameter_count(self.network),
+            "began": imports.BEGAN,
+            "imports": IMPORTS.seconds,
+            "ready": self.ready,
+        }
+
+    def evaluate(self, amount: int) -> Answer:
+        """Judges so many test images, over and over where there are fewer."""
+        from dataclasses import replace
+
+        import numpy as np
+
+        from cifar import loop
+        from cifar.data.cache import open_data
+
+        data = open_data(self.recipe.data)
+        chosen = np.arange(amount) % len(data.test_labels)
+        data = replace(data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
+        began = time.perf_counter()
+        loop.evaluate(self.accelerator, self.network, data)  # ends with its results in the CPU's memory
+        return {"amount": amount, "seconds": time.perf_counter() - began}
+
+    def forward(self, amount: int) -> Answer:
+        """The network's way forward alone, on images that are ready."""
+        import torch
+
+        from cifar.loop import EVALUATION_BATCH
+
+        images = torch.randn(EVALUATION_BATCH, 3, 32, 32, device=self.accelerator.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.network.eval()
+        self.settle()
+        began = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(amount // EVALUATION_BATCH):
+                self.network(images)
+        self.settle()
+        seconds = time.perf_counter() - began
+        self.network.train()
+        return {"amount": amount, "seconds": seconds}
+
+    def input(self, amount: int) -> Answer:
+        """Makes so many training images here, on one core."""
+        import torch
+
+        from cifar.data import order
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with suppress(ImportError):
+            import cv2
+
+            cv2.setNumThreads(0)
+        samples = order.batch(self.recipe.seed, 0, 1024, amount)
+        size = min(amount, self.recipe.global_batch_size)
+        began = time.perf_counter()
+        for start in range(0, amount, size):
+            self.images.__getitems__(samples[start : start + size])
+        seconds = time.perf_counter() - began
+        torch.set_num_threads(threads)
+        return {"amount": amount, "seconds": seconds}
+
+    def restore(self, amount: int) -> Answer:
+        """Verifies the last checkpoint and takes it up again, so many times."""
+        from cifar import checkpoint
+
+        attempt, network, optimizer, _, facts = self.saved
+        path, *_ = checkpoint.found(attempt.run / "checkpoints")
+        size = sum(file.stat().st_size for file in path.iterdir())
+        began = time.perf_counter()
+        for _ in range(amount):
+            checkpoint.verify(path)
+            checkpoint.restore(path, network, optimizer, self.recipe, facts["data_fingerprint"])
+        return {"amount": amount, "seconds": time.perf_counter() - began, "bytes": size}
+
+
+def main() -> None:
+    """Runs train.py with this process's arguments."""
+    observer = Observer()
+    sys.path.insert(0, str(turns.ROOT))
+    train: Any = importlib.import_module("train")
+    train.train = observer.observe(train.train)
+    sys.argv[0] = str(train.__file__)
+    train.main()
+
+
+if __name__ == "__main__":
+    main()

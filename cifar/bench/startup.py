@@ -1,0 +1,94 @@
+"""What one waits for before the first step: a launch, help, images decoded for the first time."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from cifar.bench import turns
+from cifar.bench.context import COPY, IMAGES, Bench
+from cifar.bench.figures import Figure
+from cifar.bench.turns import Answer, Program
+
+PARTS = ("the launcher", "imports", "this project before its first step", "the first step")
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """Starts recipe `digits`, train.py and the plain loop in turn, each time in a new run directory."""
+    launches: list[list[float]] = []
+    plain_seconds, help_seconds = [], []
+    _launch(bench, "warm-up")  # the disk's cache, and the digits'
+    for number in range(bench.repeats):
+        launches.append(_launch(bench, f"startup-{number}"))
+        with Program("plain", ["-m", "cifar.bench.plain", "--recipe", "digits"], {}) as plain:
+            plain_seconds.append(plain.turn("train", amount=1, uncounted=0)["at"] - plain.launched)
+        began = time.perf_counter()
+        subprocess.run([sys.executable, turns.ROOT / "train.py", "--help"], stdout=subprocess.DEVNULL, check=True)
+        help_seconds.append(time.perf_counter() - began)
+    totals = [sum(parts) for parts in launches]
+
+    with Program("cache", ["-m", "cifar.bench.startup", str(bench.images())], {}) as cache:
+        count = sum(IMAGES.values())
+        built = [cache.turn("build", folder=str(bench.folder / f"cache-{n}")) for n in range(bench.repeats)]
+        decoded = [cache.turn("decode", amount=count // 10) for _ in range(bench.repeats)]
+        mapped = [cache.turn("map", folder=str(bench.folder / "cache-0")) for _ in range(bench.repeats)]
+    building = turns.rates(built)
+    image_bytes = 32 * 32 * 3
+    return [
+        Figure("startup", "launch to the end of the first step", "s", totals, None, "plain",
+               turns.quotients(plain_seconds, totals)),
+        *(Figure("startup", f"of which {name}", "s", values) for name, values in zip(PARTS, zip(*launches, strict=True),
+                                                                                     strict=True)),
+        Figure("startup", "train.py --help", "s", help_seconds),
+        Figure("startup", f"cache of {count:,} JPEG files built", "images/s", building,
+               (COPY, bench.limits[COPY] / image_bytes), "Pillow, one thread",
+               turns.quotients(building, turns.rates(decoded))),
+        Figure("startup", "cache mapped", "s", [answer["seconds"] for answer in mapped]),
+    ]  # fmt: skip
+
+
+def _launch(bench: Bench, name: str) -> list[float]:
+    """Seconds for each of PARTS."""
+    with bench.launch(name, "--recipe", "digits", "--run", bench.folder / name) as ours:
+        end = ours.turn("train", amount=1, uncounted=0)["at"]
+        facts = ours.turn("facts")
+    own = facts["ready"] - facts["began"] - facts["imports"]
+    return [facts["began"] - ours.launched, facts["imports"], own, end - facts["ready"]]
+
+
+def main() -> None:
+    """The program that decodes images."""
+    import numpy as np
+    from PIL import Image
+
+    from cifar.data.cache import open_cache, open_data
+
+    archive = sys.argv[1]
+
+    def build(folder: str) -> Answer:
+        os.environ["XDG_CACHE_HOME"] = folder
+        began = time.perf_counter()
+        data = open_data(archive)
+        return {"amount": len(data.train_labels) + len(data.test_labels), "seconds": time.perf_counter() - began}
+
+    def map_it(folder: str) -> Answer:
+        path, *_ = Path(folder, "cifar").iterdir()
+        began = time.perf_counter()
+        open_cache(path)
+        return {"amount": 1, "seconds": time.perf_counter() - began}
+
+    def decode(amount: int) -> Answer:
+        began = time.perf_counter()
+        with zipfile.ZipFile(archive) as opened:
+            names = opened.namelist()[:amount]
+            np.stack([np.asarray(Image.open(io.BytesIO(opened.read(name))).convert("RGB")) for name in names])
+        return {"amount": amount, "seconds": time.perf_counter() - began}
+
+    turns.serve({"build": build, "map": map_it, "decode": decode})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Programs that are measured in turn, A B A B, each in a process of its own: what the one does to its memory
+allocator or its threads does not reach the other, and a machine that slows down does so for both.
+
+A program answers each line of JSON on its standard input with one line on its standard output, and ends with its input.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+MARK = "@answer "  # other lines of a program's output are its own
+PATIENCE = 1_000_000  # seconds that a program may have to wait for its turn: CIFAR_HANG_SECONDS
+
+Answer = dict[str, Any]
+
+
+class Program:
+    """One side of a comparison: a process that waits for its turns."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name, self.launched = name, time.time()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 -- until close
+        inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env={**inherited, "CIFAR_HANG_SECONDS": str(PATIENCE), **environment},
+        )  # fmt: skip
+
+    def turn(self, do: str, **request: Any) -> Answer:
+        """Does what is asked for, and says how it went. Raises UserError if the program ends instead."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith(MARK):
+                    answer: Answer = json.loads(line.removeprefix(MARK))
+                    return answer
+        except BrokenPipeError:
+            pass
+        self.process.wait()
+        self.errors.seek(0)
+        sys.stderr.write(self.errors.read().decode(errors="replace"))
+        raise UserError(f"{self.name} ended with exit status {self.process.returncode}; what it said stands above")
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.communicate()
+        self.errors.close()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def alternate(
+    contestants: Mapping[str, tuple[Program, Mapping[str, Any]]], repeats: int, seconds: float, least: int = 1
+) -> dict[str, list[Answer]]:
+    """The answers of each contestant to its request, `repeats` turns each, one after the other.
+
+    A request is for an `amount`. How much fits into `seconds` is found in a turn that is not counted and that warms
+    up; `least` is an amount's granularity.
+    """
+    amounts = {}
+    for name, (program, request) in contestants.items():
+        first = program.turn(**request, amount=least)
+        amounts[name] = least * max(1, round(seconds / first["seconds"]))
+    answers: dict[str, list[Answer]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, (program, request) in contestants.items():
+            answers[name].append(program.turn(**request, amount=amounts[name]))
+    return answers
+
+
+def rates(answers: Sequence[Answer], each: float = 1.0) -> list[float]:
+    """Amounts per second, times `each`."""
+    return [answer["amount"] * each / answer["seconds"] for answer in answers]
+
+
+def quotients(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Turn by turn."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+# ---- the program's side
+
+
+def ask() -> Answer | None:
+    """The next request, or None where there will be no more."""
+    line = sys.stdin.readline()
+    request: Answer | None = json.loads(line) if line else None
+    return request
+
+
+def answer(facts: Answer) -> None:
+    """Ends a turn."""
+    print(MARK + json.dumps(facts), flush=True)
+
+
+def serve(abilities: Mapping[str, Callable[..., Answer]]) -> None:
+    """Answers requests until there are no more."""
+    while request := ask():
+        answer(abilities[request.pop("do")](**request))

@@ -1,0 +1,173 @@
+"""The bench: turns are taken as it says, the real programs are what is measured, and no figure stands alone."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+from cifar.bench import turns
+from cifar.bench.context import Bench
+from cifar.bench.plain import TRANSFORMS, Images, Plain
+from cifar.bench.turns import Program
+from cifar.data.augment import normalize
+from cifar.data.cache import open_data
+from cifar.errors import UserError
+from cifar.recipes import RECIPES, Recipe
+
+Measure = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Measure:
+    """Runs `python -m cifar.bench` in the test's own folder."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cifar.bench", *(str(argument) for argument in arguments)]
+        return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                              text=True, timeout=600, check=False)  # fmt: skip
+
+    return run
+
+
+def test_programs_take_turns_and_the_first_one_is_not_counted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from cifar.bench import turns\n"
+        "def work(amount):\n"
+        "    with Path(sys.argv[1]).open('a') as file: file.write(f'{sys.argv[2]} {amount}\\n')\n"
+        "    print('a line of its own')\n"
+        "    return {'amount': amount, 'seconds': 0.5 * amount / int(sys.argv[3])}\n"
+        "turns.serve({'work': work})\n"
+    )
+    with (
+        Program("a", ["-c", script, str(log), "a", "4"], {}) as a,
+        Program("b", ["-c", script, str(log), "b", "1"], {}) as b,
+    ):
+        contestants = {"a": (a, {"do": "work"}), "b": (b, {"do": "work"})}
+        answers = turns.alternate(contestants, repeats=3, seconds=2.0, least=4)
+    # In the first turn a takes 0.5 s for 4, so that 16 fit into 2 s; b takes 2 s.
+    assert log.read_text().splitlines() == ["a 4", "b 4", *["a 16", "b 4"] * 3]
+    rates, slower = turns.rates(answers["a"]), turns.rates(answers["b"], each=10)
+    assert (rates, slower) == ([8, 8, 8], [20, 20, 20])
+    assert turns.quotients(slower, rates) == [2.5, 2.5, 2.5]
+
+
+def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bench = Bench("resnet", 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0})
+    with (
+        bench.launch("ours", "--data", tmp_path / "missing", "--run", tmp_path / "run") as program,
+        pytest.raises(UserError, match="ours ended with exit status 1; what it said stands above"),
+    ):
+        program.turn("train", amount=1)
+    assert f"train.py: error: --data {tmp_path / 'missing'} does not exist" in capfd.readouterr().err
+
+
+def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> None:
+    bench = Bench("resnet", 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0})
+    run = tmp_path / "run"
+    arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16)
+    with bench.launch("ours", *arguments, "--checkpoint-every", 1) as program:
+        trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps
+        restored = program.turn("restore", amount=1)
+        saved = sorted((run / "checkpoints").iterdir())
+    assert saved[-1].name == "step-0000006"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len(trained["save"]) == 5
+    assert 0 < trained["input"] < trained["seconds"]
+    assert restored["bytes"] == sum(file.stat().st_size for file in saved[-1].iterdir())
+
+
+def test_the_plain_loop_judges_every_image_as_the_network_does(shapes: Path, tmp_path: Path) -> None:
+    plain = Plain(Recipe(data=str(shapes), global_batch_size=16), tmp_path / "plain")
+    plain.train(amount=2)
+    answer = plain.evaluate(amount=22)
+    data = open_data(str(shapes))
+    with torch.no_grad():
+        logits = plain.network.eval()(normalize(torch.from_numpy(data.test_images[:].copy()), data.mean, data.std))
+    labels = torch.from_numpy(data.test_labels[:].copy()).long()
+    assert answer["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert answer["correct"] == int((logits.argmax(1) == labels).sum())
+
+
+def test_the_plain_loop_augments_as_the_recipes_do(shapes: Path) -> None:
+    assert {recipe().augmentation for recipe in RECIPES.values()} <= set(TRANSFORMS)
+    data = open_data(str(shapes))
+    torch.manual_seed(0)
+    images = [Images(data, "train", *TRANSFORMS["crop_flip_cutout"])[0][0] for _ in range(20)]
+    assert {int((image == 0).all(dim=0).sum()) for image in images} == {64}  # a square of 8x8 is the data's mean
+    assert len({image.numpy().tobytes() for image in images}) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stepp"], "part 'stepp' is unknown; choose among: limit, step, input"),
+        (["--recipe", "vgg"], "--recipe 'vgg' is unknown; choose one of: resnet"),
+        (["--repeats", "1"], "--repeats 1 has no spread; give at least 2"),
+        (["--repeats", "x"], "argument --repeats: invalid int value: 'x'; see python -m cifar.bench --help"),
+        (["--seconds", "nan"], "--seconds nan is outside 0..3600; give e.g. 5"),
+        (["--json", "missing/bench.json"], "--json missing/bench.json: there is no such folder; make it first"),
+        (["--rec", "digits"], "unrecognized arguments: --rec; see"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, bench: Measure, tmp_path: Path) -> None:
+    done = bench(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("bench: error: ")
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys; from cifar.bench import __main__\n"
+        "try: __main__.parse_command_line(['--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "  startup" in done.stdout
+
+
+def test_every_figure_has_its_turns_its_limit_and_its_baseline(bench: Measure, tmp_path: Path) -> None:
+    done = bench("scaling", "checkpoint", "startup", "--recipe", "digits", "--repeats", 2, "--seconds", 0.01,
+                 "--json", "bench.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    figures = result["figures"]
+    assert {figure["part"] for figure in figures} == {"limit", "scaling", "checkpoint", "startup"}
+    assert len(done.stdout.splitlines()) == 2 + len(figures)  # machine and head
+    for figure in figures:
+        for numbers in (figure, figure.get("times_as_fast", figure)):
+            assert len(numbers["values"]) == numbers["n"] == 2
+            assert 0 <= numbers["low"] <= numbers["median"] <= numbers["high"] < math.inf
+    baselines = {figure["baseline"] for figure in figures if "times_as_fast" in figure}
+    assert baselines == {"1 process", "plain", "Pillow, one thread"}
+    assert {part for part in ("scaling", "checkpoint", "startup")
+            if any(figure["part"] == part and "of_limit" in figure for figure in figures)} == {
+                "scaling", "checkpoint", "startup"}  # fmt: skip
+
+    def values(what: str) -> list[float]:
+        return next(figure["values"] for figure in figures if figure["what"].startswith(what))
+
+    # The whole is the sum of its parts, and what is sent is what is counted.
+    starts = zip(*(values(f"of which {part}") for part in ("the launcher", "imports", "this project", "the first")),
+                 strict=True)  # fmt: skip
+    assert [sum(parts) for parts in starts] == pytest.approx(values("launch to the end"))
+    summed = sum(size for name, size in result["counts"]["collectives_per_step"] if name == "gloo:all_reduce")
+    assert values("summed over") == [summed / 1e6] * 2

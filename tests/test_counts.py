@@ -1,0 +1,83 @@
+"""What a training step costs, counted instead of timed: a step that has become dearer fails here on any machine.
+
+The steps are those of train.py itself, through the real launcher, on a channels-last network in bf16.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar import launch, models
+from cifar.bench import counts
+from cifar.bench.context import Bench
+
+PARAMETERS = 6_572_292  # with the four classes of the shapes
+CONVOLUTIONS, NORMS = 8, 8
+KERNELS, BIASES = CONVOLUTIONS + 1, CONVOLUTIONS + 1  # with the linear layer's
+
+pytestmark = pytest.mark.skipif(
+    not launch.native_bf16(torch.device("cpu")), reason="without native bf16 torch computes with other operators"
+)
+
+
+def profiled(shapes: Path, folder: Path, processes: int) -> dict[str, Any]:
+    """The record of one step, after two that warm up."""
+    bench = Bench("resnet", 1, 1.0, folder, machine={"native_bf16": True, "gpus": 0})
+    arguments = ("--data", shapes, "--run", folder / "run", "--epochs", 100, "--global-batch-size", 16)
+    with bench.launch("train.py", *arguments, processes=processes) as program:
+        program.turn("train", amount=1)
+        return program.turn("profile", amount=1)
+
+
+@pytest.fixture(scope="module")
+def step(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process."""
+    return profiled(shapes, tmp_path_factory.mktemp("one"), 1)
+
+
+def test_an_image_costs_379_million_multiply_adds() -> None:
+    sizes = ((32, 3, 64), (32, 64, 128), (16, 128, 128), (16, 128, 128), (16, 128, 256), (8, 256, 512), (4, 512, 512),
+             (4, 512, 512))  # fmt: skip
+    convolutions = sum(cells**2 * 9 * before * after for cells, before, after in sizes)
+    network = models.build("resnet", classes=10, dropout=0.1)
+    assert counts.forward_multiply_adds(network) == convolutions + 512 * 10 == 379_261_952
+    assert network.training
+
+
+def test_the_optimizer_is_one_kernel(step: dict[str, Any]) -> None:
+    # The other one adds 1 to the count of steps.
+    assert step["optimizer"] == {"aten::_fused_adam_": 1, "aten::_foreach_add_": 1}
+
+
+def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
+    expected = {
+        "precision": 1  # the images to bf16,
+        + (KERNELS + BIASES)  # and all weights but the norms';
+        + (KERNELS + BIASES)  # their gradients back to float32;
+        + 2  # the logits to float32, and their gradient to bf16;
+        + 2,  # two sums over booleans: how many are right, and how many labels count in the loss
+        "layout": CONVOLUTIONS  # oneDNN gives the kernels' gradients in torch's own layout;
+        + CONVOLUTIONS  # fused Adam makes a copy of them in that layout on CPUs, which it does not use;
+        + 2,  # the last pool's gradient, which comes in it too, to channels-last, and the other way round within
+        "other": 3,  # the linear layer's bias for each image, the loss's mask, the figures that ranks sum up
+    }
+    assert {name: step["copies"].get(name, 0) for name in expected} == expected
+
+
+def test_one_process_sends_nothing(step: dict[str, Any]) -> None:
+    assert step["collectives"] == []
+
+
+def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> None:
+    sent = profiled(shapes, tmp_path, 2)["collectives"]
+    reduced = sorted(size for name, size in sent if name == "gloo:all_reduce")
+    broadcast = sorted(size for name, size in sent if name == "gloo:broadcast")
+    figures, *gradient = reduced
+    assert figures == 3 * 4  # loss, number of right answers, stop request
+    assert sum(gradient) == 4 * PARAMETERS
+    assert len(gradient) == 2  # buckets: the first part is summed while the second is computed
+    channels = 64 + 3 * 128 + 256 + 3 * 512
+    assert broadcast == [NORMS * 8, 2 * channels * 4]  # batch-norm's counters, and its means and variances
+    assert len(sent) == 5
