@@ -311,14 +311,11 @@ def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, und
     job.cluster.lag(node)  # Slurm gives the job to another node, and the processes on this one train on
     try:
         job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
-        old.wait(timeout=60)
+        old.wait(timeout=60)  # it ends itself (its words are lost with the srun that would have passed them on)
     finally:
         job.cluster.kill(node)
         job.cluster.start(node)
     job.wait_state("COMPLETED")
-    assert re.search(
-        r"train\.py: error: \S+ was taken over by attempt 2 \(process \d+ on node\d, Slurm job", job.text()
-    )
     assert_nothing_happened(job, reference, attempts=2, epochs=LONG)
 
 
