@@ -30,6 +30,11 @@ def draw(shape: str, generator: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The cluster's tests take longest and mostly wait: first, while another process goes through the others."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder <train|test>/<class>/<image>: 4 classes, 64 training and 22 test images."""
