@@ -573,6 +573,17 @@ def test_an_absurd_variable_is_one_line(
     assert not job.run.exists()
 
 
+def test_a_variable_that_was_not_set_is_asked_for(
+    submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(cluster.environment, "CIFAR_ENVIRONMENT")
+    monkeypatch.setitem(cluster.environment, "PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+    job = submit("--nodes=1")
+    job.wait_state("FAILED")
+    expected = "train.sbatch: error: no accelerate on PATH; set CIFAR_ENVIRONMENT to where it is installed\n"
+    assert job.text() == expected
+
+
 @pytest.mark.parametrize("name", ["train", "explain"])
 def test_a_script_outside_a_job_or_its_directory_says_so(name: str, cluster: Cluster, tmp_path: Path) -> None:
     script = ROOT / "slurm" / f"{name}.sbatch"
