@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Threads that wait for work would spin, and take the processors from other tests' processes.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 ROOT = Path(__file__).parents[1]
 SHAPES = ("disc", "ring", "square", "stripes")
 
