@@ -41,6 +41,8 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
         deadline = time.monotonic() + seconds
         while silent := [node for r, node in enumerate(nodes) if not store.check([f"{stage}/{r}"])]:
             if time.monotonic() > deadline:
+                if rank == 0:
+                    time.sleep(2)  # with this process the store ends, in which the others are looking for the same
                 raise UserError(f"no answer from {', '.join(silent)} within {seconds} s; check or exclude it")
             time.sleep(0.1)
 

@@ -87,7 +87,11 @@ class App:
         self.port, self.temporary = port, temporary
         env = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         options["env"] = env | options.get("env", {})
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        # Ctrl-C is ignored in what a shell has started in the background, and these tests may have been.
+        self.process = subprocess.Popen(
+            ["env", "--default-signal=INT", *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+        )  # fmt: skip
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
         if not self.first_line.startswith("open http"):

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint, models
+from cifar.attempt import claim
 from cifar.data.augment import normalize
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
@@ -220,7 +221,7 @@ def test_a_network_without_a_mistake_has_a_page_that_says_so(tmp_path: Path) -> 
     recipe = {"data": str(tmp_path / "data"), "epochs": 1, "global_batch_size": 16, "seed": 0}
     facts = {"network": "resnet", "classes": ["a", "b"], "mean": mean, "std": std, "recipe": recipe,
              "data_fingerprint": "0", "test_accuracy": 1.0}  # fmt: skip
-    checkpoint.export(directory, network, facts)
+    checkpoint.export(claim(directory, 1), network, facts)
     (directory / "result.json").write_text(json.dumps({"test_accuracy": 1.0, "steps": 1}))
     done = explain("--run", directory, "--check", "--neighbours", "--method", "eigencam")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ A new augmentation is an entry of `AUGMENTATIONS`: augment_albumentations.py and
 image at a time and a whole batch at once, with the same distribution.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,17 +44,17 @@ def find(name: str) -> Pipeline:
     return AUGMENTATIONS[name]
 
 
-def normalize(images: torch.Tensor, mean: Statistics, std: Statistics) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [n, 32, 32, 3] to normalised float32 [n, 3, 32, 32], channels-last: bit for bit Albumentations' Normalize.
 
     Worked through in whole rows of pixels, since three channels at a time take 40 times as long on a CPU.
     """
-    shift, scale = _rows(mean, std, images.device)
+    shift, scale = _rows(tuple(mean), tuple(std), images.device)  # lists, where they come from JSON
     normalised = images.reshape(-1, SIZE, SIZE * 3).float().sub_(shift).mul_(scale)
     return normalised.view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
 
 
 @lru_cache  # once per device: to send even a few numbers to a GPU is to wait for it
-def _rows(mean: Statistics, std: Statistics, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     shift, deviation = (np.tile(np.array(values, np.float32) * np.float32(255), SIZE) for values in (mean, std))
     return torch.from_numpy(shift).to(device), torch.from_numpy(np.reciprocal(deviation)).to(device)
