@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
 
 EVERY = 10  # steps between checkpoints
 EPOCH = 150  # steps, in one or two seconds
-SHORT, LONG = 4, 50  # epochs; long for what Slurm looks at every half minute
+SHORT, LONG = 4, 40  # epochs; long for what Slurm looks at every half minute
 
 
 @pytest.fixture(scope="module")
