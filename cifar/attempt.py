@@ -31,7 +31,7 @@ class Attempt:
 
     def check(self) -> None:
         """Raises UserError if a newer attempt has taken the run over."""
-        newest = _numbers(self.run)[-1]
+        newest = max(_numbers(self.run), default=0)
         if newest > self.number:
             raise UserError(
                 f"{self.run} was taken over by {described(self.run, newest)}; "
@@ -65,7 +65,7 @@ class Attempt:
 def claim(run: Path, world_size: int) -> Attempt:
     """Begins an attempt at the run, which ends those before it at their next write. Raises OSError."""
     (run / "attempts").mkdir(parents=True, exist_ok=True)
-    number = (_numbers(run) or [0])[-1] + 1
+    number = max(_numbers(run), default=0) + 1
     while True:
         try:
             with _file(run, number).open("x") as file:
@@ -93,19 +93,12 @@ def see(run: Path, number: int) -> None:
         time.sleep(0.2)
 
 
-def facts(run: Path, number: int | None = None) -> dict[str, Any]:
-    """What an attempt, by default the newest, says of itself: host, pid, job, ...; {} where there is none."""
-    numbers = _numbers(run)
-    try:
-        content = json.loads(_file(run, number or numbers[-1]).read_bytes())
-    except (IndexError, OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def described(run: Path, number: int) -> str:
     """An attempt in words."""
-    found = facts(run, number)
+    try:
+        found = json.loads(_file(run, number).read_bytes())
+    except (OSError, ValueError):  # it is being written
+        found = {}
     job = f", Slurm job {found['job']}" if found.get("job") else ""
     return f"attempt {number} (process {found.get('pid', '?')} on {found.get('host', '?')}{job})"
 
@@ -131,7 +124,7 @@ def _numbers(run: Path) -> list[int]:
         names = os.listdir(run / "attempts")  # noqa: PTH208 -- Path.iterdir would make an object of each
     except FileNotFoundError:
         return []
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+    return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()]
 
 
 def _clear(leftover: Path, number: int) -> None:

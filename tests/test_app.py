@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, Train, draw
+from contrast import LEAST_CONTRAST
 from gradio_client import Client, handle_file
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -936,30 +937,6 @@ CUT = """() => [...document.querySelectorAll('.answer *, .mistakes *, .about *, 
   .map((element) => element.outerHTML.slice(0, 120))"""
 
 
-# The least contrast (WCAG) of any visible text, on the first opaque ground below it.
-CONTRAST = """() => {
-  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const light = (colour) => colour.slice(0, 3).map((v) => v / 255)
-    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
-  let least = [99, ''];
-  for (const element of document.querySelectorAll('.gradio-container *')) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (!own || !element.checkVisibility() || element.closest('style, script')) continue;
-    let ground = element;
-    while (ground && rgba(getComputedStyle(ground).backgroundColor)[3] < 255) ground = ground.parentElement;
-    const colours = [getComputedStyle(element).color, getComputedStyle(ground ?? document.body).backgroundColor];
-    const [a, b] = colours.map(rgba).map(light).sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < least[0]) least = [(a + 0.05) / (b + 0.05), element.outerHTML.slice(0, 120)];
-  }
-  return least;
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_tab_fits_and_can_be_read(width: int, scheme: str, visit: Callable[..., Visit]) -> None:
@@ -974,6 +951,6 @@ def test_every_tab_fits_and_can_be_read(width: int, scheme: str, visit: Callable
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(OUTSIDE) == []
         assert page.evaluate(CUT) == []
-        least, where = page.evaluate(CONTRAST)
+        least, where = page.evaluate(LEAST_CONTRAST, [".gradio-container *", "style, script"])
         assert least >= 4.5, where
     assert page.locator("footer").count() == 0 or not page.locator("footer").is_visible()

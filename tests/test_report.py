@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+from contrast import LEAST_CONTRAST
 
 from cifar.explain import report
 from cifar.explain.findings import Findings, Neighbours, Shown
@@ -42,29 +43,6 @@ FOCUSED = """(() => {
   return element.dataset.index ?? element.getAttribute('aria-label') ?? element.id;
 })()"""
 WRITE_HTML = "() => { try { document.body.innerHTML = '<b>x</b>'; return 'written'; } catch { return 'refused'; } }"
-# The least contrast (WCAG) of any visible text, with what it stands on found by walking up to the first opaque ground.
-CONTRAST = """() => {
-  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const light = (colour) => colour.slice(0, 3).map((v) => v / 255)
-    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
-  let least = [99, ''];
-  for (const element of document.querySelectorAll('body *')) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (!own || !element.checkVisibility() || element.closest('svg, script, noscript, select')) continue;
-    let ground = element;
-    while (ground && rgba(getComputedStyle(ground).backgroundColor)[3] < 255) ground = ground.parentElement;
-    const colours = [getComputedStyle(element).color, getComputedStyle(ground ?? document.body).backgroundColor];
-    const [a, b] = colours.map(rgba).map(light).sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < least[0]) least = [ratio, element.outerHTML.slice(0, 200)];
-  }
-  return least;
-}"""
 
 
 def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = True, seed: int = 7) -> Findings:
@@ -695,7 +673,7 @@ def test_nothing_overflows_and_all_text_can_be_read(opened: Open, width: int, sc
             "[document.getElementById('view').scrollWidth, document.getElementById('view').clientWidth]"
         )
         assert view[0] <= view[1]
-        ratio, element = page.evaluate(CONTRAST)
+        ratio, element = page.evaluate(LEAST_CONTRAST, ["body *", "svg, script, noscript, select"])
         assert ratio >= 4.5, element
         page.emulate_media(media="print")
         scrolled, inner = page.evaluate(WIDTHS)

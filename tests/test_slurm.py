@@ -480,12 +480,8 @@ def test_the_explanation_waits_for_the_training_job(submit: Submit, project: Pat
     assert job.cluster.state(explain) == "PENDING"  # a requeue is no end
     job.wait_state("COMPLETED")
     waiting = Job(job.cluster, job.run, explain, tmp_path / "explain.out")
-    waiting.wait_state("COMPLETED", "FAILED")
-    # This small run may well have made no mistake to show.
-    if job.cluster.state(explain) == "COMPLETED":
-        assert (job.run / "explain" / "report.html").is_file()
-    else:
-        assert "explain.py: error:" in waiting.text()
+    waiting.wait_state("COMPLETED")
+    assert (job.run / "explain" / "report.html").is_file()
 
 
 def test_the_commands_of_the_readme(
