@@ -471,7 +471,7 @@ def test_the_explanation_waits_for_the_training_job(submit: Submit, project: Pat
     job = submit("--nodes=1")
     explain = subprocess.run(
         ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/explain.out",
-         "slurm/explain.sbatch", "--run", str(job.run), "--count", "1"],
+         "slurm/explain.sbatch", "--run", str(job.run)],
         cwd=project, env=job.cluster.environment, capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
     job.wait_step(20)
