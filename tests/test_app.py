@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from cifar.app import material
+from cifar.app.engine import Engine
 from cifar.data.cache import Data, open_data
 from cifar.explain import evidence, figures, maps, mistakes, options, runs
 from cifar.explain.runs import Run
@@ -58,7 +59,9 @@ def run(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 draw(shape, generator).save(folder / f"{shape}{image:02}.png")
     directory = tmp_path_factory.mktemp("runs") / "run"
-    done = train("--data", data, "--run", directory, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16)
+    # Small steps, and many of them: so that its probabilities are neither all alike nor 0 and 1.
+    done = train("--data", data, "--run", directory, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 4,
+                 "--peak-learning-rate", 2e-4)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -201,6 +204,20 @@ def test_an_answer_is_that_of_the_explanation_pass(
         assert np.allclose(votes["cells"], shown.votes[0], atol=2e-5)
         assert votes["sum"] + votes["bias"] == pytest.approx(votes["margin"], abs=1e-4)
         assert votes["margin"] == pytest.approx(float(shown.margins[0]), abs=1e-4)
+
+
+def test_classes_are_ranked_even_where_their_probabilities_are_0(opened: Run, data: Data) -> None:
+    engine = Engine(opened)
+    rankings = [engine.answer(pixels, None, "gradcam", []).ranking for pixels in data.test_images]
+    telling = [row for row, ranking in enumerate(rankings) if ranking[1] > ranking[2]]  # unlike ties, in order
+    with torch.no_grad():
+        for parameter in engine.network.get_submodule("linear").parameters():
+            parameter.mul_(1000)
+    sure = engine.answer(data.test_images[telling[0]], None, "gradcam", ["layer3"])
+    assert np.sort(sure.probabilities).tolist() == [0, 0, 0, 1]
+    assert sure.ranking.tolist() == rankings[telling[0]].tolist()
+    assert sure.votes is not None
+    assert [sure.votes.target, sure.votes.against] == sure.ranking[:2].tolist()
 
 
 def test_maps_can_be_switched_off_and_no_more_classes_are_shown_than_asked_for(

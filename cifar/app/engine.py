@@ -39,15 +39,11 @@ class Answer:
 
     pixels: UInt8  # [32, 32, 3]
     probabilities: Float  # [C]
+    ranking: Int64  # [C] the classes, the most probable first
     target: int  # the class that maps and votes are for
     method: str
     looks: list[Look]
     votes: Votes | None  # None where maps were not asked for
-
-    @property
-    def ranking(self) -> Int64:
-        """[C] the classes, the most probable first."""
-        return np.argsort(-self.probabilities, kind="stable")
 
 
 class Engine:
@@ -76,19 +72,21 @@ class Engine:
         with self._lock:
             images = self._tensor(pixels[None])
             with torch.no_grad():
-                probabilities: Float = self.network(images).softmax(dim=1)[0].numpy()
-            first, second = np.argsort(-probabilities, kind="stable")[:2].tolist()
+                logits = self.network(images)[0]
+            # Of logits: far enough below the first class all probabilities are the same float32, 0.
+            ranking: Int64 = np.argsort(-logits.numpy(), kind="stable")
+            first, second = ranking[:2].tolist()
             target = first if target is None else target
             looks, counted = [], None
             for layer in at:
-                objectives = maps.scores(torch.tensor([[target]]), len(probabilities))
+                objectives = maps.scores(torch.tensor([[target]]), len(ranking))
                 raw, _ = maps.compute(self.network, layer, method, images, objectives)
                 looks.append(_look(layer, raw[0, 0]))
             if at:
                 against, last_stage = second if target == first else first, list(self.layers)[-1]
                 cells, bias, margin = votes.count(self.network, last_stage, images, torch.tensor([[target, against]]))
                 counted = Votes(last_stage, target, against, cells[0], float(bias[0]), float(margin[0]))
-        return Answer(pixels, probabilities, target, method, looks, counted)
+        return Answer(pixels, logits.softmax(dim=0).numpy(), ranking, target, method, looks, counted)
 
     def looks(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Look], Float]:
         """The map of each picture [n, 32, 32, 3] for its class of `targets` [n], and the probabilities [n, C]."""
