@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from cifar.app import material
 from cifar.app.engine import Engine
+from cifar.app.gate import Gate
 from cifar.data.cache import Data, open_data
 from cifar.explain import evidence, figures, maps, mistakes, options, runs
 from cifar.explain.runs import Run
@@ -91,9 +92,9 @@ class App:
         self.port, self.temporary = port, temporary
         env = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         options["env"] = env | options.get("env", {})
-        # Ctrl-C is ignored in what a shell has started in the background, and these tests may have been.
+        # What a shell has started in the background ignores Ctrl-C, what nohup has, a hang-up: as these tests may be.
         self.process = subprocess.Popen(
-            ["env", "--default-signal=INT", *command],
+            ["env", "--default-signal=INT,HUP", *command],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -368,6 +369,7 @@ import json, sys
 from pathlib import Path
 from cifar.app import material, page
 from cifar.app.engine import Engine
+from cifar.app.gate import Gate
 from cifar.explain import runs
 run = runs.open_run(Path(sys.argv[1]))
 shown = material.of_run(run, run.recipe["data"])
@@ -496,6 +498,25 @@ def test_uploads_are_limited_before_they_are_read(app: App) -> None:
     assert list(app.temporary.rglob("*evil*"))
 
 
+def test_uploads_fill_only_so_much_of_the_disk(tmp_path: Path) -> None:
+    async def served(*_: Any) -> None: ...
+
+    gate = Gate(served, tmp_path, largest=100, room=250)
+
+    def status(length: int) -> int:
+        refusal = gate.refusal("/gradio_api/upload", "POST", {b"content-length": b"%d" % length})
+        return 200 if refusal is None else refusal.status_code
+
+    for name in ("a", "b"):
+        assert status(100) == 200
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "picture.png").write_bytes(bytes(100))
+    assert (status(51), status(50)) == (507, 200)
+    assert gate.refusal("/gradio_api/queue/join", "POST", {b"content-length": b"51"}) is None
+    (tmp_path / "a" / "picture.png").unlink()
+    assert status(51) == 200
+
+
 def test_the_page_says_that_it_talks_to_nobody_else(app: App) -> None:
     status, content, headers = app.http("GET", "/")
     assert status == 200
@@ -615,8 +636,9 @@ def test_a_space_starts_from_its_folder_alone(space: Path, client: Client, data:
         assert app.http("GET", f"/gradio_api/file={moved / 'config.json'}")[0] == 403
         assert app.http("GET", "/gradio_api/file=config.json")[0] == 403
     finally:
-        output = app.end()
+        output = app.end(signal.SIGHUP)
     assert app.process.returncode == 0, output
+    assert left(app) == []
     assert not (tmp_path / "none" / "cifar").exists()  # it has looked for no data set
 
 
@@ -862,9 +884,9 @@ def test_a_mistake_is_carried_over_to_be_classified(visit: Callable[..., Visit],
     page.get_by_label("Seed of the order").wait_for()
     page.get_by_role("combobox", name="Order").click()
     page.get_by_role("option", name="uncertain").click()
-    page.get_by_label("Show misclassified test images").uncheck()
+    page.get_by_label("Show mistakes").uncheck()
     page.wait_for_function("document.querySelectorAll('.mistakes').length == 0")
-    page.get_by_label("Show misclassified test images").check()
+    page.get_by_label("Show mistakes").check()
     page.locator(".mistakes button").nth(1).click()
     page.locator(".answer").wait_for()
     _, rows = client.predict(True, 2, ANY, ANY, "uncertain", *MISTAKES[5:], api_name="/misclassified")

@@ -1,5 +1,6 @@
 """Every command of the README, run as it stands there, made short by flags at its end."""
 
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS if "sbatch" not in block for line in block.splitlines()]  # those: test_slurm.py
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
 APP, EXPORT = (line for line in COMMANDS if "cifar.app" in line)
+LOAD = next(line for line in COMMANDS if "cifar.bench.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
 
@@ -148,7 +150,7 @@ def test_a_space_is_written(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "space" / "app.py").is_file()
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "cifar.bench" in line], ids=str)
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "cifar.bench" in line and line != LOAD], ids=str)
 def test_a_command_measures(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     # Of everything only what is cheap: test_bench.py has the rest.
@@ -164,6 +166,21 @@ def test_a_command_measures(line: str, tmp_path: Path) -> None:
     measured = {row.split()[0] for row in done.stdout.splitlines()[2:]}
     assert measured == {"limit", *parts}
     assert {path.name for path in tmp_path.iterdir()} == ({"bench.json"} if "--json" in words else set())
+
+
+def test_the_app_is_measured(finished: Path, tmp_path: Path) -> None:
+    words = shlex.split(LOAD)
+    words[words.index("--run") + 1] = str(finished)
+    words += ["--starts", "1", "--answers", "2", "--requests", "5", "--json", str(tmp_path / "bench.json")]
+    executable = Path(sys.executable).parent / words[0]
+    done = subprocess.run(
+        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {row.split()[0] for row in done.stdout.splitlines()[1:]} == {"app"}
+    measured = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["unit"], row["n"]) for row in measured] == [("s", 1), ("s", 2), ("s", 20), ("MB", 5)]
+    assert all(value > 0 for row in measured for value in row["values"])
 
 
 def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:

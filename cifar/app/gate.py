@@ -4,9 +4,11 @@ Gradio serves more than this app uses: files by path or by web address, a proxy,
 """
 
 import ipaddress
+import os
 import re
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,12 @@ HEADERS = [
 class Gate:
     """ASGI middleware in front of all that Gradio serves."""
 
-    def __init__(self, app: ASGIApp, uploads: Path, largest: int) -> None:
-        """`uploads` is the only folder that files come from, `largest` the bytes that a request may have."""
-        self.app, self.uploads, self.largest = app, uploads, largest
+    def __init__(self, app: ASGIApp, uploads: Path, largest: int, room: int) -> None:
+        """`uploads` is the only folder that files come from, `largest` the bytes that a request may have.
+
+        No file comes to that folder that would make it larger than `room`, in bytes.
+        """
+        self.app, self.uploads, self.largest, self.room = app, uploads, largest, room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers what is not allowed in, and passes on the rest."""
@@ -64,6 +69,8 @@ class Gate:
                 return PlainTextResponse("Length required", 411)
             if int(length) > self.largest:
                 return PlainTextResponse("Too large", 413)
+            if path == "/gradio_api/upload" and _bytes_in(self.uploads) + int(length) > self.room:
+                return PlainTextResponse("Too many pictures have been uploaded here; try again in an hour", 507)
         return None
 
 
@@ -73,6 +80,15 @@ def lies_in(path: str, folder: Path) -> bool:
         return Path(path).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError):  # no path at all: it holds a zero byte, or half of a character
         return False
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # old ones are being deleted
+                total += Path(place, name).lstat().st_size
+    return total
 
 
 def stay_on_this_machine(host: str | None) -> None:

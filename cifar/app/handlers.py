@@ -73,7 +73,8 @@ class Handlers:
         found = mistakes.select(wrong.labels, wrong.predictions, of_true, of_predicted, order, seed)
         shown = self._mistakes(found[:count], map_for, method, layer)
         kind = "".join(f", {word} {name}" for word, name in (("true", true), ("predicted", predicted)) if name != ANY)
-        sentence = f"{len(shown)} of {len(found):,} mistakes{kind}. Choose one to classify it."
+        noun = "mistake" if len(found) == 1 else "mistakes"
+        sentence = f"{len(shown)} of {len(found):,} {noun}{kind}. Choose one to classify it."
         if map_for != NO_MAP:
             sentence += (
                 f" Maps: {method} at {layer}, {cells[layer]}x{cells[layer]} cells, each on its own scale from 0 to "

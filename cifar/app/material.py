@@ -100,13 +100,13 @@ def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities
     low, high = calibration.wilson(np.array([correct.mean()]), np.array([len(correct)]))
     trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
     hours, minutes = divmod(round(result["seconds"] / 60), 60)
+    processes = "1 process" if result["world_size"] == 1 else f"{result['world_size']:,} processes"
     return {
         "accuracy": f"{correct.mean():.2%} of {len(correct):,} test images "
         f"(95 % interval {low[0]:.2%} to {high[0]:.2%})",
         "confidence": f"{probabilities.max(axis=1).mean():.2%} in the mean",
         "network": f"{run.network}, {result['parameters']:,} parameters",
-        "training": f"{run.step:,} steps in {hours} h {minutes:02} min, {result['world_size']} process(es), "
-        f"precision {result['precision']}",
+        "training": f"{run.step:,} steps in {hours} h {minutes:02} min, {processes}, precision {result['precision']}",
         "finished": f"{trained:%Y-%m-%d %H:%M} UTC",
         "weights": f"sha256 {run.sha256}",
     }

@@ -86,9 +86,9 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
             with gr.Tab("Misclassified", id="misclassified") as tab:
                 if wrong:
                     with gr.Row(elem_id="filters"):
-                        show = gr.Checkbox(True, label="Show misclassified test images")
+                        show = gr.Checkbox(True, label="Show mistakes")
                         most = max(2, min(MOST, wrong))  # a slider wants two values at least
-                        count = gr.Slider(1, most, min(COUNT, wrong), step=1, label="How many")
+                        count = gr.Slider(1, most, min(COUNT, wrong), step=1, label="How many", visible=wrong > 1)
                         true = gr.Dropdown([ANY, *classes], value=ANY, label="True class")
                         predicted = gr.Dropdown([ANY, *classes], value=ANY, label="Predicted class")
                         order = gr.Dropdown(list(ORDERS), value=ORDERS[0], label="Order")

@@ -32,8 +32,10 @@ def serve_folder(folder: Path) -> None:
 
 
 def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
-    """Serves until it is interrupted or terminated, then deletes what visitors have uploaded."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Serves until it is interrupted, terminated or hung up, then deletes what visitors have uploaded."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end, or its terminal was closed
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _stop)
     with tempfile.TemporaryDirectory(prefix="cifar-app-", ignore_cleanup_errors=True) as uploads:
         # Before Gradio is imported. What is set for other apps must not open this one.
         for name in [name for name in os.environ if name.startswith("GRADIO_") and name not in OF_A_SPACE]:
@@ -49,7 +51,7 @@ def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
         from cifar.app.gate import Gate, stay_on_this_machine
 
         stay_on_this_machine(host)
-        gate = Middleware(Gate, uploads=Path(uploads), largest=pictures.BYTES + (1 << 20))
+        gate = Middleware(Gate, uploads=Path(uploads), largest=pictures.BYTES + (1 << 20), room=40 * pictures.BYTES)
         fonts = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]  # what the visitor's machine has
         _, address, _ = page.build(engine, shown, Path(uploads)).launch(
             server_name=host,

@@ -1,0 +1,159 @@
+"""The app as a user starts it, and under load: how soon it answers, whom it serves at once, and what memory it takes.
+
+    python -m cifar.bench.app --run runs/resnet
+
+Apart from the other parts of the bench, since it needs a finished run. Each visitor is a `gradio_client` of its own.
+"""
+
+import argparse
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from cifar.bench import figures
+from cifar.bench.figures import Figure
+from cifar.errors import UserError
+from cifar.explain import layers, runs
+from cifar.explain.options import METHODS
+
+SIZE = (640, 480)  # of the pictures: a webcam's
+VISITORS = 20
+PARTS = 5  # of the requests, each followed by a look at the memory
+
+
+class App:
+    """`python -m cifar.app` in a process of its own, on a free port of this machine."""
+
+    def __init__(self, run: Path) -> None:
+        """Waits for its first page. Raises UserError if it ends instead."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "cifar.app", "--run", str(run), "--port", str(port)]
+        began = time.perf_counter()
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        if not (opened := re.match(r"open (\S+)", self.process.stdout.readline())):
+            raise UserError(f"the app ended with exit status {self.process.wait()}")
+        self.address = opened[1]
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(self.address) as page:
+            page.read()
+        self.seconds = time.perf_counter() - began
+
+    def visitor(self) -> Any:
+        """A client that has the page's functions."""
+        from gradio_client import Client
+
+        return Client(self.address, verbose=False, analytics_enabled=False)
+
+    def megabytes(self) -> float:
+        """Of memory that is its own."""
+        return float(psutil.Process(self.process.pid).memory_info().rss / 1e6)
+
+    def end(self) -> None:
+        """Asks it to end."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate()
+
+
+def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]:
+    """Starts the app and asks it; see `parse_command_line`. Raises UserError where an answer is another's."""
+    from gradio_client import handle_file
+
+    cells = layers.of(runs.open_run(run).network)
+    seconds = []
+    for _ in range(starts - 1):
+        app = App(run)
+        seconds.append(app.seconds)
+        app.end()
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        app = App(run)
+        stack.callback(app.end)
+        seconds.append(app.seconds)
+        generator = np.random.default_rng(0)
+        asks = []
+        for number in range(VISITORS):
+            coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+            coarse.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
+            layer = list(cells)[number % len(cells)]
+            method = list(METHODS)[number % len(METHODS)]
+            asks.append([handle_file(folder / f"{number}.jpg"), 5, True, "(predicted)", method, [layer]])
+
+        def ask(visitor: Any, question: list[Any]) -> tuple[float, str]:
+            began = time.perf_counter()
+            _, answer = visitor.predict(*question, api_name="/classify")
+            if answer is None or "error" in answer:
+                raise UserError(f"the app answers {answer}")
+            return time.perf_counter() - began, json.dumps(answer)
+
+        visitors = [app.visitor() for _ in range(VISITORS)]
+        alone = [ask(visitors[0], question)[1] for question in asks]
+        usual = [asks[0][0], 5, True, "(predicted)", "gradcam", [layers.default(cells)]]
+        single = [ask(visitors[0], usual)[0] for _ in range(answers)]
+
+        with ThreadPoolExecutor(VISITORS) as pool:
+            crowd = list(pool.map(ask, visitors, asks))
+        if [answer for _, answer in crowd] != alone:
+            raise UserError("a visitor among many got another answer than alone")
+
+        memory = []
+        for part in range(PARTS):
+            for number in range(requests // PARTS):
+                ask(visitors[number % VISITORS], asks[(number + part) % VISITORS])
+            memory.append(app.megabytes())
+    return [
+        Figure("app", "start to first page", "s", seconds),
+        Figure("app", f"answer with a map, picture of {SIZE[0]}x{SIZE[1]}", "s", single),
+        Figure("app", f"answer among {VISITORS} visitors at once", "s", [taken for taken, _ in crowd]),
+        Figure("app", f"memory after each {requests // PARTS} requests", "MB", memory),
+    ]
+
+
+def parse_command_line() -> argparse.Namespace:
+    """Raises UserError for a number that is too small."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar.bench.app", allow_abbrev=False, description="Measure the app of a finished run."
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run")
+    parser.add_argument("--starts", type=int, default=3, metavar="N", help="starts (3)")
+    parser.add_argument("--answers", type=int, default=50, metavar="N", help="answers one after another (50)")
+    parser.add_argument("--requests", type=int, default=500, metavar="N", help="requests while memory is watched (500)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every value here")
+    arguments = parser.parse_args()
+    for name, least in (("starts", 1), ("answers", 1), ("requests", PARTS)):
+        if (given := getattr(arguments, name)) < least:
+            raise UserError(f"--{name} {given} is too few; give at least {least}")
+    return arguments
+
+
+def main() -> None:
+    """Measures, and prints a table; a user's mistake ends in one line and exit status 2."""
+    try:
+        arguments = parse_command_line()
+        found = measure(arguments.run, arguments.starts, arguments.answers, arguments.requests)
+    except UserError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(figures.head(), *(figure.row() for figure in found), sep="\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([figure.json() for figure in found], indent=1))
+
+
+if __name__ == "__main__":
+    main()
