@@ -620,7 +620,8 @@ def test_a_space_starts_from_its_folder_alone(space: Path, client: Client, data:
         "sys.modules.update(dict.fromkeys(['accelerate', 'albumentations', 'tensorboard'])); "
         f"runpy.run_path({str(moved / 'app.py')!r}, run_name='__main__')"
     )
-    env = {"PYTHONPATH": "", "XDG_CACHE_HOME": str(tmp_path / "none"), "GRADIO_SERVER_PORT": str(port)}
+    env = {"PYTHONPATH": "", "XDG_CACHE_HOME": str(tmp_path / "none"), "GRADIO_SERVER_PORT": str(port),
+           "SYSTEM": "spaces", "SPACE_ID": "somebody/space"}  # fmt: skip
     app = App([sys.executable, "-P", "-c", start], port, tmp_path / "tmp", cwd=tmp_path, env=env)
     try:
         loaded = Path(f"/proc/{app.process.pid}/cwd").resolve()

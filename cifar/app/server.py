@@ -37,8 +37,9 @@ def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _stop)
     with tempfile.TemporaryDirectory(prefix="cifar-app-", ignore_cleanup_errors=True) as uploads:
-        # Before Gradio is imported. What is set for other apps must not open this one.
-        for name in [name for name in os.environ if name.startswith("GRADIO_") and name not in OF_A_SPACE]:
+        # Before Gradio is imported. What is set for other apps must not open this one, and where Gradio knows that it
+        # is in a Space, it starts a second server, which takes new code.
+        for name in [name for name in os.environ if name.startswith(("GRADIO_", "SPACE_")) and name not in OF_A_SPACE]:
             del os.environ[name]
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         # Gradio asks its own server whether it runs: not through a proxy.
