@@ -715,6 +715,14 @@ def test_without_gradio_it_says_what_to_install(run: Path) -> None:
     )
 
 
+def test_nothing_but_the_app_imports_gradio() -> None:
+    files = [*ROOT.glob("*.py"), *(ROOT / "cifar").rglob("*.py")]
+    importing = {
+        file.parent for file in files if re.search(r"^\s*(from|import) gradio\b", file.read_text(), re.MULTILINE)
+    }
+    assert importing == {ROOT / "cifar" / "app"}
+
+
 def test_help_needs_neither_torch_nor_gradio() -> None:
     code = (
         "import sys; sys.modules.update(torch=None, gradio=None); sys.argv = ['x', '--help']; "

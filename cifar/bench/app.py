@@ -6,6 +6,7 @@ Apart from the other parts of the bench, since it needs a finished run. Each vis
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import signal
@@ -72,6 +73,8 @@ class App:
 
 def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]:
     """Starts the app and asks it; see `parse_command_line`. Raises UserError where an answer is another's."""
+    if importlib.util.find_spec("gradio_client") is None:
+        raise UserError("gradio is not installed; install it with: pip install '.[app]'")
     from gradio_client import handle_file
 
     cells = layers.of(runs.open_run(run).network)
