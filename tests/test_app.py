@@ -111,7 +111,7 @@ class App:
         self, method: str, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, bytes, dict[str, str]]:
         """A request with exactly this path, which no library has tidied."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
@@ -135,7 +135,7 @@ class App:
 
     def end(self, by: int = signal.SIGTERM) -> str:
         self.process.send_signal(by)
-        return self.process.communicate(timeout=60)[0]
+        return self.process.communicate(timeout=120)[0]
 
 
 def left(app: App) -> list[Path]:
@@ -789,7 +789,7 @@ def visit(browser: "Browser", app: App) -> Iterator[Callable[..., Visit]]:
 
     def start(width: int = 1280, **options: Any) -> Visit:
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         visits.append(Visit(context.new_page(), app))
         return visits[-1]
