@@ -21,6 +21,7 @@ from cifar.errors import UserError  # noqa: E402
 from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
 
 LOG_EVERY = 10  # steps between points in TensorBoard
+FITTED = 5000  # training images that a network may look at before its first step
 
 
 def train(recipe: Recipe, options: Options) -> None:
@@ -32,11 +33,12 @@ def train(recipe: Recipe, options: Options) -> None:
     from cifar import attempt as attempts
     from cifar import checkpoint, launch, loop, models, optim, summary
     from cifar.data import loading, order
+    from cifar.data.augment import normalize, resize
     from cifar.data.cache import open_data
     from cifar.tracking import Tracker
 
     began = time.monotonic()
-    accelerator = launch.start()
+    accelerator = launch.start(recipe.gradient_compression)
     device, main, rank, ranks = (
         accelerator.device, accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     )  # fmt: skip
@@ -68,6 +70,7 @@ def train(recipe: Recipe, options: Options) -> None:
     # Network and optimizer: from the seed, or from the checkpoint that rank 0 chooses for all.
     torch.manual_seed(recipe.seed)
     network = models.build(recipe.network, len(data.classes), recipe.dropout)
+    models.fit(network, normalize(torch.from_numpy(data.train_images[:FITTED]), data.mean, data.std))
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.build(network, recipe)
     attempt, chosen, evaluated = None, None, 0
@@ -115,7 +118,8 @@ def train(recipe: Recipe, options: Options) -> None:
             epoch = epochs_completed(progress.step)
             if progress.step and epoch > epochs_completed(progress.step - 1):
                 if epoch > evaluated:
-                    evaluation = loop.evaluate(accelerator, network, data)
+                    views = recipe.test_time_augmentation and progress.step == total_steps
+                    evaluation = loop.evaluate(accelerator, network, data, views)
                     if evaluation is None:
                         stopping = True
                         break
@@ -130,6 +134,7 @@ def train(recipe: Recipe, options: Options) -> None:
 
             clock = time.perf_counter()
             batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            batch = resize(batch, order.image_size_at(progress.step, total_steps, recipe))
             learning_rate = optim.lr_at(progress.step, total_steps, recipe)
             optim.set_lr(optimizer, learning_rate)
             torch.manual_seed(order.generator_seed(recipe.seed, progress.step, rank))  # for dropout
@@ -142,7 +147,8 @@ def train(recipe: Recipe, options: Options) -> None:
                 )
             log = (progress.step + 1) % LOG_EVERY == 0
             gradient_norm = loop.gradient_norm(accelerator, network) if log else math.nan
-            stepper.step()
+            with accelerator.autocast():  # for what an optimizer multiplies
+                stepper.step()
             stepper.zero_grad()
             progress.count(recipe.global_batch_size, totals.loss, totals.correct)
             if tracker:
@@ -173,6 +179,7 @@ def train(recipe: Recipe, options: Options) -> None:
             checkpoint.export(attempt, network, {**facts, "test_accuracy": final.test_accuracy})
             result = {
                 "test_accuracy": final.test_accuracy,
+                "test_accuracy_of_views": final.test_accuracy_of_views,
                 "test_loss": final.test_loss,
                 "images_per_second": tracker.images_per_second(),
                 "seconds": progress.seconds,

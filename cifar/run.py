@@ -44,6 +44,7 @@ class EpochMetrics:
     learning_rate: float
     images_per_second: float
     seconds: float
+    test_accuracy_of_views: float | None = None  # with test-time augmentation
 
 
 def read_status(directory: Path) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Tracker:
             learning_rate=learning_rate,
             images_per_second=self.images_per_second(self.epoch_began),
             seconds=progress.seconds,
+            test_accuracy_of_views=evaluation.accuracy_of_views,
         )
         self.epoch_began = len(self.counted)
         self.history.record(metrics, evaluation.probabilities)
@@ -130,8 +131,11 @@ class Tracker:
         for part in hparams(self.recipe.model_dump(), accuracy):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
         self.writer.add_scalar(*accuracy.popitem(), result["steps"])
+        views = result["test_accuracy_of_views"]
+        of_views = "" if views is None else f" ({views:.2%} of six views)"
         self.say(
-            f"finished: test accuracy {result['test_accuracy']:.2%} in {result['seconds']:.0f} s; see {self.directory}"
+            f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s; "
+            f"see {self.directory}"
         )
 
     def say(self, text: str) -> None:

@@ -32,7 +32,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, len(data.classes)))
     model = accelerator.prepare(network)
     totals = loop.accumulate_gradients(accelerator, model, *batches[0], recipe)
-    evaluation = loop.evaluate(accelerator, network, data)
+    evaluation = loop.evaluate(accelerator, network, data, views=True)
     assert evaluation is not None
     save_file(
         {
@@ -40,7 +40,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
             "gradient": network[1].weight.grad,  # type: ignore[dict-item]
             "totals": torch.tensor([totals.loss, totals.correct]),
             "probabilities": torch.from_numpy(evaluation.probabilities),
-            "evaluation": torch.tensor([evaluation.loss, evaluation.accuracy]),
+            "evaluation": torch.tensor([evaluation.loss, evaluation.accuracy, evaluation.accuracy_of_views]),
         },
         Path(output, f"{ranks}-{accumulation_steps}-{rank}.safetensors"),
     )

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from cifar.data import augment_device, loading, order, philox
-from cifar.data.augment import AUGMENTATIONS, Pipeline, normalize
+from cifar.data.augment import AUGMENTATIONS, Pipeline, normalize, resize
 from cifar.data.augment_albumentations import Augmentation
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
@@ -57,10 +57,11 @@ def test_images_do_not_depend_on_workers_ranks_or_where_the_run_resumes(name: st
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
-def test_an_image_looks_different_in_each_epoch_and_for_each_seed(name: str, way: str, data: Data) -> None:
+def test_images_look_different_in_each_epoch_and_for_each_seed(name: str, way: str, data: Data) -> None:
     of_seed = [loading.training_images(recipe(way, name, seed), data, CPU) for seed in (0, 1)]
-    seen = [of_seed[0].__getitems__([(epoch, 0)])[0] for epoch in range(8)] + [of_seed[1].__getitems__([(0, 0)])[0]]
-    assert len({image.numpy().tobytes() for image in seen}) == len(seen)
+    asked = [(0, epoch) for epoch in range(8)] + [(1, 0)]  # of the seeds
+    seen = [of_seed[seed].__getitems__([(epoch, index) for index in range(8)])[0] for seed, epoch in asked]
+    assert len({images.numpy().tobytes() for images in seen}) == len(seen)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -183,10 +184,11 @@ def drawn(augmentation: Augmentation) -> augment_device.Draws:
     return augment_device.Draws(top, left, int(bool(applied.get("HorizontalFlip"))), hole_top, hole_left)
 
 
-ALONE = {"crop": Pipeline(padding=4), "flip": Pipeline(flip=True), "cutout": Pipeline(cutout=8)}
+ALONE = {"crop": Pipeline(padding=4), "flip": Pipeline(flip="random"), "cutout": Pipeline(cutout=8)}
 
 
-@pytest.mark.parametrize("name", ALONE | AUGMENTATIONS)
+# An alternating flip is no draw of Albumentations'.
+@pytest.mark.parametrize("name", [n for n, p in (ALONE | AUGMENTATIONS).items() if p.flip != "alternating"])
 def test_for_the_same_draws_both_ways_make_the_same_image_bit_for_bit(name: str, data: Data) -> None:
     pipeline = (ALONE | AUGMENTATIONS)[name]
     augmentation = Augmentation(pipeline, data.mean, data.std, seed=3)
@@ -204,7 +206,8 @@ def test_for_the_same_draws_both_ways_make_the_same_image_bit_for_bit(name: str,
 def uniform(values: npt.NDArray[np.int64], choices: int) -> bool:
     """Whether all of 0 to choices - 1 occur, and nothing else, equally often (chi-square)."""
     counts = np.bincount(values)
-    return len(counts) == choices and counts.min() > 0 and stats.chisquare(counts).pvalue > UNLIKELY
+    equally = choices == 1 or stats.chisquare(counts).pvalue > UNLIKELY
+    return len(counts) == choices and counts.min() > 0 and equally
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -219,10 +222,42 @@ def test_both_ways_draw_the_same_values_equally_often(name: str, way: str) -> No
             augmentation(np.zeros((32, 32, 3), np.uint8), 0, index)
             numbers.append(drawn(augmentation))
         draws = augment_device.Draws(*np.array(numbers).T)
-    assert uniform(draws.top * 9 + draws.left, 81) if pipeline.padding else not (draws.top | draws.left).any()
-    assert uniform(draws.mirrored, 2) if pipeline.flip else not draws.mirrored.any()
+    places = 2 * pipeline.padding + 1
+    assert uniform(draws.top * places + draws.left, places**2)
+    if pipeline.flip != "alternating" or way == "device":
+        assert uniform(draws.mirrored, 1 + (pipeline.flip != "never"))
     if pipeline.cutout:
         assert uniform(draws.hole_top * 25 + draws.hole_left, 625)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_alternating_flip_shows_both_sides_in_every_two_epochs_and_begins_with_either(way: str) -> None:
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, :8] = 255  # bright at the left, further in than a crop can move it
+    pipeline, n = AUGMENTATIONS["crop_alternating_flip"], 400
+    mirrored = np.zeros((4, n), bool)
+    for epoch in range(4):
+        if way == "device":
+            draws = augment_device.draw(pipeline, 0, [(epoch, index) for index in range(n)])
+            seen = augment_device.augment(torch.from_numpy(image[None]), np.zeros(n, int), draws, pipeline, *PLAIN)
+            mirrored[epoch] = seen[:, 0, 16, 29] > 0.5
+        else:
+            augmentation = Augmentation(pipeline, *PLAIN, seed=0)
+            mirrored[epoch] = [augmentation(image, epoch, index)[16, 29, 0] > 0.5 for index in range(n)]
+    assert (mirrored[0] != mirrored[1]).all()
+    assert (mirrored[0] == mirrored[2]).all()
+    assert (mirrored[1] == mirrored[3]).all()
+    assert abs(mirrored[0].sum() - n / 2) < 5 * np.sqrt(n) / 2
+
+
+@pytest.mark.parametrize("size", [16, 24, 28, 32, 40])
+def test_resizing_keeps_the_whole_picture(size: int) -> None:
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    resized = resize(ramp, size)
+    assert resized.shape == (1, 3, size, size)
+    assert resized.mean().item() == pytest.approx(0.5, abs=1e-6)  # a part of it would be brighter or darker
+    assert resized[0, 0, 0, 0] < 0.05
+    assert resized[0, 0, 0, -1] > 0.95
 
 
 def test_draws_of_neighbouring_images_epochs_seeds_and_choices_are_independent() -> None:
@@ -288,7 +323,7 @@ def test_words_become_numbers_below_their_bound() -> None:
 
 def test_digits_are_not_flipped() -> None:
     assert RECIPES["digits"]().augmentation == "crop_cutout"
-    assert not AUGMENTATIONS["crop_cutout"].flip
+    assert AUGMENTATIONS["crop_cutout"].flip == "never"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,6 +1,7 @@
 """What a training step costs, counted instead of timed: a step that has become dearer fails here on any machine.
 
-The steps are those of train.py itself, through the real launcher, on a channels-last network in bf16.
+The steps are those of train.py itself, through the real launcher, on a channels-last network: in bf16 where the
+processor has it, else in float32.
 """
 
 from pathlib import Path
@@ -17,15 +18,13 @@ PARAMETERS = 6_572_292  # with the four classes of the shapes
 CONVOLUTIONS, NORMS = 8, 8
 KERNELS, BIASES = CONVOLUTIONS + 1, CONVOLUTIONS + 1  # with the linear layer's
 
-pytestmark = pytest.mark.skipif(
-    not launch.native_bf16(torch.device("cpu")), reason="without native bf16 torch computes with other operators"
-)
+BF16 = launch.native_bf16(torch.device("cpu"))  # without it, torch would convert to and from float32 in places
 
 
-def profiled(shapes: Path, folder: Path, processes: int) -> dict[str, Any]:
+def profiled(shapes: Path, folder: Path, processes: int, *more: str) -> dict[str, Any]:
     """The record of one step, after two that warm up."""
-    bench = Bench("resnet", 1, 1.0, folder, machine={"native_bf16": True, "gpus": 0})
-    arguments = ("--data", shapes, "--run", folder / "run", "--epochs", 100, "--global-batch-size", 16)
+    bench = Bench("resnet", 1, 1.0, folder, machine={"native_bf16": BF16, "gpus": 0})
+    arguments = ("--data", shapes, "--run", folder / "run", "--epochs", 100, "--global-batch-size", 16, *more)
     with bench.launch("train.py", *arguments, processes=processes) as program:
         program.turn("train", amount=1)
         return program.turn("profile", amount=1)
@@ -53,10 +52,13 @@ def test_the_optimizer_is_one_kernel(step: dict[str, Any]) -> None:
 
 def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
     expected = {
-        "precision": 1  # the images to bf16,
-        + (KERNELS + BIASES)  # and all weights but the norms';
-        + (KERNELS + BIASES)  # their gradients back to float32;
-        + 2  # the logits to float32, and their gradient to bf16;
+        "precision": BF16
+        * (
+            1  # the images to bf16,
+            + (KERNELS + BIASES)  # and all weights but the norms';
+            + (KERNELS + BIASES)  # their gradients back to float32;
+            + 2  # the logits to float32, and their gradient to bf16;
+        )
         + 2,  # two sums over booleans: how many are right, and how many labels count in the loss
         "layout": CONVOLUTIONS  # oneDNN gives the kernels' gradients in torch's own layout;
         + CONVOLUTIONS  # fused Adam makes a copy of them in that layout on CPUs, which it does not use;
@@ -81,3 +83,10 @@ def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> N
     channels = 64 + 3 * 128 + 256 + 3 * 512
     assert broadcast == [NORMS * 8, 2 * channels * 4]  # batch-norm's counters, and its means and variances
     assert len(sent) == 5
+
+
+def test_compressed_gradients_are_half_the_bytes(shapes: Path, tmp_path: Path) -> None:
+    sent = profiled(shapes, tmp_path, 2, "--gradient-compression", "bf16")["collectives"]
+    figures, *gradient = sorted(size for name, size in sent if name == "gloo:all_reduce")
+    assert figures == 3 * 4
+    assert sum(gradient) == 2 * PARAMETERS

@@ -23,8 +23,15 @@ def test_every_parameter_gets_a_gradient(network: torch.nn.Module) -> None:
     # A convolution's bias is taken out again by the batch-norm behind it: its gradient is zero but for rounding.
     before_norm = {f"{name}.bias" for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)}
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, name
         assert name in before_norm or parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("size", [16, 20, 24, 28, 40])
+def test_images_of_other_sizes_pass(size: int, network: torch.nn.Module) -> None:
+    assert network(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
 def test_evaluation_does_not_depend_on_the_rest_of_the_batch(network: torch.nn.Module) -> None:
@@ -54,6 +61,28 @@ def test_resnet_has_the_published_parameters() -> None:
     }
     assert {name: summary.parameter_count(network.get_submodule(name)) for name in expected} == expected
     assert summary.parameter_count(network) == sum(expected.values()) == 6_575_370
+
+
+@pytest.mark.parametrize("size", [32, 28, 24, 20])
+def test_rows_that_a_pool_throws_away_change_nothing(size: int) -> None:
+    network = models.build("whitened", classes=10, dropout=0).double().eval()
+    images = torch.randn(4, 3, size, size, dtype=torch.float64)
+    x = F.gelu(network.whitening(images))
+    for stage in (network.stage1, network.stage2, network.stage3):
+        x = F.max_pool2d(F.conv2d(x, stage.conv1.weight, padding=1), 2)
+        x = F.gelu(stage.norm2(stage.conv2(F.gelu(stage.norm1(x)))))
+    torch.testing.assert_close(network(images), network.linear(x.amax(dim=(2, 3))))
+
+
+def test_whitening_makes_patches_uncorrelated_with_variance_1() -> None:
+    smooth = F.avg_pool2d(torch.randn(500, 3, 36, 36), 5, stride=1)  # neighbours are alike, as in photographs
+    images = smooth / smooth.std() + 0.3 * torch.randn(500, 1, 32, 32)  # and so are the channels
+    network = models.build("whitened", classes=10, dropout=0)
+    models.fit(network, images)
+    positive, negative = network.whitening(images).permute(1, 0, 2, 3).flatten(1).split(12)
+    torch.testing.assert_close(positive, -negative)
+    torch.testing.assert_close(positive @ positive.T / positive.shape[1], torch.eye(12), atol=0.02, rtol=0)
+    assert not network.whitening.weight.requires_grad
 
 
 def test_the_summary_shows_shapes_parameters_and_size_and_leaves_the_network_alone() -> None:

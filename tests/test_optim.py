@@ -24,6 +24,77 @@ def test_one_cycle_passes_its_corner_points(total: int) -> None:
     assert rates[top:] == sorted(rates[top:], reverse=True)
 
 
+def test_without_a_way_up_the_rate_falls_from_its_peak_at_once() -> None:
+    recipe = Recipe(epochs=8, peak_epoch=0, peak_learning_rate=0.24)
+    assert [optim.lr_at(step, 100, recipe) for step in (0, 50, 100)] == pytest.approx([0.24, 0.12, 0])
+
+
+MUON = Recipe(optimizer="muon", peak_learning_rate=0.2, bias_learning_rate=3, head_learning_rate=0.5, weight_decay=0.01)
+
+
+def convolutional() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.Flatten(), torch.nn.Linear(16 * 4, 5)
+    )
+
+
+def after(network: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float, steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        optim.set_lr(optimizer, rate)
+        network(torch.randn(8, 3, 4, 4, generator=generator)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_muon_turns_filters_by_an_orthogonal_matrix_of_the_rates_size() -> None:
+    network = convolutional()
+    before = network[0].weight.detach().flatten(1).clone()
+    after(network, optim.build(network, MUON), rate=0.1, steps=1)
+    before *= 16**0.5 / before.norm()
+    step = network[0].weight.detach().flatten(1) - before
+    sizes = torch.linalg.svdvals(step) / 0.1
+    assert sizes.min() > 0.5  # exactly 1 after many iterations; these are Newton-Schulz's bounds after few
+    assert sizes.max() < 1.5
+
+
+def test_orthogonalized_keeps_singular_vectors_and_transposes() -> None:
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (20, 9))
+    sizes = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    found = optim.orthogonalized(u * sizes @ v.T)
+    inner = u.T @ found @ v
+    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(u @ inner @ v.T, found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(optim.orthogonalized(v * sizes @ u.T), found.T, atol=1e-5, rtol=0)
+
+
+def test_beside_muon_everything_else_follows_torchs_sgd_at_its_own_rate() -> None:
+    ours, theirs = convolutional(), convolutional()
+    for network in (ours, theirs):
+        network[0].weight.requires_grad_(False)  # so that both see the same gradients
+    after(ours, optim.build(ours, MUON), rate=0.1, steps=3)  # half the peak
+    rates = {2: 0.25, 1: 1.5}  # by the parameter's dimensions: half of their peaks
+    groups = [
+        {
+            "params": [p for p in theirs.parameters() if p.ndim == n],
+            "lr": rate,
+            "share": 1,
+            "weight_decay": 0.005 / rate,
+        }
+        for n, rate in rates.items()
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        theirs(torch.randn(8, 3, 4, 4, generator=generator)).square().sum().backward()
+        sgd.step()
+        sgd.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_the_optimizer_takes_one_step_of_adam_at_the_given_rate() -> None:
     layer = torch.nn.Linear(3, 2, bias=False)
     before = layer.weight.detach().clone()

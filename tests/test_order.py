@@ -47,6 +47,13 @@ def test_epochs_end_at_the_step_that_draws_their_last_image() -> None:
     assert order.epochs_completed(order.total_steps(50, 3, 16), 50, 16) == 3
 
 
+def test_each_image_size_has_an_equal_part_of_the_steps_and_the_last_one_the_last() -> None:
+    recipe = Recipe(image_sizes="24,28,32")
+    sizes = [order.image_size_at(step, 261, recipe) for step in range(261)]
+    assert sizes == [24] * 87 + [28] * 87 + [32] * 87
+    assert {order.image_size_at(step, 10, Recipe()) for step in range(10)} == {32}
+
+
 def test_dropout_seeds_differ_between_steps_and_ranks() -> None:
     seeds = [order.generator_seed(0, step, rank) for step in range(50) for rank in range(8)]
     assert len(set(seeds)) == len(seeds)

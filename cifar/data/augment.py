@@ -1,4 +1,4 @@
-"""Which augmentations there are, and the normalisation that ends each of them.
+"""Which augmentations there are, and what both ways of making them share: normalisation and size.
 
 A new augmentation is an entry of `AUGMENTATIONS`: augment_albumentations.py and augment_device.py both make it, one
 image at a time and a whole batch at once, with the same distribution.
@@ -6,10 +6,11 @@ image at a time and a whole batch at once, with the same distribution.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from cifar.data.sources import SIZE
 from cifar.errors import UserError
@@ -22,15 +23,17 @@ class Pipeline(NamedTuple):
 
     # A 32x32 crop of the image padded by so many pixels on each side; the border is the image's own mirror image.
     padding: int = 0
-    # Every second image is mirrored left to right.
-    flip: bool = False
+    # Is an image mirrored left to right? Drawn anew in each epoch, or drawn once and then so in every second epoch.
+    flip: Literal["never", "random", "alternating"] = "never"
     # One square of so many pixels a side, wholly inside, becomes zero, which on normalised images is the data's mean.
     cutout: int = 0
 
 
 AUGMENTATIONS = {
     # For photographs.
-    "crop_flip_cutout": Pipeline(padding=4, flip=True, cutout=8),
+    "crop_flip_cutout": Pipeline(padding=4, flip="random", cutout=8),
+    # The same for few epochs: weaker, and both sides of each image in every two (K. Jordan, arXiv 2404.00498).
+    "crop_alternating_flip": Pipeline(padding=2, flip="alternating"),
     # The same without the flip: a mirrored digit is another sign, or none.
     "crop_cutout": Pipeline(padding=4, cutout=8),
     "none": Pipeline(),
@@ -52,6 +55,11 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     shift, scale = _rows(tuple(mean), tuple(std), images.device)  # lists, where they come from JSON
     normalised = images.reshape(-1, SIZE, SIZE * 3).float().sub_(shift).mul_(scale)
     return normalised.view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images [n, 3, h, w] with `size` pixels a side: the whole picture in less detail, not a part of it."""
+    return images if images.shape[-1] == size else F.interpolate(images, size=(size, size), mode="bilinear")
 
 
 @lru_cache  # once per device: to send even a few numbers to a GPU is to wait for it

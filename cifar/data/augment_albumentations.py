@@ -20,7 +20,7 @@ def _transforms(pipeline: Pipeline, mean: Statistics, std: Statistics) -> list[A
     transforms: list[A.BasicTransform] = []
     if pipeline.padding:
         transforms += [A.Pad(pipeline.padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(SIZE, SIZE)]
-    if pipeline.flip:
+    if pipeline.flip == "random":
         transforms += [A.HorizontalFlip(p=0.5)]
     transforms += [A.Normalize(mean, std, max_pixel_value=255)]
     if pipeline.cutout:
@@ -33,7 +33,7 @@ class Augmentation:
     """A pipeline of Albumentations: uint8 [32, 32, 3] in, normalised float32 of the same shape out."""
 
     def __init__(self, pipeline: Pipeline, mean: Statistics, std: Statistics, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.alternating = seed, pipeline.flip == "alternating"
         self.pipeline = A.Compose(_transforms(pipeline, mean, std))
 
     def __call__(self, image: npt.NDArray[np.uint8], epoch: int, index: int) -> npt.NDArray[np.float32]:
@@ -41,6 +41,11 @@ class Augmentation:
         # 17 us an image where set_random_seed costs 86.
         sequence = np.random.SeedSequence(self.seed, spawn_key=(AUGMENTATION, epoch, index))
         generator = np.random.Generator(np.random.PCG64(sequence))
+        if self.alternating:
+            # Albumentations knows no epochs. Since all else is symmetric, it does not matter that this comes first.
+            of_image = np.random.SeedSequence(self.seed, spawn_key=(AUGMENTATION, index))
+            if (int(of_image.generate_state(1)[0]) + epoch) % 2:
+                image = np.ascontiguousarray(image[:, ::-1])
         self.pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         augmented: npt.NDArray[np.float32] = self.pipeline(image=image)["image"]
         return augmented

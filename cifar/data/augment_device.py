@@ -30,13 +30,19 @@ class Draws(NamedTuple):
 
 def draw(pipeline: Pipeline, seed: int, samples: list[Sample]) -> Draws:
     """The random numbers of the samples (epoch, index). A choice that a pipeline lacks has one value, 0."""
-    offsets, sides, places = 2 * pipeline.padding + 1, 1 + pipeline.flip, SIZE - pipeline.cutout + 1
+    offsets, sides, places = 2 * pipeline.padding + 1, 1 + (pipeline.flip == "random"), SIZE - pipeline.cutout + 1
     bounds = np.array((offsets, offsets, sides, places, places), np.uint64)
     counters = np.empty((4, 2, len(samples)), np.uint64)  # two blocks of four words: five are used
     counters[0], counters[1] = np.array(samples, np.uint64).T[::-1, None]
     counters[2], counters[3] = [[0], [1]], AUGMENTATION
     words = philox.words(seed, counters).reshape(8, -1)[: len(bounds)]
-    return Draws(*philox.below(bounds[:, None], words))
+    draws = Draws(*philox.below(bounds[:, None], words))
+    if pipeline.flip == "alternating":
+        epochs = counters[1, 0].astype(np.int64)
+        counters[1], counters[2] = 0, 2  # a word of the image's own, the same in all epochs
+        first = philox.below(np.array(2, np.uint64), philox.words(seed, counters[:, :1])[0, 0])
+        draws = draws._replace(mirrored=(first + epochs) % 2)
+    return draws
 
 
 def augment(

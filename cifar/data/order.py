@@ -66,6 +66,12 @@ class RankBatches:
         return len(self.steps)
 
 
+def image_size_at(step: int, total_steps: int, recipe: Recipe) -> int:
+    """The side of the training images in a step: each of the recipe's sizes for an equal part of the steps."""
+    sizes = recipe.image_sizes.split(",")
+    return int(sizes[step * len(sizes) // total_steps])
+
+
 def generator_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch's generator (dropout) for one rank's share of one step."""
     return int(np.random.SeedSequence(seed, spawn_key=(DROPOUT, step, rank)).generate_state(1, np.uint32)[0])

@@ -1,4 +1,7 @@
-"""Networks, one per file, found by name: `cifar/models/<name>.py` has `build(classes, dropout)`."""
+"""Networks, one per file, found by name: `cifar/models/<name>.py` has `build(classes, dropout)`.
+
+A network whose beginning depends on the images has a method `fit` (see `fit` below).
+"""
 
 import importlib
 import pkgutil
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING
 from cifar.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -21,3 +25,10 @@ def build(name: str, classes: int, dropout: float) -> "nn.Module":
         raise UserError(f"network {name!r} is unknown; choose one of: {', '.join(names())}")
     network: nn.Module = importlib.import_module(f"{__name__}.{name}").build(classes, dropout)
     return network
+
+
+def fit(network: "nn.Module", images: "torch.Tensor") -> None:
+    """Before training, shows some normalised training images [n, 3, h, w] to a network that wants to see them."""
+    wanted = getattr(network, "fit", None)
+    if wanted is not None:
+        wanted(images)

@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Maps images [n, 3, 32, 32] (normalised) to logits [n, classes]."""
+    """Maps images [n, 3, h, w] (normalised; 16 pixels a side or more) to logits [n, classes]."""
 
     # The places that an explanation may look at, shallow to deep, and their cells along a side.
     explainable_layers: ClassVar = {"prep": 32, "layer1": 16, "layer2": 8, "layer3": 4}
@@ -49,7 +49,7 @@ class ResNet(nn.Module):
         self.layer1 = nn.Sequential(conv_block(64, 128, pool=True), Residual(128))
         self.layer2 = conv_block(128, 256, pool=True)
         self.layer3 = nn.Sequential(conv_block(256, 512, pool=True), Residual(512))
-        self.pool = nn.MaxPool2d(4)
+        self.pool = nn.AdaptiveMaxPool2d(1)  # of 4x4 cells; smaller images leave fewer
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(512, classes)
 
