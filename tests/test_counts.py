@@ -61,8 +61,7 @@ def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
         )
         + 2,  # two sums over booleans: how many are right, and how many labels count in the loss
         "layout": CONVOLUTIONS  # oneDNN gives the kernels' gradients in torch's own layout;
-        + CONVOLUTIONS  # fused Adam makes a copy of them in that layout on CPUs, which it does not use;
-        + 2,  # the last pool's gradient, which comes in it too, to channels-last, and the other way round within
+        + CONVOLUTIONS,  # fused Adam makes a copy of them in that layout on CPUs, which it does not use
         "other": 3,  # the linear layer's bias for each image, the loss's mask, the figures that ranks sum up
     }
     assert {name: step["copies"].get(name, 0) for name in expected} == expected
