@@ -63,6 +63,20 @@ def test_resnet_has_the_published_parameters() -> None:
     assert summary.parameter_count(network) == sum(expected.values()) == 6_575_370
 
 
+def test_a_pool_before_the_relu_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    network = models.build("resnet", classes=10, dropout=0)
+    F.cross_entropy(network(images), torch.arange(8)).backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    network.zero_grad()
+    for stage in (network.layer1[0], network.layer2, network.layer3[0]):
+        stage[2], stage[3] = stage[3], stage[2]
+        assert isinstance(stage[2], torch.nn.ReLU)
+    F.cross_entropy(network(images), torch.arange(8)).backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(gradients, network.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("size", [32, 28, 24, 20])
 def test_rows_that_a_pool_throws_away_change_nothing(size: int) -> None:
     network = models.build("whitened", classes=10, dropout=0).double().eval()

@@ -33,7 +33,7 @@ def shortened(line: str, shapes: Path, run: Path) -> list[str]:
     words = shlex.split(line.rpartition("&& ")[2])
     executable = Path(sys.executable).parent / words[0]
     short = ["--epochs", "2", "--peak-epoch", "1", "--global-batch-size", "16", "--run", str(run), *SMALL]
-    data = [] if "--recipe" in words else ["--data", str(shapes)]
+    data = [] if "digits" in words else ["--data", str(shapes)]
     return [str(executable), *words[1:], *([] if "--help" in words else short + data)]
 
 
@@ -82,7 +82,7 @@ def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "train.py" in line and line != MULTI_NODE], ids=str)
 def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) -> None:
     words = shortened(line, shapes, tmp_path / "run")
-    if "--recipe" in words and "--help" not in words:
+    if "digits" in words and "--help" not in words:
         words += ["--epochs", "1", "--peak-epoch", "0.5", "--global-batch-size", "479"]  # 3 steps
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,16 +12,18 @@ from torch import nn
 
 
 def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Sequential:
-    """A 3x3 convolution, batch-norm and ReLU; with `pool`, a 2x2 max-pool halves the map afterwards."""
-    layers: list[nn.Module] = [
+    """A 3x3 convolution, batch-norm and ReLU; with `pool`, a 2x2 max-pool halves the map.
+
+    The pool stands before the ReLU, where it gives the same numbers and gradients, since neither changes an order, and
+    leaves the ReLU a quarter of the work.
+    """
+    return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1),
         nn.BatchNorm2d(channels_out),
-        # In place: one activation less to allocate and to write, and the batch-norm's backward needs only its input.
+        *([nn.MaxPool2d(2)] if pool else []),
+        # In place: one activation less to allocate and to write, and no backward pass needs what it overwrites.
         nn.ReLU(inplace=True),
-    ]
-    if pool:
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers)
+    )
 
 
 class Residual(nn.Module):
