@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import launch, models
 from cifar.bench import counts
@@ -43,6 +44,18 @@ def test_an_image_costs_379_million_multiply_adds() -> None:
     network = models.build("resnet", classes=10, dropout=0.1)
     assert counts.forward_multiply_adds(network) == convolutions + 512 * 10 == 379_261_952
     assert network.training
+
+
+def test_training_a_whitened_network_costs_303_million_multiply_adds_an_image() -> None:
+    whitening, first = 31**2 * 2 * 2 * 3 * 24, 30**2 * 9 * 24 * 64
+    rest = (15**2 * 9 * 64 * 64 + 14**2 * 9 * 64 * 256 + (7**2 + 6**2 + 3**2) * 9 * 256 * 256) + 256 * 10
+    network = models.build("whitened", classes=10, dropout=0)
+    assert counts.forward_multiply_adds(network) == whitening + first + rest == 105_360_160
+    images = torch.randn(1, 3, 32, 32).repeat(2, 1, 1, 1)
+    with FlopCounterMode(display=False) as counter:
+        network(images).sum().backward()
+    # On the way back each product has two, but the whitening none, and the first filters only that for their weights.
+    assert counter.get_total_flops() == 2 * 2 * (whitening + 2 * first + 3 * rest) == 4 * 303_085_344
 
 
 def test_the_optimizer_is_one_kernel(step: dict[str, Any]) -> None:
