@@ -61,6 +61,7 @@ def train(recipe: Recipe, options: Options) -> None:
     with launch.together(accelerator):
         data = open_data(recipe.data)
         training_images = loading.training_images(recipe, data, device)
+    launch.data_is_open(accelerator)
     images = len(data.train_labels)
     total_steps = order.total_steps(images, recipe.epochs, recipe.global_batch_size)
 

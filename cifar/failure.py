@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ from cifar.errors import UserError
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
 HANG_SECONDS = 120
-SETUP_SECONDS = 900  # the same before the first step: a download or a first compilation may take minutes
+SETUP_SECONDS = 900  # until all ranks have come and opened their data: imports from a slow file system, a download
 GRACE_SECONDS = 4  # for the other ranks to say that they are there
 
 _ROOT = str(Path(__file__).parents[1])
@@ -36,10 +36,11 @@ _peers: "_Peers | None" = None
 class _Peers:
     """The store, and what this process knows of the others. `moved` is when training last made progress."""
 
-    def __init__(self, rank: int, hosts: Sequence[str]) -> None:
+    def __init__(self, rank: int, ranks: int) -> None:
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
 
-        self.rank, self.hosts = rank, hosts
+        machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on each
+        self.rank, self.hosts = rank, [f"machine {other // machine}" for other in range(ranks)]  # names: `introduce`
         self.moved, self.limit, self.hang_seconds = time.monotonic(), SETUP_SECONDS, _hang_seconds()
         self.failed: tuple[str, int] | None = None
         self.record: Callable[[str], None] | None = None
@@ -114,16 +115,31 @@ class _Peers:
                 reason = f"no step for {self.limit} s"
                 with self.lock:
                     line, status = self.ask(lambda: self.missing(reason), (_unreachable(self.name(0), reason), 1))  # noqa: B023
-                if self.record:
-                    self.record(line)
+                if self.record:  # in a thread: a file system that does not answer may be what this rank waits for
+                    record = threading.Thread(target=self.record, args=(line,), daemon=True)
+                    record.start()
+                    record.join(GRACE_SECONDS)
                 _say_and_exit(line, status)
 
 
-def start(rank: int, ranks: int, hosts: Sequence[str]) -> None:
-    """From now on this rank's failure is every rank's, and a hang ends the job. `hosts` has every rank's host."""
+def start() -> None:
+    """From now on this rank's failure is every rank's, and a hang, of one that never comes too, ends the job."""
     global _peers
-    if ranks > 1:
-        _peers = _Peers(rank, hosts)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and "MASTER_ADDR" in os.environ:
+        _peers = _Peers(int(os.environ["RANK"]), ranks)
+
+
+def introduce(hosts: list[str]) -> None:
+    """Once the ranks have met: the host of each."""
+    if _peers is not None:
+        _peers.hosts = hosts
+
+
+def ready() -> None:
+    """All ranks have come and opened their data: until the first step, the limit is that of a step's by default."""
+    if _peers is not None:
+        _peers.moved, _peers.limit = time.monotonic(), max(HANG_SECONDS, _peers.hang_seconds)
 
 
 def beat() -> None:

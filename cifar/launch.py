@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DynamoBackend, gather_object
 from torch import nn
 
 from cifar import failure
@@ -31,6 +31,7 @@ def start(gradient_compression: str = "none") -> Accelerator:
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16") and not has_accelerator:
         raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
+    failure.start()  # before the ranks meet: one that does not come is named
     _rejoin("nccl" if has_accelerator else "gloo")
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     distributed = DistributedDataParallelKwargs(comm_hook=hook)
@@ -42,7 +43,7 @@ def start(gradient_compression: str = "none") -> Accelerator:
             f"{launched} processes were launched, but this one knows of {accelerator.num_processes}; "
             "launch with one of accelerate_configs/, or with --multi_gpu --num_processes N"
         )
-    failure.start(accelerator.process_index, launched, _gathered(accelerator, socket.gethostname()))
+    failure.introduce(_gathered(accelerator, socket.gethostname()))
     if accelerator.device.type == "cpu":
         torch.set_num_threads(max(1, _cores() // local_processes()))
         _keep_freed_memory()
@@ -63,6 +64,12 @@ def _rejoin(backend: str) -> None:
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     init_process_group(backend, store=PrefixStore(f"restart/{count}", store), rank=rank, world_size=ranks)
+
+
+def data_is_open(accelerator: Accelerator) -> None:
+    """What may take many minutes is done, and a hang is to be noticed soon; but a first step may have to compile."""
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+        failure.ready()
 
 
 def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_steps: int) -> None:

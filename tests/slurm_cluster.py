@@ -231,7 +231,7 @@ class Cluster:
         return self.field(job, "JobState")
 
     @staticmethod
-    def wait(condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
+    def wait(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
         """Waits until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
