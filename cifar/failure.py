@@ -29,7 +29,7 @@ HANG_SECONDS = 120
 SETUP_SECONDS = 900  # until all ranks have come and opened their data: imports from a slow file system, a download
 GRACE_SECONDS = 4  # for the other ranks to say that they are there
 
-_ROOT = str(Path(__file__).parents[1])
+_ROOT = Path(__file__).parents[1]
 _peers: "_Peers | None" = None
 
 
@@ -99,12 +99,11 @@ class _Peers:
         frame = sys._current_frames().get(self.main_thread)
         while frame is not None:
             code = frame.f_code
-            if (
-                code.co_filename.startswith(_ROOT)
-                and code.co_filename != __file__
-                and "site-packages" not in (code.co_filename.removeprefix(_ROOT))
-            ):
-                return f"{Path(code.co_filename).relative_to(_ROOT)}:{frame.f_lineno} ({code.co_name})"
+            file = Path(code.co_filename)
+            if file.is_relative_to(_ROOT) and file != Path(__file__):
+                place = file.relative_to(_ROOT)
+                if "site-packages" not in place.parts:
+                    return f"{place}:{frame.f_lineno} ({code.co_name})"
             frame = frame.f_back
         return "no code of this project"
 
