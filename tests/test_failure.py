@@ -210,17 +210,59 @@ def test_a_rank_that_hangs_before_its_first_step_is_named_with_the_place(
     assert "(no step for 8 s)" in lines(output)[0]
 
 
-def test_ranks_whose_launcher_was_killed_save_and_stop(
-    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+ONE = ("--num_processes", "1")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "by_keyboard"),
+    [(ONE, signal.SIGINT, True), (ONE, signal.SIGTERM, False), (ONE, signal.SIGKILL, False),
+     (THREE, signal.SIGINT, True), (THREE, signal.SIGTERM, False)],
+    ids=["Ctrl-C", "kill", "kill -9", "Ctrl-C, three processes", "kill, three processes"],
+)  # fmt: skip
+def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
+    launcher: tuple[str, ...], number: signal.Signals, by_keyboard: bool,
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    processes.append(started(ROOT / "train.py", shapes, run, launcher))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    if by_keyboard:
+        os.killpg(processes[0].pid, number)  # a terminal sends it to all that run in its foreground
+    else:
+        processes[0].send_signal(number)
+    output = processes[0].communicate(timeout=300)[0]  # until the ranks, too, have closed their ends
+    assert status(run)["state"] == "preempted", output
+    # One that is killed passes nothing on: its death does.
+    assert status(run)["reason"] in ("SIGINT asked to stop", "SIGTERM asked to stop")
+    newest, broken = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
+    assert f"stopped on request after step {status(run)['step']}; the same command goes on from there" in output
+
+
+IN_A_STEP = "def step(rank, number):\n    if (rank, number) == (1, 5): os.kill(os.getpid(), signal.SIGTERM)"
+IN_AN_EVALUATION = (
+    "real_evaluate = loop.evaluate\n"
+    "def evaluate(*arguments):\n"
+    "    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+    "    return real_evaluate(*arguments)\n"
+    "loop.evaluate = evaluate"
+)
+
+
+@pytest.mark.parametrize(("patch", "last_step"), [(IN_A_STEP, 5), (IN_AN_EVALUATION, 6)], ids=["step", "evaluation"])
+def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
+    patch: str, last_step: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
-    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", ("--num_processes", "1")))
-    wait_for(tmp_path / "run/checkpoints/step-0000003", processes[0])
-    (rank,) = [p for p in psutil.Process(processes[0].pid).children() if "ACCELERATE_MIXED_PRECISION" in p.environ()]
-    processes[0].kill()
-    processes[0].communicate(timeout=300)  # until the rank, too, has closed its end
-    rank.wait(timeout=300)
-    assert status(tmp_path / "run")["state"] == "preempted"
-    assert status(tmp_path / "run")["reason"] == "SIGTERM asked to stop"
+    run = tmp_path / "run"
+    processes.append(started(project(tmp_path, f"import signal\n{patch}"), shapes, run, THREE))
+    output = processes[0].communicate(timeout=300)[0]
+    assert processes[0].returncode == 0, output
+    assert status(run) == {"state": "preempted", "step": last_step, "reason": "another rank asked to stop"}
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert checkpoint.step_of(newest) == last_step
+    assert not (run / "metrics.jsonl").exists()  # the first epoch's end is step 6: its evaluation is not half recorded
 
 
 def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
