@@ -149,17 +149,18 @@ def start(
 def undisturbed(
     cluster: Cluster, project: Path, many_shapes: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """The run directory of a run that nothing interrupted, made when first asked for."""
-    made: dict[tuple[int, str], Path] = {}
+    """The run directory of a run that nothing interrupted, at whatever pace, made when first asked for."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    def reference(nodes: int = 2, network: str = "small") -> Path:
-        if (nodes, network) not in made:
-            folder = tmp_path_factory.mktemp(f"undisturbed-{nodes}-{network}")
-            job = start(cluster, project, many_shapes, folder, f"--nodes={nodes}", network=network)
+    def reference(*flags: str) -> Path:
+        flags = flags or ("--nodes=2",)
+        if flags not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            job = start(cluster, project, many_shapes, folder, *flags)
             job.wait_state("COMPLETED")
             assert job.attempts() == 1
-            made[nodes, network] = job.run
-        return made[nodes, network]
+            made[flags] = job.run
+        return made[flags]
 
     return reference
 
@@ -260,7 +261,7 @@ def test_a_cancelled_job_stays_cancelled_and_can_be_submitted_again(
 
 
 def test_the_end_of_the_time_limit(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed(nodes=1, network="paced")
+    reference = undisturbed("--nodes=1")
     job = submit("--nodes=1", network="paced")
     job.wait_step(20)
     job.fault()
@@ -309,7 +310,7 @@ def test_a_network_cable_is_pulled(submit: Submit, undisturbed: Callable[..., Pa
 
 
 def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed(nodes=1, network="paced")
+    reference = undisturbed("--nodes=1")
     job = submit("--nodes=1", network="paced")
     job.wait_step(20)
     node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
@@ -422,8 +423,9 @@ def test_the_last_bits_do_not_depend_on_an_interruption_with_four_ranks(
     submit: Submit, undisturbed: Callable[..., Path]
 ) -> None:
     # Sums of three numbers or more depend on their order, which DDP changes after its first step.
-    reference = undisturbed(nodes=4)
-    job = submit("--nodes=4")
+    flags = ("--nodes=2", "--ntasks-per-node=2")
+    reference = undisturbed(*flags)
+    job = submit(*flags)
     job.wait_step(20)
     job.fault()
     job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
@@ -435,7 +437,7 @@ def test_the_last_bits_do_not_depend_on_an_interruption_with_four_ranks(
 
 
 def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed(nodes=1)
+    reference = undisturbed("--nodes=1")
     array = submit("--nodes=1", "--array=0-1")
     cluster, folder = array.cluster, array.run.parent
     jobs = [
@@ -457,7 +459,7 @@ def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: 
 def test_a_run_submitted_twice_is_written_by_the_later_job_alone(
     submit: Submit, undisturbed: Callable[..., Path]
 ) -> None:
-    reference = undisturbed(nodes=1, network="paced")
+    reference = undisturbed("--nodes=1")
     first = submit("--nodes=1", "--exclusive", network="paced")
     first.wait_step(20)
     first.fault()
@@ -562,6 +564,7 @@ def test_a_finished_run_is_not_trained_again(submit: Submit, undisturbed: Callab
         ("CIFAR_PRECISION", "int4", "CIFAR_PRECISION=int4 is unknown; set no, bf16 or fp16"),
         ("CIFAR_MAX_REQUEUES", "many", "CIFAR_MAX_REQUEUES=many is not a number; set 0 or more"),
         ("CIFAR_MAX_RESTARTS", "-1", "CIFAR_MAX_RESTARTS=-1 is not a number; set 0 or more"),
+        ("CIFAR_HANG_SECONDS", "0", "CIFAR_HANG_SECONDS=0 is not a number of seconds"),
         ("CIFAR_PREFLIGHT_SECONDS", "soon", "CIFAR_PREFLIGHT_SECONDS=soon is not a number of seconds"),
     ],
 )
@@ -630,7 +633,7 @@ def test_another_recipe_in_the_run_directory_is_named_field_by_field(
 ) -> None:
     shutil.copytree(undisturbed(), tmp_path / "run")
     (tmp_path / "run" / "status.json").unlink()
-    job = submit("--nodes=2", arguments=("--dropout", "0.3"))
+    job = submit("--nodes=1", arguments=("--dropout", "0.3"))
     job.wait_state("FAILED")
     assert "train.py: error: " in job.text()
     assert "holds a run of another recipe: dropout (0.1 there, 0.3 here); choose another --run" in job.text()
