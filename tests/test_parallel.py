@@ -72,6 +72,21 @@ def test_two_processes_train_one_network_and_judge_every_image_once(finished: Pa
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, train: Train, tmp_path: Path) -> None:
+    more = ("--recipe", "speedrun", "--gradient-compression", "bf16")
+    done = train(*arguments(shapes, tmp_path / "run"), *more, launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["world_size"], result["steps"]) == (2, 12)
+    assert result["test_accuracy_of_views"] > 1 / 2  # four shapes: it has learned something
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    state = load_file(tmp_path / "run" / "checkpoints/step-0000012/optimizer.safetensors")
+    assert not any(name.startswith("whitening") for name in state)  # set once, and not learned
+    positive, negative = weights["whitening.weight"].split(12)
+    assert torch.equal(positive, -negative)
+    assert positive.abs().sum() > 0
+
+
 def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
     finished: Path, shapes: Path, train: Train, tmp_path: Path
 ) -> None:
