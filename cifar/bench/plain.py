@@ -27,9 +27,11 @@ from cifar.recipes import Recipe, parse_command_line
 
 # The recipe's augmentations as torchvision's transforms: before and after an image becomes a normalised tensor.
 CROP = [transforms.Pad(4, padding_mode="reflect"), transforms.RandomCrop(32)]
+SMALL_CROP = [transforms.Pad(2, padding_mode="reflect"), transforms.RandomCrop(32)]
 CUTOUT = [transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0)]  # 8x8 of 32x32, wholly inside
 TRANSFORMS: dict[str, tuple[list[Any], list[Any]]] = {
     "crop_flip_cutout": ([*CROP, transforms.RandomHorizontalFlip()], CUTOUT),
+    "crop_alternating_flip": ([*SMALL_CROP, transforms.RandomHorizontalFlip()], []),  # as much work as alternating
     "crop_cutout": (CROP, CUTOUT),
     "none": ([], []),
 }
