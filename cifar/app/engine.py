@@ -55,7 +55,9 @@ class Engine:
         self.network = runs.load(run, torch.device("cpu"))
         self.layers = layers.of(run.network)
         self._lock = Lock()
-        # Now, and not in front of the first visitor: grad-cam takes seconds to import.
+
+    def warm_up(self) -> None:
+        """Answers once, so that no visitor waits for grad-cam, which takes seconds to import."""
         self.answer(np.zeros((32, 32, 3), np.uint8), None, "gradcam", [self.default_layer])
 
     @property

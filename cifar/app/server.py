@@ -79,10 +79,14 @@ def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
             head=f"<style>{Path(__file__).with_name('app.css').read_text()}</style>",
         )
         print(f"open {address} (Ctrl-C ends it)", flush=True)
+        warming_up = threading.Thread(target=engine.warm_up)  # while the page is being loaded and looked at
+        warming_up.start()
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
             print()
+        finally:
+            warming_up.join()  # a process that is ending cannot import
 
 
 def check_port(host: str, port: int) -> None:

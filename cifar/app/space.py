@@ -72,6 +72,7 @@ To start it on your own machine: `pip install -r requirements.txt`, then `python
 
 def export(engine: Engine, shown: Material, folder: Path) -> None:
     """Writes the Space to a folder that does not exist or is empty, whole or not at all. Raises UserError."""
+    engine.warm_up()
     page.build(engine, shown, folder)
     place = folder.absolute()
     try:
