@@ -116,7 +116,12 @@ def speedrun() -> Recipe:
 
     accelerate launch --mixed_precision bf16 train.py --recipe speedrun
 
-    XX
+    90.60 % test accuracy with test-time augmentation, 89.54 % without, on CIFAR-10 re-encoded as JPEG of quality 75
+    (5,000 test images, one run, float32), in about 52 minutes of one core's time. It makes 0.66 of the multiply-adds of
+    airbench94_muon, 10,000 images judged included. Where they are saved: images of 24 and 28 pixels for two thirds of
+    the steps (0.77 of what 32 would cost), no rows that a pool throws away (0.89), no gradient below the first
+    filters (0.99), six views for the unsure quarter alone. Rates and batch are those of hiverge/cifar10-speedrun and
+    its descendant E1 of fulcrumresearch/cifar-10-speedrun, rounded; nothing was chosen on test images.
     """
     return Recipe(
         network="whitened",
