@@ -77,7 +77,8 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]
         raise UserError("gradio is not installed; install it with: pip install '.[app]'")
     from gradio_client import handle_file
 
-    cells = layers.of(runs.open_run(run).network)
+    opened = runs.open_run(run)
+    cells, top = layers.of(opened.network), min(5, len(opened.classes))
     seconds = []
     for _ in range(starts - 1):
         app = App(run)
@@ -96,7 +97,7 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]
             coarse.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
             layer = list(cells)[number % len(cells)]
             method = list(METHODS)[number % len(METHODS)]
-            asks.append([handle_file(folder / f"{number}.jpg"), 5, True, "(predicted)", method, [layer]])
+            asks.append([handle_file(folder / f"{number}.jpg"), top, True, "(predicted)", method, [layer]])
 
         def ask(visitor: Any, question: list[Any]) -> tuple[float, str]:
             began = time.perf_counter()
@@ -107,7 +108,7 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]
 
         visitors = [app.visitor() for _ in range(VISITORS)]
         alone = [ask(visitors[0], question)[1] for question in asks]
-        usual = [asks[0][0], 5, True, "(predicted)", "gradcam", [layers.default(cells)]]
+        usual = [asks[0][0], top, True, "(predicted)", "gradcam", [layers.default(cells)]]
         single = [ask(visitors[0], usual)[0] for _ in range(answers)]
 
         with ThreadPoolExecutor(VISITORS) as pool:
