@@ -171,6 +171,17 @@ def test_opacity_is_true() -> None:
     assert np.abs(half - (picture.astype(float) + colours) / 2).max() <= 0.5
 
 
+@pytest.mark.parametrize("cells", [3, 7, 15])
+def test_cells_that_do_not_divide_a_picture_cover_it_evenly(cells: int) -> None:
+    values = np.linspace(0, 1, cells**2, dtype=np.float32).reshape(cells, cells)
+    shown = figures.blended(np.zeros((32, 32, 3), np.uint8), values, 1, opacity=1)
+    colours, counts = np.unique(shown.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(colours) == len(np.unique(figures.coloured(values, 1).reshape(-1, 3), axis=0))
+    widths = {32 // cells, -(-32 // cells)}
+    if cells < 15:  # 225 cells share some colours
+        assert set(counts) <= {a * b for a in widths for b in widths}
+
+
 def test_a_map_keeps_its_own_cells_and_zero_is_neutral() -> None:
     values = np.zeros((8, 8), np.float32)
     values[2, 5] = 1

@@ -44,8 +44,9 @@ def coloured(values: Float, limit: float, signed: bool = False) -> UInt8:
 
 
 def blended(picture: UInt8, values: Float, limit: float, opacity: float) -> UInt8:
-    """A map [h, w] over a picture [32, 32, 3], whose side is a multiple of the map's."""
-    colours = enlarged(coloured(values, limit), len(picture) // len(values))
+    """A map [h, h] over a picture [32, 32, 3]: each pixel has the colour of the cell that its top left corner is in."""
+    cell = np.arange(len(picture)) * len(values) // len(picture)
+    colours = coloured(values, limit)[cell][:, cell]
     return ((1 - opacity) * picture.astype(np.float32) + opacity * colours).round().astype(np.uint8)
 
 

@@ -22,7 +22,10 @@ class Filters(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int, padding: int) -> None:
         super().__init__(channels_in, channels_out, kernel_size=3, padding=padding, bias=False)
-        nn.init.dirac_(self.weight.data[:channels_in])
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.dirac_(self.weight.data[: self.in_channels])
 
 
 class Norm(nn.BatchNorm2d):
