@@ -21,8 +21,8 @@ def of(network: str) -> dict[str, int]:
 
 
 def default(layers: dict[str, int]) -> str:
-    """The deepest layer of at least 8x8 cells: what is deeper says more, but 4x4 cells of a 32x32 image are coarse."""
-    return [name for name, cells in layers.items() if cells >= 8][-1]
+    """The deepest layer of at least 7x7 cells: what is deeper says more, but 4x4 cells of a 32x32 image are coarse."""
+    return [name for name, cells in layers.items() if cells >= 7][-1]
 
 
 def listed(layers: dict[str, int]) -> str:

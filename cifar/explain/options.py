@@ -68,7 +68,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add("--true", metavar="CLASS", help="only mistakes on images of this class")
     add("--predicted", metavar="CLASS", help="only mistakes that were taken for this class")
     add("--method", default="gradcam", metavar="NAME", help=f"of the maps: {', '.join(METHODS)} (gradcam)")
-    add("--layer", metavar="NAME", help=f"where the maps are made (the deepest of at least 8x8 cells); {places}")
+    add("--layer", metavar="NAME", help=f"where the maps are made (the deepest of at least 7x7 cells); {places}")
     add("--opacity", type=float, default=0.5, metavar="0..1", help="of a map over its picture (0.5)")
     add("--check", action="store_true", help="measure whether the maps are worth anything; minutes on a CPU")
     add(
