@@ -475,7 +475,10 @@ def attempt(job: Job, number: int) -> dict[str, object]:
     return json.loads((job.run / "attempts" / f"{number:04d}.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_the_explanation_waits_for_the_training_job(submit: Submit, project: Path, tmp_path: Path) -> None:
+def test_the_explanation_waits_for_the_training_job(
+    submit: Submit, cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(cluster.environment, "CIFAR_PRECISION")
     job = submit("--nodes=1")
     explain = subprocess.run(
         ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/explain.out",
@@ -490,6 +493,7 @@ def test_the_explanation_waits_for_the_training_job(submit: Submit, project: Pat
     waiting = Job(job.cluster, job.run, explain, tmp_path / "explain.out")
     waiting.wait_state("COMPLETED")
     assert (job.run / "explain" / "report.html").is_file()
+    assert "precision no" in job.text()  # there are no GPUs
 
 
 def test_the_commands_of_the_readme(
