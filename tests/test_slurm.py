@@ -539,7 +539,15 @@ def masked(log: str) -> list[str]:
 
 def test_the_example_of_the_readme(submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cluster.environment, "CIFAR_PREFLIGHT_SECONDS", "60")
+    monkeypatch.setitem(cluster.environment, "CIFAR_CONTAINER", "env INSIDE=container")  # a command before a command
+    monkeypatch.setitem(cluster.environment, "CIFAR_INTERFACE", "eth0")
     job = submit("--nodes=3", arguments=("--global-batch-size", "12", "--checkpoint-every", "1000"))
+    job.cluster.wait(lambda: "epoch 1/4" in job.text(), "the first epoch")
+    (first,) = job.cluster.ranks(1)
+    environment = first.environ()
+    assert [environment[name] for name in ("INSIDE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")] == [
+        "container", "eth0", "eth0",
+    ]  # fmt: skip
     job.cluster.wait(lambda: "epoch 2/4" in job.text(), "the second epoch")
     job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_state("COMPLETED")
