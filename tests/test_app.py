@@ -111,7 +111,7 @@ class App:
         self, method: str, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, bytes, dict[str, str]]:
         """A request with exactly this path, which no library has tidied."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
         try:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
@@ -135,7 +135,7 @@ class App:
 
     def end(self, by: int = signal.SIGTERM) -> str:
         self.process.send_signal(by)
-        return self.process.communicate(timeout=120)[0]
+        return self.process.communicate(timeout=900)[0]
 
 
 def left(app: App) -> list[Path]:
@@ -649,7 +649,7 @@ def test_a_space_starts_from_its_folder_alone(space: Path, client: Client, data:
 def refused(*arguments: Any, **options: Any) -> str:
     """The one line that the app ends with."""
     done = subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, **options
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False, timeout=900, **options
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

@@ -32,7 +32,7 @@ def bench(tmp_path: Path) -> Measure:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "cifar.bench", *(str(argument) for argument in arguments)]
         return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-                              text=True, timeout=600, check=False)  # fmt: skip
+                              text=True, timeout=1200, check=False)  # fmt: skip
 
     return run
 

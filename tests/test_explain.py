@@ -61,7 +61,7 @@ def run(mislabelled: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
 def explain(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(ROOT / "explain.py", *arguments, launcher=launcher),
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 

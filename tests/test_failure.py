@@ -98,7 +98,7 @@ def test_a_rank_that_raises_ends_all_with_its_own_error_as_their_last_line(
 ) -> None:
     patch = "def step(rank, number):\n    if (rank, number) == (1, 5): raise ValueError('boom')"
     processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert processes[0].returncode != 0
     assert lines(output) == [f"train.py: error: rank 1 on {HOST}: ValueError: boom"] * 3
     assert output.count("Traceback") == 2  # the rank's own, and the launcher's
@@ -114,7 +114,7 @@ def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
         f"def step(rank, number):\n    if (rank, number) == (0, 5): attempt.claim(Path({str(tmp_path / 'run')!r}), 1)"
     )
     processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert len(lines(output)) == 1
     assert "was taken over by attempt 2" in lines(output)[0]
     assert status(tmp_path / "run")["state"] == "running"  # it is the newer attempt's to change
@@ -134,7 +134,7 @@ def test_a_rank_that_is_gone_is_named(
         time.sleep(0.1)
     if number == signal.SIGSTOP:
         victim.kill()  # the launcher would give it half a minute
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     words = f"train.py: error: rank 2 on {HOST}: no answer, so killed, frozen or cut off ("
     assert [line.startswith(words) for line in lines(output)] == [True, True], output
     assert len(set(lines(output))) == 1
@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(
         "files.write = write"
     )
     processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert len(set(lines(output))) == 1, output
     line = lines(output)[0]
     assert f"rank 0 on {HOST} is in cifar/checkpoint.py:" in line
@@ -173,7 +173,7 @@ def test_a_file_system_that_answers_nothing_any_more_does_not_keep_the_job(
         "files.write = write"
     )
     processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert len(set(lines(output))) == 1, output
     assert len(lines(output)) == 3, output  # rank 0 ends itself, before the launcher's patience is at its end
     assert f"rank 0 on {HOST} is in cifar/checkpoint.py:" in lines(output)[0]
@@ -187,7 +187,7 @@ def test_a_rank_that_does_not_come_is_named(
         "if os.environ['RANK'] == '2': time.sleep(600)"  # the ranks form a group without it, for half an hour
     )
     processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     line = "train.py: error: rank 2 on machine 0: no answer, so killed, frozen or cut off (no step for 20 s)"
     assert lines(output) == [line] * 2, output
 
@@ -203,7 +203,7 @@ def test_a_rank_that_hangs_before_its_first_step_is_named_with_the_place(
         "models.build = build"
     )
     processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert len(set(lines(output))) == 1, output
     assert f"rank 1 on {HOST} is in train.py:" in lines(output)[0]
     assert "(train), the others in cifar/launch.py:" in lines(output)[0]
@@ -230,7 +230,7 @@ def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
         os.killpg(processes[0].pid, number)  # a terminal sends it to all that run in its foreground
     else:
         processes[0].send_signal(number)
-    output = processes[0].communicate(timeout=300)[0]  # until the ranks, too, have closed their ends
+    output = processes[0].communicate(timeout=900)[0]  # until the ranks, too, have closed their ends
     assert status(run)["state"] == "preempted", output
     # One that is killed passes nothing on: its death does.
     assert status(run)["reason"] in ("SIGINT asked to stop", "SIGTERM asked to stop")
@@ -256,7 +256,7 @@ def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
 ) -> None:
     run = tmp_path / "run"
     processes.append(started(project(tmp_path, f"import signal\n{patch}"), shapes, run, THREE))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert processes[0].returncode == 0, output
     assert status(run) == {"state": "preempted", "step": last_step, "reason": "another rank asked to stop"}
     newest, _ = checkpoint.newest(run / "checkpoints")
@@ -287,7 +287,7 @@ def test_an_absurd_hang_limit_is_refused(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", THREE, hang_seconds=0))
-    output = processes[0].communicate(timeout=300)[0]
+    output = processes[0].communicate(timeout=900)[0]
     assert lines(output) == [
         "train.py: error: CIFAR_HANG_SECONDS=0 is not a number of seconds; give a whole number of at least 1"
     ]
@@ -314,7 +314,7 @@ def free_port() -> int:
 def test_nodes_that_answer_pass_the_preflight(processes: list["subprocess.Popen[str]"]) -> None:
     port = free_port()
     processes += [preflight(rank, "localhost", "second", "third", port=port) for rank in range(3)]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=900) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert outputs[0][0] == "preflight: 3 nodes answer: localhost, second, third\n"
 
@@ -329,5 +329,5 @@ def test_a_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[
 
 def test_the_first_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[str]"]) -> None:
     processes.append(preflight(1, "localhost", "second", port=free_port()))
-    assert "preflight: error: second does not reach localhost, port" in processes[0].communicate(timeout=300)[1]
+    assert "preflight: error: second does not reach localhost, port" in processes[0].communicate(timeout=900)[1]
     assert processes[0].returncode == 2

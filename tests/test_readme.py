@@ -84,7 +84,7 @@ def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) ->
     words = shortened(line, shapes, tmp_path / "run")
     if "digits" in words and "--help" not in words:
         words += ["--epochs", "1", "--peak-epoch", "0.5", "--global-batch-size", "479"]  # 3 steps
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     if "--help" in words:
         assert "usage: train.py" in done.stdout
@@ -105,7 +105,7 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
         words += ["--output", str(tmp_path / "explain")]
     executable = Path(sys.executable).parent / words[0]
     done = subprocess.run(
-        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     if "--help" in words:
@@ -149,7 +149,7 @@ def test_a_space_is_written(finished: Path, tmp_path: Path) -> None:
     words = shlex.split(EXPORT)
     words[words.index("--run") + 1], words[words.index("--export-space") + 1] = str(finished), str(tmp_path / "space")
     executable = Path(sys.executable).parent / words[0]
-    subprocess.run([executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, timeout=300, check=True)
+    subprocess.run([executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, timeout=900, check=True)
     assert (tmp_path / "space" / "app.py").is_file()
 
 
@@ -162,7 +162,7 @@ def test_a_command_measures(line: str, tmp_path: Path) -> None:
     executable = Path(sys.executable).parent / words[0]
     environment_ = {**environment(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [executable, *words[1:]], cwd=tmp_path, env=environment_, capture_output=True, text=True, timeout=600,
+        [executable, *words[1:]], cwd=tmp_path, env=environment_, capture_output=True, text=True, timeout=1200,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -177,7 +177,7 @@ def test_the_app_is_measured(finished: Path, tmp_path: Path) -> None:
     words += ["--starts", "1", "--answers", "2", "--requests", "5", "--json", str(tmp_path / "bench.json")]
     executable = Path(sys.executable).parent / words[0]
     done = subprocess.run(
-        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     assert {row.split()[0] for row in done.stdout.splitlines()[1:]} == {"app"}
@@ -202,7 +202,7 @@ def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:
                 words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    outputs = [launcher.communicate(timeout=900)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     together = "".join(outputs)
     assert "2 processes" in together

@@ -319,7 +319,7 @@ def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, und
     job.cluster.lag(node)  # Slurm gives the job to another node, and the processes on this one train on
     try:
         job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
-        old.wait(timeout=300)  # it ends itself (its words are lost with the srun that would have passed them on)
+        old.wait(timeout=900)  # it ends itself (its words are lost with the srun that would have passed them on)
     finally:
         job.cluster.kill(node)
         job.cluster.start(node)
@@ -520,7 +520,7 @@ def test_the_commands_of_the_readme(
     assert script.count("sbatch ") >= 4
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=cluster.environment, capture_output=True,
-        text=True, timeout=600, check=False,
+        text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished: test accuracy" in done.stdout

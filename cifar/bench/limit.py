@@ -62,7 +62,11 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "native_bf16": launch.native_bf16(device),
-            "precisions": ["float32", "bf16", *(["float16"] if device.type == "cuda" else [])],
+            "precisions": [
+                "float32",
+                *(["bf16"] if launch.native_bf16(device) else []),  # emulated it is no limit, and takes minutes
+                *(["float16"] if device.type == "cuda" else []),
+            ],
         }
 
     @cache  # made in the turn that is not counted
