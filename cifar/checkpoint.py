@@ -195,6 +195,8 @@ def restore(
     load_weights(path / WEIGHTS, network)
     tensors = safetensors.torch.load_file(path / OPTIMIZER)
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue  # it is no parameter of the optimizer
         optimizer.state[parameter] = {}
         for key in [key for key in tensors if key.rpartition(".")[0] == name]:
             value = tensors.pop(key)
