@@ -231,12 +231,12 @@ class Cluster:
         return self.field(job, "JobState")
 
     @staticmethod
-    def wait(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
-        """Waits until the condition holds."""
+    def wait(condition: Callable[[], bool], what: str, seconds: float = 300, every: float = 0.1) -> None:
+        """Waits until the condition holds, looking every so many seconds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-            time.sleep(0.1)
+            time.sleep(every)
 
 
 def _trains(process: psutil.Process | None) -> bool:

@@ -1,10 +1,19 @@
-"""A network of 25,000 weights, for tests that want many steps and little computing: one more file of cifar/models."""
+"""A network of 25,000 weights, for tests that want many steps and little computing: one more file of cifar/models.
 
+While there is a file that the variable SLOWLY names, steps take SECONDS at least: a test that wants to strike a run
+keeps it from ending before, however fast the machine, and then lets it go.
+"""
+
+import os
+import time
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
+
+SECONDS = 0.5  # a step at least, while it is to be slow
 
 
 class Small(nn.Module):
@@ -24,6 +33,8 @@ class Small(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits."""
+        if self.training and "SLOWLY" in os.environ and Path(os.environ["SLOWLY"]).exists():
+            time.sleep(SECONDS)
         for stage in self.stages:
             images = stage(images)
         logits: torch.Tensor = self.linear(self.dropout(images.mean(dim=(2, 3))))

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from conftest import ROOT, SHAPES, draw
 from slurm_cluster import Cluster, reason_to_skip
+from small import SECONDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint
@@ -27,11 +28,9 @@ from cifar import checkpoint
 SKIP = reason_to_skip()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
 
-EVERY = 10  # steps between checkpoints
-EPOCH, EPOCHS = 150, 4
-STEPS = (
-    EPOCHS * EPOCH
-)  # a second for a hundred of them, more where other work goes on; a minute at the pace of paced.py
+EVERY = 5  # steps between checkpoints
+EPOCH, EPOCHS = 100, 4
+STEPS = EPOCHS * EPOCH
 HANG = 20  # seconds: more than a slow machine takes for an evaluation with its pictures
 
 
@@ -40,7 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterat
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     made.environment |= {
         "CIFAR_PRECISION": "no", "CIFAR_HANG_SECONDS": str(HANG), "CIFAR_ENVIRONMENT": sys.prefix,
-        "CIFAR_MAX_REQUEUES": "3",
+        "SLOWLY": str(made.root / "slowly"),
         "CIFAR_PREFLIGHT_SECONDS": "0",  # seconds of imports in each attempt; the README's example has it
     }  # fmt: skip
     try:
@@ -52,7 +51,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterat
 
 @pytest.fixture(scope="module")
 def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,200 training images: so many steps in an epoch that faults meet training and not evaluation alone."""
+    """800 training images: so many steps in an epoch that faults meet training and not evaluation alone."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     generator = np.random.default_rng(0)
     for split, count in (("train", 8 * EPOCH // len(SHAPES)), ("test", 5)):
@@ -65,15 +64,14 @@ def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files, with two networks more."""
+    """The project's files, with one network more."""
     root = tmp_path_factory.mktemp("project") / "cifar"
     root.mkdir()
     for name in ("accelerate_configs", "slurm", "cifar"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "explain.py"):
         shutil.copy(ROOT / name, root)
-    for name in ("small.py", "paced.py"):
-        shutil.copy(ROOT / "tests" / name, root / "cifar" / "models")
+    shutil.copy(ROOT / "tests" / "small.py", root / "cifar" / "models")
     return root
 
 
@@ -112,18 +110,35 @@ class Job:
             attempts = [path.read_text() for path in sorted((self.run / "attempts").glob("*.json"))]
             raise AssertionError(f"{error}; {shown}; {attempts}; {self.status()}; {self.text()[-3000:]}") from None
 
-    def fault(self) -> None:
-        """Marks the moment of a fault, for whoever wants to know how long a repair takes."""
-        (self.run.parent / "fault").touch()
+    def warn(self) -> None:
+        """As Slurm does before the time limit, and before preemption."""
+        self.cluster.call("scancel", "--batch", "--signal=USR1", self.number)
+
+    def nodes(self) -> list[int]:
+        """The numbers of its nodes, in the order of their ranks."""
+        names = self.cluster.call("scontrol", "show", "hostnames", self.cluster.field(self.number, "NodeList"))
+        return [int(name.removeprefix("node")) for name in names.split()]
 
 
 Submit = Callable[..., Job]
 
 
 @pytest.fixture
+def slowly(cluster: Cluster) -> Iterator[Path]:
+    """While this file is there, training is slow: no run ends before a fault strikes it, however fast the machine."""
+    path = Path(cluster.environment["SLOWLY"])
+    yield path
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture
 def submit(cluster: Cluster, project: Path, many_shapes: Path, tmp_path: Path) -> Iterator[Submit]:
     """Submits slurm/train.sbatch; afterwards no job is left and every node is well."""
     yield lambda *flags, **more: start(cluster, project, many_shapes, tmp_path, *flags, **more)
+    clear(cluster)
+
+
+def clear(cluster: Cluster) -> None:
     cluster.call("scancel", "--user=root")
     cluster.wait(lambda: not cluster.call("squeue", "-h").strip(), "all jobs to be gone")
     cluster.wait_idle()
@@ -131,9 +146,9 @@ def submit(cluster: Cluster, project: Path, many_shapes: Path, tmp_path: Path) -
 
 def start(
     cluster: Cluster, project: Path, data: Path, folder: Path, *flags: str,
-    network: str = "small", arguments: tuple[str, ...] = (), run: str = "run",
+    arguments: tuple[str, ...] = (), run: str = "run",
 ) -> Job:  # fmt: skip
-    options = ["--data", str(data), "--network", network, "--run", str(folder / run),
+    options = ["--data", str(data), "--network", "small", "--run", str(folder / run),
                "--epochs", str(EPOCHS), "--peak-epoch", "1",
                "--global-batch-size", "8", "--checkpoint-every", str(EVERY), *arguments]  # fmt: skip
     done = subprocess.run(
@@ -145,18 +160,28 @@ def start(
     return Job(cluster, folder / run, number, folder / f"job-{number}.out")
 
 
+def patched(project: Path, folder: Path, patch: str) -> Path:
+    """The project with another train.py, which changes something and then does what the real one does."""
+    other = folder / "patched"
+    shutil.copytree(project, other)
+    (other / "train.py").rename(other / "real_train.py")
+    (other / "train.py").write_text(f"import real_train\n{patch}\nif __name__ == '__main__':\n    real_train.main()\n")
+    return other
+
+
 @pytest.fixture(scope="module")
 def undisturbed(
     cluster: Cluster, project: Path, many_shapes: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """The run directory of a run that nothing interrupted, at whatever pace, made when first asked for."""
+    """The run directory of a run that nothing interrupted, with all its checkpoints, made when first asked for."""
     made: dict[tuple[str, ...], Path] = {}
 
     def reference(*flags: str) -> Path:
         flags = flags or ("--nodes=2",)
         if flags not in made:
             folder = tmp_path_factory.mktemp("undisturbed")
-            job = start(cluster, project, many_shapes, folder, *flags)
+            keeping = patched(project, folder, "from cifar import checkpoint\ncheckpoint.KEEP = 1000")
+            job = start(cluster, keeping, many_shapes, folder, *flags)
             job.wait_state("COMPLETED")
             assert job.attempts() == 1
             made[flags] = job.run
@@ -171,8 +196,10 @@ def curve(run: Path) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")]
 
 
-def equal_bytes(run: Path, reference: Path) -> bool:
-    names = ("model.safetensors", f"checkpoints/step-{STEPS:07d}/optimizer.safetensors", "predictions.safetensors")
+RESULT = ("model.safetensors", f"checkpoints/step-{STEPS:07d}/optimizer.safetensors", "predictions.safetensors")
+
+
+def equal_bytes(run: Path, reference: Path, names: tuple[str, ...] = RESULT) -> bool:
     return all((run / name).read_bytes() == (reference / name).read_bytes() for name in names)
 
 
@@ -186,136 +213,268 @@ def assert_nothing_happened(job: Job, reference: Path, *, attempts: int) -> None
     assert not list(job.run.rglob("*.tmp*"))
 
 
-# ---- asked to stop
+# ---- one long run, struck again and again
 
 
-def test_a_warning_saves_and_requeues_without_losing_a_step(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+class Struck:
+    """A run on two nodes that faults strike one after the other, and a run like it that none did."""
+
+    def __init__(self, submit: Callable[[], Job], reference: Path) -> None:
+        self.submit, self.reference = submit, reference
+        self.job = submit()
+        self.attempts, self.whole = 0, True
+
+    def goes_on(self, said: int = 0) -> str:
+        """Waits until the run has gone on after a fault. Returns what the job has said since its `said`th character.
+
+        The oracle of each fault: the first checkpoint that is written after it equals the undisturbed run's.
+        """
+        job = self.job
+        pattern = r"attempt (\d+): going on from \S+/step-(\d+)"
+        job.cluster.wait(lambda: bool(re.search(pattern, job.text()[said:])), f"the next attempt: {job.text()[said:]}")
+        attempt, step = (int(number) for number in re.findall(pattern, job.text()[said:])[-1])
+        self.attempts = attempt
+        self.equals_after(step)
+        return job.text()[said:]
+
+    def equals_after(self, step: int) -> None:
+        """Waits for the next checkpoint after a step, and compares it bit for bit."""
+        step += EVERY - step % EVERY
+        self.job.wait_step(step)
+        folder = f"checkpoints/step-{step:07d}"
+        assert equal_bytes(
+            self.job.run, self.reference, (f"{folder}/model.safetensors", f"{folder}/optimizer.safetensors")
+        )
+        self.whole = True
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint."""
+        return checkpoint.step_of(checkpoint.found(self.job.run / "checkpoints")[0])
+
+
+@pytest.fixture(scope="module")
+def made_to_be_struck(cluster: Cluster) -> Iterator[list[Struck]]:
+    yield []
+    Path(cluster.environment["SLOWLY"]).unlink(missing_ok=True)
+    clear(cluster)
+
+
+@pytest.fixture
+def begun(
+    made_to_be_struck: list[Struck], cluster: Cluster, project: Path, many_shapes: Path,
+    undisturbed: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory,
+) -> Struck:  # fmt: skip
+    """The run that faults strike, as the test before has left it; a new one if that test failed."""
     reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
-    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
-    stopped = job.status()
-    assert stopped["reason"] == "SIGUSR1 asked to stop"
-    job.wait_state("COMPLETED")
-    assert job.resumed_at() == [stopped["step"]]
-    assert "warned at" in job.text()
-    assert job.cluster.field(job.number, "Restarts") == "1"
-    assert_nothing_happened(job, reference, attempts=2)
+    if not made_to_be_struck or not made_to_be_struck[-1].whole:
+        clear(cluster)
+        Path(cluster.environment["SLOWLY"]).touch()
+        folder = tmp_path_factory.mktemp("struck")
+        made_to_be_struck.append(Struck(lambda: start(cluster, project, many_shapes, folder, "--nodes=2"), reference))
+    now = made_to_be_struck[-1]
+    now.whole = False  # until a checkpoint was compared
+    return now
 
 
-def test_a_warning_before_python_listens_is_not_lost(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_state("RUNNING")
+@pytest.fixture
+def struck(begun: Struck) -> Struck:
+    """The same, once it has saved something, and has made some steps since that can be lost."""
+    begun.job.wait_step(EVERY)
+    time.sleep(3 * SECONDS)
+    begun.attempts = begun.job.attempts()
+    return begun
+
+
+def stopped_at(said: str) -> int:
+    """The step at which a job says that it has stopped on request."""
+    return int(re.findall(r"preempted at step (\d+)", said)[-1])
+
+
+def resumed_at(said: str) -> int:
+    """The step at which an attempt says that it goes on."""
+    return int(re.findall(r"going on from \S+/step-(\d+)", said)[-1])
+
+
+def test_a_warning_before_python_listens_is_not_lost(begun: Struck) -> None:
+    job = begun.job
     job.cluster.wait(lambda: "attempt of job" in job.text(), "the script to begin")
     time.sleep(1)
-    job.fault()
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
-    job.wait_state("COMPLETED")
+    job.warn()
+    said = begun.goes_on()
+    assert "warned at" in said
+    assert resumed_at(said) == stopped_at(said)
     assert job.cluster.field(job.number, "Restarts") == "1"
-    assert_nothing_happened(job, reference, attempts=job.attempts())
 
 
-def test_preemption_by_a_job_of_higher_priority(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.call("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+def test_a_warning_saves_and_requeues_without_losing_a_step(struck: Struck) -> None:
+    job, said_before = struck.job, len(struck.job.text())
+    job.warn()
     job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
-    stopped = job.status()["step"]
-    job.wait_state("COMPLETED")
-    assert job.resumed_at() == [stopped]
-    assert_nothing_happened(job, reference, attempts=2)
+    assert job.status()["reason"] == "SIGUSR1 asked to stop"
+    said = struck.goes_on(said_before)
+    assert "warned at" in said
+    assert resumed_at(said) == stopped_at(said)
 
 
-def test_a_requeue_without_a_warning(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
+def test_preemption_by_a_job_of_higher_priority(struck: Struck) -> None:
+    job, said_before = struck.job, len(struck.job.text())
+    job.cluster.call("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    said = struck.goes_on(said_before)
+    assert "warned at" in said
+    assert resumed_at(said) == stopped_at(said)
+
+
+def test_a_requeue_without_a_warning(struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
     job.cluster.call("scontrol", "requeue", job.number)
-    job.wait_state("COMPLETED")
-    assert_nothing_happened(job, reference, attempts=2)
+    said = struck.goes_on(said_before)
+    assert "warned at" not in said
+    assert resumed_at(said) >= newest
 
 
-def test_a_cancelled_job_stays_cancelled_and_can_be_submitted_again(
-    submit: Submit, undisturbed: Callable[..., Path]
-) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
+def test_a_cancelled_job_stays_cancelled_and_can_be_submitted_again(struck: Struck) -> None:
+    job, said_before = struck.job, len(struck.job.text())
     job.cluster.call("scancel", job.number)
     job.wait_state("CANCELLED")
     job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
-    stopped = job.status()
+    stopped = job.status()["step"]
     job.cluster.wait(lambda: not job.cluster.call("squeue", "-h").strip(), "the job to be gone")
-    assert "requeued, to go on" not in job.text()
-    again = submit("--nodes=2")
-    again.wait_state("COMPLETED")
-    assert again.resumed_at() == [stopped["step"]]
-    assert_nothing_happened(again, reference, attempts=2)
+    assert "requeued, to go on" not in job.text()[said_before:]
+    struck.job = struck.submit()
+    assert resumed_at(struck.goes_on()) == stopped
 
 
-def test_the_end_of_the_time_limit(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("rank", [0, 1], ids=["the batch host", "another"])
+def test_a_node_dies(rank: int, struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    node = job.nodes()[rank]
+    job.cluster.kill(node)
+    try:
+        job.cluster.wait(lambda: job.attempts() > struck.attempts, "the next attempt")
+    finally:
+        job.cluster.start(node)
+    assert resumed_at(struck.goes_on(said_before)) >= newest
+
+
+def test_a_network_cable_is_pulled(struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    node = job.nodes()[1]
+    job.cluster.cut(node)
+    try:
+        job.cluster.wait(lambda: job.attempts() > struck.attempts, "the next attempt")
+    finally:
+        job.cluster.plug(node)
+    said = struck.goes_on(said_before)
+    assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no step for {HANG} s)" in said
+    assert resumed_at(said) >= newest
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(rank: int, struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    node = job.nodes()[rank]
+    job.cluster.ranks(node)[0].kill()
+    said = struck.goes_on(said_before)
+    # With rank 0 its launcher has gone, and the store with it.
+    words = ("its node does not answer", "no answer, so killed, frozen or cut off")[rank]
+    assert f"train.py: error: rank {rank} on node{node}: {words}" in said
+    assert resumed_at(said) >= newest
+
+
+def test_a_rank_freezes(struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    node = job.nodes()[1]
+    job.cluster.ranks(node)[0].suspend()
+    said = struck.goes_on(said_before)
+    assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no step for {HANG} s)" in said
+    assert resumed_at(said) >= newest
+
+
+def test_a_launcher_is_killed(struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    job.cluster.launcher(job.nodes()[1]).kill()
+    assert resumed_at(struck.goes_on(said_before)) >= newest
+
+
+def test_killed_while_writing_a_checkpoint(struck: Struck) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    (rank0,) = job.cluster.ranks(job.nodes()[0])
+
+    def half_written() -> bool:
+        return any((job.run / "checkpoints").glob(".step-*.tmp"))
+
+    def stopped_in_the_middle() -> bool:
+        if half_written():
+            rank0.suspend()
+            job.cluster.wait(lambda: rank0.status() == psutil.STATUS_STOPPED, "it to stop")
+            if half_written():
+                return True
+            rank0.resume()  # it was just done
+        return False
+
+    job.cluster.wait(stopped_in_the_middle, "a checkpoint in the making", every=0.005)
+    rank0.kill()
+    assert resumed_at(struck.goes_on(said_before)) >= newest
+
+
+def test_the_newest_checkpoint_is_truncated(struck: Struck) -> None:
+    job, said_before = struck.job, len(struck.job.text())
+    nodes = job.nodes()
+    job.cluster.call("scontrol", "requeuehold", job.number)
+    job.wait_state("PENDING")
+    job.cluster.wait(lambda: not any(job.cluster.ranks(node) for node in nodes), "the ranks to end")
+    newest, _ = checkpoint.newest(job.run / "checkpoints")
+    assert newest is not None
+    os.truncate(newest / "optimizer.safetensors", 1000)
+    job.cluster.call("scontrol", "release", job.number)
+    said = struck.goes_on(said_before)
+    assert f"passed over a broken checkpoint: {newest}/optimizer.safetensors does not match" in said
+    assert checkpoint.step_of(newest) - EVERY <= resumed_at(said) < checkpoint.step_of(newest)
+
+
+def test_the_controller_restarts_and_training_does_not_notice(struck: Struck) -> None:
+    job = struck.job
+    job.cluster.kill_controller()
+    time.sleep(2)
+    struck.equals_after(struck.newest())  # without a controller
+    job.cluster.start_controller()
+    job.wait_state("RUNNING")
+    assert job.attempts() == struck.attempts
+
+
+def test_and_in_the_end_nothing_has_happened(struck: Struck, cluster: Cluster) -> None:
+    Path(cluster.environment["SLOWLY"]).unlink()
+    struck.job.wait_state("COMPLETED")
+    assert_nothing_happened(struck.job, struck.reference, attempts=struck.attempts)
+
+
+# ---- runs of their own
+
+
+def test_the_end_of_the_time_limit(submit: Submit, undisturbed: Callable[..., Path], slowly: Path) -> None:
     reference = undisturbed("--nodes=1")
-    job = submit("--nodes=1", network="paced")
-    job.wait_step(20)
-    job.fault()
+    slowly.touch()
+    job = submit("--nodes=1")
+    job.wait_step(EVERY)
     job.cluster.call("scontrol", "update", f"JobId={job.number}", "EndTime=now+60")
     job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
     stopped = job.status()["step"]
     job.cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # or each attempt would be as short
+    slowly.unlink()
     job.wait_state("COMPLETED")
     assert job.resumed_at() == [stopped]
     assert_nothing_happened(job, reference, attempts=2)
 
 
-# ---- struck down
-
-
-@pytest.mark.parametrize("node", [1, 2], ids=["the batch host", "another"])
-def test_a_node_dies(node: int, submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.kill(node)
-    try:
-        job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
-    finally:
-        job.cluster.start(node)
-    job.wait_state("COMPLETED")
-    assert job.resumed_at()[0] >= 20
-    assert_nothing_happened(job, reference, attempts=2)
-
-
-def test_a_network_cable_is_pulled(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.cut(2)
-    try:
-        job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
-    finally:
-        job.cluster.plug(2)
-    job.wait_state("COMPLETED")
-    assert job.resumed_at()[0] >= 20
-    assert f"rank 1 on node2: no answer, so killed, frozen or cut off (no step for {HANG} s)" in job.text()
-    assert_nothing_happened(job, reference, attempts=2)
-
-
-def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+def test_a_node_that_only_seems_dead_does_not_write_any_more(
+    submit: Submit, undisturbed: Callable[..., Path], slowly: Path
+) -> None:
     reference = undisturbed("--nodes=1")
-    job = submit("--nodes=1", network="paced")
-    job.wait_step(20)
+    slowly.touch()
+    job = submit("--nodes=1")
+    job.wait_step(EVERY)
     node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
     (old,) = job.cluster.ranks(node)
-    job.fault()
     job.cluster.lag(node)  # Slurm gives the job to another node, and the processes on this one train on
     try:
         job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
@@ -323,112 +482,40 @@ def test_a_node_that_only_seems_dead_does_not_write_any_more(submit: Submit, und
     finally:
         job.cluster.kill(node)
         job.cluster.start(node)
+    slowly.unlink()
     job.wait_state("COMPLETED")
     assert_nothing_happened(job, reference, attempts=2)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_is_killed(rank: int, submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.ranks(rank + 1)[0].kill()
-    job.wait_state("COMPLETED")
-    # With rank 0 its launcher has gone, and the store with it.
-    words = ("its node does not answer", "no answer, so killed, frozen or cut off")[rank]
-    assert f"train.py: error: rank {rank} on node{rank + 1}: {words}" in job.text()
-    assert job.resumed_at()[0] >= 20
-    assert_nothing_happened(job, reference, attempts=2)
-
-
-def test_a_rank_freezes(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.ranks(2)[0].send_signal(signal.SIGSTOP)
-    job.wait_state("COMPLETED")
-    assert f"rank 1 on node2: no answer, so killed, frozen or cut off (no step for {HANG} s)" in job.text()
-    assert_nothing_happened(job, reference, attempts=2)
-
-
-def test_a_launcher_is_killed(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.launcher(2).kill()
-    job.wait_state("COMPLETED")
-    assert_nothing_happened(job, reference, attempts=2)
-
-
-def test_a_crash_on_one_node_is_repaired_in_place(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+def test_a_crash_on_one_node_is_repaired_in_place(
+    submit: Submit, undisturbed: Callable[..., Path], slowly: Path
+) -> None:
     reference = undisturbed()  # two ranks, too
+    slowly.touch()
     job = submit("--nodes=1", "--ntasks-per-node=2")
-    job.wait_step(20)
-    job.fault()
+    job.wait_step(EVERY)
     node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
     job.cluster.ranks(node)[1].kill()
+    job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
+    slowly.unlink()
     job.wait_state("COMPLETED")
     assert job.cluster.field(job.number, "Restarts") == "0"
     assert json.loads((job.run / "attempts" / "0002.json").read_text())["restarts_in_place"] == 1
     assert_nothing_happened(job, reference, attempts=2)
 
 
-def test_the_controller_restarts_and_training_does_not_notice(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    job.fault()
-    job.cluster.kill_controller()
-    time.sleep(2)
-    job.cluster.start_controller()
-    job.wait_state("COMPLETED")
-    assert_nothing_happened(job, reference, attempts=1)
-
-
-def test_killed_while_writing_a_checkpoint(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(20)
-    (rank0,) = job.cluster.ranks(1)
-    job.cluster.wait(lambda: any((job.run / "checkpoints").glob(".step-*.tmp")), "a checkpoint in the making")
-    job.fault()
-    rank0.kill()
-    half_written = list((job.run / "checkpoints").glob(".step-*.tmp"))
-    job.wait_state("COMPLETED")
-    assert half_written
-    assert_nothing_happened(job, reference, attempts=2)
-
-
-def test_the_newest_checkpoint_is_truncated(submit: Submit, undisturbed: Callable[..., Path]) -> None:
-    reference = undisturbed()
-    job = submit("--nodes=2")
-    job.wait_step(30)
-    job.cluster.call("scontrol", "requeuehold", job.number)
-    job.wait_state("PENDING")
-    job.cluster.wait(lambda: not any(job.cluster.ranks(node) for node in (1, 2)), "the ranks to end")
-    newest, _ = checkpoint.newest(job.run / "checkpoints")
-    assert newest is not None
-    os.truncate(newest / "optimizer.safetensors", 1000)
-    job.fault()
-    job.cluster.call("scontrol", "release", job.number)
-    job.wait_state("COMPLETED")
-    assert f"passed over a broken checkpoint: {newest}/optimizer.safetensors does not match" in job.text()
-    assert_nothing_happened(job, reference, attempts=2)
-
-
 def test_the_last_bits_do_not_depend_on_an_interruption_with_four_ranks(
-    submit: Submit, undisturbed: Callable[..., Path]
+    submit: Submit, undisturbed: Callable[..., Path], slowly: Path
 ) -> None:
     # Sums of three numbers or more depend on their order, which DDP changes after its first step.
     flags = ("--nodes=2", "--ntasks-per-node=2")
     reference = undisturbed(*flags)
+    slowly.touch()
     job = submit(*flags)
-    job.wait_step(20)
-    job.fault()
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_step(EVERY)
+    job.warn()
+    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
+    slowly.unlink()
     job.wait_state("COMPLETED")
     assert_nothing_happened(job, reference, attempts=2)
 
@@ -436,8 +523,11 @@ def test_the_last_bits_do_not_depend_on_an_interruption_with_four_ranks(
 # ---- several jobs
 
 
-def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: Callable[..., Path]) -> None:
+def test_one_element_of_an_array_is_requeued_alone(
+    submit: Submit, undisturbed: Callable[..., Path], slowly: Path
+) -> None:
     reference = undisturbed("--nodes=1")
+    slowly.touch()
     array = submit("--nodes=1", "--array=0-1")
     cluster, folder = array.cluster, array.run.parent
     jobs = [
@@ -445,9 +535,10 @@ def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: 
         for n in (0, 1)
         for number in [cluster.field(f"{array.number}_{n}", "JobId")]
     ]
-    jobs[0].wait_step(20)
-    jobs[0].fault()
-    cluster.call("scancel", "--batch", "--signal=USR1", jobs[0].number)
+    jobs[0].wait_step(EVERY)
+    jobs[0].warn()
+    cluster.wait(lambda: jobs[0].status()["state"] == "preempted", "the run to stop")
+    slowly.unlink()
     for job in jobs:
         job.wait_state("COMPLETED")
     assert_nothing_happened(jobs[0], reference, attempts=2)
@@ -457,14 +548,15 @@ def test_one_element_of_an_array_is_requeued_alone(submit: Submit, undisturbed: 
 
 
 def test_a_run_submitted_twice_is_written_by_the_later_job_alone(
-    submit: Submit, undisturbed: Callable[..., Path]
+    submit: Submit, undisturbed: Callable[..., Path], slowly: Path
 ) -> None:
     reference = undisturbed("--nodes=1")
-    first = submit("--nodes=1", "--exclusive", network="paced")
-    first.wait_step(20)
-    first.fault()
-    second = submit("--nodes=1", "--exclusive", network="paced")
+    slowly.touch()
+    first = submit("--nodes=1", "--exclusive")
+    first.wait_step(EVERY)
+    second = submit("--nodes=1", "--exclusive")
     first.wait_state("FAILED")
+    slowly.unlink()
     second.wait_state("COMPLETED")
     assert f"was taken over by attempt 2 (process {attempt(second, 2)['pid']} on node" in first.text()
     assert f"was taken over by job {second.number}; this one ends" in first.text()
@@ -476,19 +568,21 @@ def attempt(job: Job, number: int) -> dict[str, object]:
 
 
 def test_the_explanation_waits_for_the_training_job(
-    submit: Submit, cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    submit: Submit, cluster: Cluster, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowly: Path
 ) -> None:
     monkeypatch.delitem(cluster.environment, "CIFAR_PRECISION")
+    slowly.touch()
     job = submit("--nodes=1")
     explain = subprocess.run(
         ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/explain.out",
          "slurm/explain.sbatch", "--run", str(job.run)],
         cwd=project, env=job.cluster.environment, capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    job.wait_step(20)
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_step(EVERY)
+    job.warn()
     job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
     assert job.cluster.state(explain) == "PENDING"  # a requeue is no end
+    slowly.unlink()
     job.wait_state("COMPLETED")
     waiting = Job(job.cluster, job.run, explain, tmp_path / "explain.out")
     waiting.wait_state("COMPLETED")
@@ -524,7 +618,7 @@ def test_the_commands_of_the_readme(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished: test accuracy" in done.stdout
-    assert '{"state": "finished", "step": 300, "reason": ""}' in done.stdout
+    assert f'"state": "finished", "step": {2 * EPOCH}, "reason": ""' in done.stdout
     cluster.wait(lambda: not cluster.call("squeue", "-h").strip(), "all jobs to be finished")
     for run in ("resnet", "digits", "resnet-seed0", "resnet-seed1"):
         assert json.loads((tmp_path / "cifar" / "runs" / run / "status.json").read_text())["state"] == "finished"
@@ -537,7 +631,9 @@ def masked(log: str) -> list[str]:
     return [re.sub(r"(/\S+)?/run\b", "runs/resnet", re.sub(r"\d+([.,:]\d+)*", "#", line)) for line in lines]
 
 
-def test_the_example_of_the_readme(submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_readme(
+    submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, slowly: Path
+) -> None:
     monkeypatch.setitem(cluster.environment, "CIFAR_PREFLIGHT_SECONDS", "60")
     monkeypatch.setitem(cluster.environment, "CIFAR_CONTAINER", "env INSIDE=container")  # a command before a command
     monkeypatch.setitem(cluster.environment, "CIFAR_INTERFACE", "eth0")
@@ -549,7 +645,10 @@ def test_the_example_of_the_readme(submit: Submit, cluster: Cluster, monkeypatch
         "container", "eth0", "eth0",
     ]  # fmt: skip
     job.cluster.wait(lambda: "epoch 2/4" in job.text(), "the second epoch")
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    slowly.touch()
+    job.warn()
+    job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
+    slowly.unlink()
     job.wait_state("COMPLETED")
     (example,) = re.findall(r"```\n(attempt of job .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert masked(example) == masked(job.text())
@@ -651,13 +750,12 @@ def test_another_recipe_in_the_run_directory_is_named_field_by_field(
     assert "holds a run of another recipe: dropout (0.1 there, 0.3 here); choose another --run" in job.text()
 
 
-def test_requeues_are_bounded(
-    submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
-) -> None:
+def test_requeues_are_bounded(submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, slowly: Path) -> None:
     monkeypatch.setitem(cluster.environment, "CIFAR_MAX_REQUEUES", "0")
+    slowly.touch()
     job = submit("--nodes=1")
-    job.wait_step(10)
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_step(EVERY)
+    job.warn()
     job.wait_state("FAILED")
     assert "requeued 0 time(s) already, and CIFAR_MAX_REQUEUES is 0; submit again to go on" in job.text()
     assert job.status()["state"] == "preempted"
@@ -666,18 +764,10 @@ def test_requeues_are_bounded(
 # ---- negative controls: without each mechanism the oracle must fail
 
 
-def broken_project(project: Path, tmp_path: Path, patch: str) -> Path:
-    """The project with a train.py that takes one mechanism away."""
-    broken = tmp_path / "broken"
-    shutil.copytree(project, broken)
-    (broken / "train.py").rename(broken / "real_train.py")
-    (broken / "train.py").write_text(f"import real_train\n{patch}\nif __name__ == '__main__':\n    real_train.main()\n")
-    return broken
-
-
 def test_without_the_order_the_oracle_fails(
-    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, undisturbed: Callable[..., Path], tmp_path: Path
-) -> None:
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, undisturbed: Callable[..., Path],
+    tmp_path: Path, slowly: Path,
+) -> None:  # fmt: skip
     # Each attempt begins the order of the images anew, as a loader does that knows no step.
     patch = (
         "from cifar.data import order\n"
@@ -687,16 +777,19 @@ def test_without_the_order_the_oracle_fails(
         "order.RankBatches.__init__ = anew\n"
     )
     reference = undisturbed()
-    job = start(cluster, broken_project(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
-    job.wait_step(20)
-    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    slowly.touch()
+    job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
+    job.wait_step(EVERY)
+    job.warn()
+    job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
+    slowly.unlink()
     job.wait_state("COMPLETED")
     assert job.status()["state"] == "finished"
     assert not equal_bytes(job.run, reference)
 
 
 def test_without_the_agreement_the_oracle_fails(
-    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, tmp_path: Path
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, tmp_path: Path, slowly: Path
 ) -> None:
     # Each rank stops when it is itself asked to, whatever the others do.
     patch = (
@@ -706,8 +799,9 @@ def test_without_the_agreement_the_oracle_fails(
         "    return real(*arguments)._replace(stop=bool(stop.requested()))\n"
         "loop.accumulate_gradients = alone\n"
     )
-    job = start(cluster, broken_project(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
-    job.wait_step(20)
+    slowly.touch()
+    job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
+    job.wait_step(EVERY)
     job.cluster.ranks(2)[0].send_signal(signal.SIGUSR1)  # one rank hears it before the other
     job.wait_state("COMPLETED", "FAILED", "PENDING")
     assert "failed at step" in job.text()  # instead of "preempted": the steps since the last checkpoint are lost
