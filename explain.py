@@ -129,7 +129,8 @@ def main() -> None:
     except UserError as error:
         if speaks:
             print(f"explain.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        failure.leave(2)
+    failure.leave(0)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,8 @@ def main() -> None:
     except UserError as error:
         if speaks:
             print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        failure.leave(2)
+    failure.leave(0)
 
 
 if __name__ == "__main__":
