@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from cifar.bench import turns
+from cifar.bench import model, shaped, turns
 from cifar.bench.context import Bench
 from cifar.bench.plain import TRANSFORMS, Images, Plain
 from cifar.bench.turns import Program
@@ -171,3 +171,70 @@ def test_every_figure_has_its_turns_its_limit_and_its_baseline(bench: Measure, t
     assert [sum(parts) for parts in starts] == pytest.approx(values("launch to the end"))
     summed = sum(size for name, size in result["counts"]["collectives_per_step"] if name == "gloo:all_reduce")
     assert values("summed over") == [summed / 1e6] * 2
+
+
+# ---- the model of a step's time
+
+
+def test_the_model_is_arithmetic() -> None:
+    parts = [model.Bucket(1000, 0.5), model.Bucket(3000, 1.0)]
+    slow, near = model.Network(1000.0, 0.0, 1), model.Network(1e12, 0.0, 1)
+    assert model.step(4.0, parts, 1, slow, 1.0) == (4, 0, 0)
+    # Two processes: 1 s for the first bucket, which is hidden, and 3 s for the last, which is not.
+    assert model.step(4.0, parts, 2, slow).exposed == pytest.approx(3)
+    assert model.step(1.0, parts, 2, slow).exposed == pytest.approx(0.5 + 1 + 3 - 1)  # the first is in the last's way
+    assert model.step(4.0, parts, 2, near).seconds == pytest.approx(4)
+    # Around a ring of four each sends 2 x 3/4 of the bytes.
+    assert model.step(4.0, parts, 4, slow).exposed == pytest.approx(1.5 * 3)
+    # Messages: one broadcast, a sum before it goes on, and the last bucket's. Rings have 2(n-1) each, trees 2 log2(n).
+    for trees, messages in ((False, 2 * 15), (True, 2 * 4)):
+        far = model.Network(1e12, 0.01, 2, trees)
+        assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * (1 + 2 * messages), rel=1e-6)
+    assert model.step(4.0, parts, 16, near, 0.1).waiting == pytest.approx(0.1 * math.sqrt(2 * math.log(16)))
+
+
+@pytest.mark.parametrize("network", ["resnet", "whitened"])
+def test_the_last_gradients_are_ready_at_the_end(network: str) -> None:
+    parts = model.buckets(network)
+    assert 1 / 3 < parts[0].ready < parts[-1].ready == pytest.approx(1, abs=0.01)
+
+
+def test_the_table_of_gpus() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar.bench.model"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rows = [line.split() for line in done.stdout.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [int(row[0]) for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert rows[7][1] == "refused:"  # the batch has fewer images than there are GPUs
+    fixed, growing = ([int(row[-1].rstrip("%")) for row in half] for half in (rows[:7], rows[8:]))
+    assert fixed == sorted(fixed, reverse=True)
+    assert all(low < high <= 100 for low, high in zip(fixed, growing, strict=False))
+
+
+def test_what_goes_through_the_link_arrives(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        pytest.skip("only root can make network namespaces, and the link needs /dev/net/tun")
+    sent = os.urandom(3_000_000)
+    (tmp_path / "sent").write_bytes(sent)
+    listen = "import socket, sys; s = socket.create_server(('', 5000)); print('ready', flush=True); c = s.accept()[0]\n"
+    listen += "while part := c.recv(65536): sys.stdout.buffer.write(part)"
+    send = "import socket, sys; socket.create_connection((sys.argv[1], 5000)).sendall(open(sys.argv[2], 'rb').read())"
+    first, second = (["ip", "netns", "exec", name, sys.executable, "-c"] for name in shaped.NAMES)
+    with shaped.Link() as link:
+        link.bits, link.delay = 1e8, 0.01
+        receiver = subprocess.Popen([*first, listen], stdout=subprocess.PIPE)
+        assert receiver.stdout is not None
+        assert receiver.stdout.readline() == b"ready\n"
+        subprocess.run([*second, send, shaped.ADDRESSES[0], tmp_path / "sent"], check=True)
+        assert receiver.communicate(timeout=300)[0] == sent
+    left = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    assert not any(name in left for name in shaped.NAMES)
+
+
+def test_the_model_is_measured_only_where_namespaces_can_be_made(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar.bench.model", "--measure"], cwd=ROOT, env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "bench: error: no ip here; install iproute2, util-linux and procps\n"

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import launch, models
-from cifar.bench import counts
+from cifar.bench import counts, model
 from cifar.bench.context import Bench
 
 PARAMETERS = 6_572_292  # with the four classes of the shapes
@@ -92,6 +92,7 @@ def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> N
     assert figures == 3 * 4  # loss, number of right answers, stop request
     assert sum(gradient) == 4 * PARAMETERS
     assert len(gradient) == 2  # buckets: the first part is summed while the second is computed
+    assert gradient == sorted(bucket.size for bucket in model.buckets("resnet", classes=4))
     channels = 64 + 3 * 128 + 256 + 3 * 512
     assert broadcast == [NORMS * 8, 2 * channels * 4]  # batch-norm's counters, and its means and variances
     assert len(sent) == 5
@@ -102,3 +103,4 @@ def test_compressed_gradients_are_half_the_bytes(shapes: Path, tmp_path: Path) -
     figures, *gradient = sorted(size for name, size in sent if name == "gloo:all_reduce")
     assert figures == 3 * 4
     assert sum(gradient) == 2 * PARAMETERS
+    assert gradient == sorted(bucket.size for bucket in model.buckets("resnet", 2, classes=4))

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -67,21 +68,46 @@ class Bench:
 
     # ---- programs
 
-    def ours(self, name: str, *arguments: object, processes: int = 1) -> Program:
-        """train.py with the bench's recipe, as the launcher starts it, under observation."""
-        return self.launch(name, *self._arguments(name), *arguments, processes=processes, cache=True)
+    def ours(
+        self,
+        name: str,
+        *arguments: object,
+        processes: int = 1,
+        run: str = "",
+        machines: Sequence[object] = (),
+        before: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Program:
+        """train.py with the bench's recipe, as the launcher starts it, under observation.
 
-    def launch(self, name: str, *arguments: object, processes: int = 1, cache: bool = False) -> Program:
-        """train.py with these arguments; with `cache`, decoded images are kept in the bench's folder."""
+        On several machines each has its own launcher, whose arguments are `machines`, after the command `before`, and
+        all have one `run`.
+        """
+        arguments = (*self._arguments(run or name), *arguments)
+        environment = {**self._environment(), **(environment or {})}
+        return self.launch(
+            name, *arguments, processes=processes, machines=machines, before=before, environment=environment
+        )
+
+    def launch(
+        self,
+        name: str,
+        *arguments: object,
+        processes: int = 1,
+        machines: Sequence[object] = (),
+        before: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Program:
+        """train.py with these arguments."""
         if processes > 1:
             config = "multi_gpu" if self.machine["gpus"] else "cpu_2proc"
         else:
             config = "single_gpu" if self.machine["gpus"] else "cpu"
         config_file = turns.ROOT / "accelerate_configs" / f"{config}.yaml"
         launcher = ("-m", "accelerate.commands.launch", "--config_file", config_file, "--mixed_precision",
-                    self.precision, "--num_processes", processes, "--main_process_port", 0,
-                    "--module", "cifar.bench.probe")  # fmt: skip
-        return Program(name, [str(word) for word in (*launcher, *arguments)], self._environment() if cache else {})
+                    self.precision, "--num_processes", processes, "--main_process_port", 29400 if machines else 0,
+                    *machines, "--module", "cifar.bench.probe")  # fmt: skip
+        return Program(name, [str(word) for word in (*launcher, *arguments)], environment or {}, before)
 
     def plain(self, *arguments: object) -> Program:
         """The baseline."""

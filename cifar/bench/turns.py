@@ -26,12 +26,16 @@ Answer = dict[str, Any]
 class Program:
     """One side of a comparison: a process that waits for its turns."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], before: Sequence[str] = ()
+    ) -> None:
+        """`command` is Python's, after a command that starts others."""
         self.name, self.launched = name, time.time()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 -- until close
         inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            [*before, sys.executable, *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**inherited, "CIFAR_HANG_SECONDS": str(PATIENCE), **environment},
         )  # fmt: skip
 

@@ -1,0 +1,235 @@
+"""How long a step takes on n processes, and where this job stops scaling.
+
+    python -m cifar.bench.model                    # 8 to 1,024 GPUs, computed
+    sudo python -m cifar.bench.model --measure     # two processes over a shaped network, measured and computed
+
+A step is the forward pass, and the backward pass, during which gradients are summed bucket by bucket as they get ready;
+what is left of the sums when it ends is exposed. Before it, batch-norm's statistics go from the first process to the
+others; after it, one small sum of figures says whether to go on. Processes wait for the slowest of them.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from cifar.bench.context import Bench
+from cifar.bench.figures import short, spread
+from cifar.bench.shaped import Link, two_machines
+from cifar.errors import UserError
+from cifar.recipes import RECIPES
+
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes: torch's DistributedDataParallel
+BROADCASTS, SUMS = 1, 1  # messages to the others and small sums that a step waits for, beside the gradient's
+
+
+class Bucket(NamedTuple):
+    """A part of the gradient that is summed at once. `ready` is the fraction of a step's computing before it."""
+
+    size: int  # bytes
+    ready: float
+
+
+class Network(NamedTuple):
+    """What connects n processes."""
+
+    bandwidth: float  # bytes per second that a process sends, and receives at the same time
+    delay: float  # seconds from one to another, and the half of a handshake
+    hops: float  # delays that one message takes
+    trees: bool = False  # sums along trees where that is sooner, as NCCL does; gloo has rings
+
+
+class Step(NamedTuple):
+    """Seconds of one step, and what they are made of."""
+
+    computing: float
+    exposed: float  # communication that no computing hides
+    waiting: float  # for the slowest process
+
+    @property
+    def seconds(self) -> float:
+        return self.computing + self.exposed + self.waiting
+
+
+def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[Bucket]:
+    """A network's gradient as DDP sums it, in order; `bytes_each` is 2 if it is compressed.
+
+    Gradients get ready from the last layer to the first. Work is counted in multiply-adds, of which the backward pass
+    makes two for one of the forward pass.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from cifar import models
+
+    network = models.build(network_name, classes, 0.0).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
+    root = type(network).__name__
+    work = {name.removeprefix(f"{root}."): sum(of.values()) for name, of in counter.get_flop_counts().items()}
+    total = counter.get_total_flops()
+    found: list[Bucket] = []
+    size, done = 0, 0.0
+    for name, module in reversed([*network.named_modules()]):
+        own = list(module.parameters(recurse=False))
+        done += work.get(name, 0) if own else 0  # not of a part that only has parts
+        for parameter in own:
+            size += bytes_each * parameter.numel() * parameter.requires_grad
+            if size >= (BUCKET if found else FIRST_BUCKET) * bytes_each / 4:  # DDP's limits are for float32
+                found.append(Bucket(size, (1 + 2 * done / total) / 3))
+                size = 0
+    return [*found, Bucket(size, 1.0)] if size else found
+
+
+def sum_seconds(size: float, processes: int, network: Network) -> float:
+    """A sum of `size` bytes over all processes. Around a ring each sends 2(n-1)/n of it, in 2(n-1) messages.
+
+    Along a double binary tree it is as many bytes, but only as many messages as the tree is deep, up and down
+    (Sanders, Speck, Traff 2009).
+    """
+    if processes == 1:
+        return 0.0
+    messages = 2 * (processes - 1)
+    if network.trees:
+        messages = min(messages, 2 * math.ceil(math.log2(processes)))
+    return messages * network.hops * network.delay + 2 * (processes - 1) / processes * size / network.bandwidth
+
+
+def step(computing: float, parts: Sequence[Bucket], processes: int, network: Network, deviation: float = 0.0) -> Step:
+    """`computing` is a process's seconds without any network, `deviation` their standard deviation.
+
+    The slowest of n normal variables is sqrt(2 ln n) deviations late, a little less for few.
+    """
+    if processes == 1:
+        return Step(computing, 0.0, 0.0)
+    ends = 0.0
+    for bucket in parts:
+        ends = max(ends, bucket.ready * computing) + sum_seconds(bucket.size, processes, network)
+    exposed = max(0.0, ends - computing)
+    small = network.hops * network.delay * BROADCASTS + sum_seconds(0, processes, network) * SUMS
+    return Step(computing, exposed + small, deviation * math.sqrt(2 * math.log(processes)))
+
+
+# ---- on GPUs: assumed
+
+
+class Machine(NamedTuple):
+    """An assumed cluster. Nothing of it was measured here."""
+
+    rate: float = 48_000.0  # images/s: 0.35 of an A100's 312e12 bf16 FLOP/s, at 6 x 379 M FLOP an image
+    least: float = 3e-3  # seconds of a step's some 300 kernels, at 10 microseconds each
+    deviation: float = 0.03  # of a step's time
+    inside: Network = Network(200e9, 5e-6, 1, trees=True)  # up to 8 GPUs: NVLink
+    between: Network = Network(25e9, 15e-6, 1, trees=True)  # a 200 Gbit/s adapter for each GPU
+
+
+def on_gpus(gpus: int, batch: float, parts: Sequence[Bucket], machine: Machine) -> Step:
+    """A step of `batch` images on each of so many GPUs."""
+    computing = max(machine.least, batch / machine.rate)
+    network = machine.inside if gpus <= 8 else machine.between
+    return step(computing, parts, gpus, network, machine.deviation * computing)
+
+
+def table() -> str:
+    """From 8 to 1,024 GPUs: at the recipe's batch, and at a batch that grows with them."""
+    machine, recipe = Machine(), RECIPES["resnet"]()
+    compression = {"float32": buckets(recipe.network), "bf16": buckets(recipe.network, 2)}
+    one = on_gpus(1, recipe.global_batch_size, compression["float32"], machine)
+    alone = recipe.global_batch_size / one.seconds
+    size, inside, between = sum(size for size, _ in compression["float32"]), machine.inside, machine.between
+    assumed = (
+        f"assumed: {machine.rate:,.0f} images/s a GPU, {machine.least * 1e3:g} ms a step at least, "
+        f"{inside.bandwidth / 1e9:g} GB/s within 8 GPUs, {between.bandwidth / 1e9:g} GB/s beyond, "
+        f"{inside.delay * 1e6:g} and {between.delay * 1e6:g} microseconds, trees, steps vary by {machine.deviation:.0%}"
+    )
+    lines = [
+        f"{recipe.network}: {size / 1e6:.1f} MB of gradients in {len(compression['float32'])} buckets", assumed,
+        "GPUs   images a GPU   ms a step   computing   exposed (bf16)   waiting   images/s   of linear",
+    ]  # fmt: skip
+    for growing in (False, True):
+        lines.append("a batch of 512 for each GPU" if growing else "the recipe's batch of 512")
+        for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+            batch = recipe.global_batch_size / (1 if growing else gpus)
+            if batch < 1:
+                lines.append(f"{gpus:>5}   refused: the batch has fewer images than there are GPUs")
+                continue
+            found = on_gpus(gpus, batch, compression["float32"], machine)
+            half = on_gpus(gpus, batch, compression["bf16"], machine)
+            rate = gpus * batch / found.seconds
+            lines.append(
+                f"{gpus:>5}{batch:>15g}{found.seconds * 1e3:>12.2f}{found.computing * 1e3:>12.2f}"
+                f"{found.exposed * 1e3:>9.2f} ({half.exposed * 1e3:.2f}){found.waiting * 1e3:>10.2f}{rate:>11,.0f}"
+                f"{rate / gpus / alone:>12.0%}"
+            )
+    return "\n".join(lines)
+
+
+# ---- here: measured
+
+FREE, FAR = (10_000e6, 0.0), (10_000e6, 0.02)  # bit/s and seconds: what the model is fitted to,
+POINTS = [(1_000e6, 0.0), (500e6, 0.0), (250e6, 0.0), (100e6, 0.0), (10_000e6, 0.01), (500e6, 0.01), (250e6, 0.02)]
+BATCH = 32  # images of a step of both
+
+
+def check(repeats: int, steps: int) -> str:
+    """Two processes with a core each over links of several speeds, `repeats` turns of so many steps, and the model.
+
+    Its two free numbers are taken from two links alone: the computing from the fast one (with what sending costs the
+    processor), and the delays that a message takes from the slow one.
+    """
+    lines = ["Mbit/s   delay   measured ms a step (lowest to highest)   computed   error"]
+    found: dict[tuple[float, float], list[float]] = {point: [] for point in (FREE, FAR, *POINTS)}
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder, Link() as link:
+        bench = Bench("resnet", repeats, 0.0, Path(folder), machine={"native_bf16": False, "gpus": 0})
+        with two_machines(bench, "--global-batch-size", BATCH, "--augment", "device") as first:
+            for _ in range(repeats):
+                for point, seconds in found.items():
+                    link.bits, link.delay = point
+                    answer = first.turn("train", amount=steps, uncounted=2)
+                    seconds.append(answer["seconds"] / steps)
+    parts = buckets("resnet")
+    free = Network(FREE[0] / 8, FREE[1], 0.0)
+    computing = _solved(lambda computing: step(computing, parts, 2, free).seconds, median(found[FREE]))
+    hops = _solved(
+        lambda hops: step(computing, parts, 2, Network(FAR[0] / 8, FAR[1], hops)).seconds, median(found[FAR])
+    )
+    for (bits, delay), seconds in found.items():
+        network = Network(bits / 8, delay, hops)
+        computed = step(computing, parts, 2, network).seconds
+        fitted = "fitted" if (bits, delay) in (FREE, FAR) else f"{computed / median(seconds) - 1:+.1%}"
+        lines.append(f"{bits / 1e6:>6,.0f}{delay * 1e3:>5g} ms   {spread([1e3 * s for s in seconds]):<38}"
+                     f"{short(computed * 1e3):>11}   {fitted}")  # fmt: skip
+    return "\n".join([*lines, f"computing {computing * 1e3:.0f} ms, {hops:.2f} delays a message, n = {repeats}"])
+
+
+def _solved(function: Callable[[float], float], value: float) -> float:
+    """Where a function that grows has that value, from 0 to 1,000."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < value else (low, middle)
+    return low
+
+
+def main() -> None:
+    """Reads the command line; a user's mistake ends in one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar.bench.model", allow_abbrev=False, description="How long a step takes on many processes.",
+    )  # fmt: skip
+    parser.add_argument("--measure", action="store_true", help="check it here: Linux, root, ten minutes")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each link (3)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps of a turn (8)")
+    arguments = parser.parse_args()
+    try:
+        print(check(arguments.repeats, arguments.steps) if arguments.measure else table())
+    except UserError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
