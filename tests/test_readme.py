@@ -21,6 +21,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS if "sbatch" not in block for line in block.splitlines()]  # those: test_slurm.py
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
 APP, EXPORT = (line for line in COMMANDS if "cifar.app" in line)
+MODEL, SHAPED = (line for line in COMMANDS if "cifar.bench.model" in line)
 LOAD = next(line for line in COMMANDS if "cifar.bench.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
@@ -64,6 +65,7 @@ def test_every_command_is_run_by_a_test_here() -> None:
         "python train.py",
         "python explain.py",
         "python -m cifar.bench",
+        "sudo python -m cifar.bench.model",
         APP,
         EXPORT,
     )
@@ -153,7 +155,7 @@ def test_a_space_is_written(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "space" / "app.py").is_file()
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "cifar.bench" in line and line != LOAD], ids=str)
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "cifar.bench " in line + " "], ids=str)
 def test_a_command_measures(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     # Of everything only what is cheap: test_bench.py has the rest.
@@ -169,6 +171,28 @@ def test_a_command_measures(line: str, tmp_path: Path) -> None:
     measured = {row.split()[0] for row in done.stdout.splitlines()[2:]}
     assert measured == {"limit", *parts}
     assert {path.name for path in tmp_path.iterdir()} == ({"bench.json"} if "--json" in words else set())
+
+
+def test_the_model_is_computed() -> None:
+    words = shlex.split(MODEL)
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split()[0] == "1024"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun")
+def test_the_model_is_compared_with_a_shaped_network(tmp_path: Path) -> None:
+    sudo, _, *words = shlex.split(SHAPED)
+    assert sudo == "sudo"
+    done = subprocess.run(
+        [sys.executable, *words, "--repeats", "1", "--steps", "1"], cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[1:-1]
+    assert [row.split()[-1] for row in rows[:2]] == ["fitted", "fitted"]
+    assert len(rows[2:]) >= 4
+    assert all(row.endswith("%") for row in rows[2:])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_app_is_measured(finished: Path, tmp_path: Path) -> None:
