@@ -24,6 +24,7 @@ from cifar.errors import UserError
 from cifar.recipes import RECIPES
 
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes: torch's DistributedDataParallel
+SEGMENT = 1 << 20  # bytes: gloo's
 BROADCASTS, SUMS = 1, 1  # messages to the others and small sums that a step waits for, beside the gradient's
 
 
@@ -38,9 +39,9 @@ class Network(NamedTuple):
     """What connects n processes."""
 
     bandwidth: float  # bytes per second that a process sends, and receives at the same time
-    delay: float  # seconds from one to another, and the half of a handshake
-    hops: float  # delays that one message takes
-    trees: bool = False  # sums along trees where that is sooner, as NCCL does; gloo has rings
+    delay: float  # seconds from one to another
+    hops: float  # delays that a message takes, with its handshake
+    nccl: bool = False  # sums along trees where that is sooner, and as one stream; gloo does neither
 
 
 class Step(NamedTuple):
@@ -88,15 +89,18 @@ def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[B
 def sum_seconds(size: float, processes: int, network: Network) -> float:
     """A sum of `size` bytes over all processes. Around a ring each sends 2(n-1)/n of it, in 2(n-1) messages.
 
-    Along a double binary tree it is as many bytes, but only as many messages as the tree is deep, up and down
-    (Sanders, Speck, Traff 2009).
+    NCCL needs only as many messages as a double binary tree is deep, up and down (Sanders, Speck, Traff 2009). gloo
+    cuts each into segments, waits for the other side before each, and has two of them under way.
     """
     if processes == 1:
         return 0.0
-    messages = 2 * (processes - 1)
-    if network.trees:
-        messages = min(messages, 2 * math.ceil(math.log2(processes)))
-    return messages * network.hops * network.delay + 2 * (processes - 1) / processes * size / network.bandwidth
+    messages, sending = 2 * (processes - 1), 2 * (processes - 1) / processes * size / network.bandwidth
+    waiting = network.hops * network.delay
+    if network.nccl:
+        return min(messages, 2 * math.ceil(math.log2(processes))) * waiting + sending
+    segments = messages * max(2, math.ceil(size / processes / SEGMENT)) if size else messages
+    each = sending / segments
+    return segments * max(each, (each + waiting) / 2) if size else segments * waiting
 
 
 def step(computing: float, parts: Sequence[Bucket], processes: int, network: Network, deviation: float = 0.0) -> Step:
@@ -123,8 +127,8 @@ class Machine(NamedTuple):
     rate: float = 48_000.0  # images/s: 0.35 of an A100's 312e12 bf16 FLOP/s, at 6 x 379 M FLOP an image
     least: float = 3e-3  # seconds of a step's some 300 kernels, at 10 microseconds each
     deviation: float = 0.03  # of a step's time
-    inside: Network = Network(200e9, 5e-6, 1, trees=True)  # up to 8 GPUs: NVLink
-    between: Network = Network(25e9, 15e-6, 1, trees=True)  # a 200 Gbit/s adapter for each GPU
+    inside: Network = Network(200e9, 5e-6, 1, nccl=True)  # up to 8 GPUs: NVLink
+    between: Network = Network(25e9, 15e-6, 1, nccl=True)  # a 200 Gbit/s adapter for each GPU
 
 
 def on_gpus(gpus: int, batch: float, parts: Sequence[Bucket], machine: Machine) -> Step:
@@ -170,45 +174,49 @@ def table() -> str:
 
 # ---- here: measured
 
-FREE, FAR = (10_000e6, 0.0), (10_000e6, 0.02)  # bit/s and seconds: what the model is fitted to,
-POINTS = [(1_000e6, 0.0), (250e6, 0.0), (100e6, 0.0), (10_000e6, 0.01), (500e6, 0.01), (250e6, 0.02)]
+# bit/s and seconds: what the model is fitted to, and what it is compared with.
+FREE, SLOW, FAR = (10_000e6, 0.0), (100e6, 0.0), (250e6, 0.02)
+POINTS = [(1_000e6, 0.0), (250e6, 0.0), (10_000e6, 0.01), (1_000e6, 0.005), (500e6, 0.01), (100e6, 0.02)]
 BATCH = 32  # images of a step of both
 
 
 def check(repeats: int, steps: int) -> str:
     """Two processes with a core each over links of several speeds, `repeats` turns of so many steps, and the model.
 
-    Its two free numbers are taken from two links alone: the computing from the fast one (with what sending costs the
-    processor), and the delays that a message takes from the slow one.
+    Its three free numbers are taken from three links: the computing from a fast one (with what sending costs the
+    processor), when the first bucket is ready from a slow one, and the delays that a message takes from a far one.
     """
     lines = ["Mbit/s   delay   measured ms a step (lowest to highest)   computed   error"]
-    found: dict[tuple[float, float], list[float]] = {point: [] for point in (FREE, FAR, *POINTS)}
+    found: dict[tuple[float, float], list[float]] = {point: [] for point in (FREE, SLOW, FAR, *POINTS)}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder, Link() as link:
         bench = Bench("resnet", repeats, 0.0, Path(folder), machine={"native_bf16": False, "gpus": 0})
-        with two_machines(bench, "--global-batch-size", BATCH, "--augment", "device") as first:
+        with two_machines(bench, "--global-batch-size", BATCH, "--augment", "device") as program:
             for _ in range(repeats):
                 for point, seconds in found.items():
                     link.bits, link.delay = point
-                    answer = first.turn("train", amount=steps, uncounted=2)
+                    answer = program.turn("train", amount=steps, uncounted=2)
                     seconds.append(answer["seconds"] / steps)
-    parts = buckets("resnet")
-    free = Network(FREE[0] / 8, FREE[1], 0.0)
-    computing = _solved(lambda computing: step(computing, parts, 2, free).seconds, median(found[FREE]))
-    hops = _solved(
-        lambda hops: step(computing, parts, 2, Network(FAR[0] / 8, FAR[1], hops)).seconds, median(found[FAR])
-    )
+    first, *others = buckets("resnet")
+
+    def computed(point: tuple[float, float], computing: float, ready: float, hops: float) -> float:
+        network = Network(point[0] / 8, point[1], hops)
+        return step(computing, [Bucket(first.size, ready), *others], 2, network).seconds
+
+    computing = _solved(lambda value: computed(FREE, value, 1.0, 0.0), median(found[FREE]), 1e3)
+    ready = _solved(lambda value: computed(SLOW, computing, value, 0.0), median(found[SLOW]), 1.0)
+    hops = _solved(lambda value: computed(FAR, computing, ready, value), median(found[FAR]), 1e3)
     for (bits, delay), seconds in found.items():
-        network = Network(bits / 8, delay, hops)
-        computed = step(computing, parts, 2, network).seconds
-        fitted = "fitted" if (bits, delay) in (FREE, FAR) else f"{computed / median(seconds) - 1:+.1%}"
+        model = computed((bits, delay), computing, ready, hops)
+        error = "fitted" if (bits, delay) in (FREE, SLOW, FAR) else f"{model / median(seconds) - 1:+.1%}"
         lines.append(f"{bits / 1e6:>6,.0f}{delay * 1e3:>5g} ms   {spread([1e3 * s for s in seconds]):<38}"
-                     f"{short(computed * 1e3):>11}   {fitted}")  # fmt: skip
-    return "\n".join([*lines, f"computing {computing * 1e3:.0f} ms, {hops:.2f} delays a message, n = {repeats}"])
+                     f"{short(model * 1e3):>11}   {error}")  # fmt: skip
+    fit = f"computing {computing * 1e3:.0f} ms, first bucket after {ready:.2f} of it, {hops:.1f} delays a message"
+    return "\n".join([*lines, f"{fit}, n = {repeats}"])
 
 
-def _solved(function: Callable[[float], float], value: float) -> float:
-    """Where a function that grows has that value, from 0 to 1,000."""
-    low, high = 0.0, 1000.0
+def _solved(function: Callable[[float], float], value: float, highest: float) -> float:
+    """Where a function that grows has that value, between 0 and the highest."""
+    low, high = 0.0, highest
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < value else (low, middle)
