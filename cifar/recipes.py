@@ -111,6 +111,36 @@ def resnet() -> Recipe:
 
 
 @recipe
+def resnet_fast() -> Recipe:
+    """The network of `resnet` in a third of its epochs: Muon, images that grow, augmentation of whole batches.
+
+    accelerate launch --mixed_precision bf16 train.py --recipe resnet_fast
+
+    90.22 % test accuracy on CIFAR-10 re-encoded as JPEG of quality 75 (5,000 test images, one run, float32), 0.8 points
+    less than one run of `resnet`, whose standard error is 0.4: not yet the same accuracy. It took 121 minutes on 2 cores
+    without native bf16, with other work beside it, and makes 0.26 of the multiply-adds of `resnet`: 8 epochs instead of
+    24, two thirds of them on images of 24 and 28 pixels. Batch and rate of the filters are those of
+    research-airbench's Muon (github.com/KellerJordan), the rest follows David Page's recipes, brought to this network's
+    scale of logits. Nothing was chosen on test images.
+    """
+    return Recipe(
+        epochs=8,
+        global_batch_size=1024,
+        augmentation="crop_alternating_flip",
+        augment="device",
+        image_sizes="24,28,32",
+        optimizer="muon",
+        peak_learning_rate=0.15,
+        bias_learning_rate=0.4,
+        head_learning_rate=0.002,
+        peak_epoch=1.0,
+        weight_decay=2e-4,
+        label_smoothing=0.2,
+        dropout=0.0,
+    )
+
+
+@recipe
 def speedrun() -> Recipe:
     """A small network behind a fixed whitening, Muon, images that grow: the shortest way to airbench94's accuracy.
 

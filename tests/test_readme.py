@@ -176,7 +176,16 @@ def test_a_command_measures(line: str, tmp_path: Path) -> None:
 def test_the_model_is_computed() -> None:
     words = shlex.split(MODEL)
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1].split()[0] == "1024"
+    rows = [line.split() for line in done.stdout.splitlines() if line.lstrip()[:1].isdigit()]
+    linear = {gpus: [row[-1] for row in rows if row[0] == gpus] for gpus in ("8", "16", "64", "256")}
+    shown = [
+        line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith(("| the recipe's", "| 512"))
+    ]
+    assert [[cell.replace(" ", "") for cell in cells[1:5]] for cells in shown] == [
+        list(row) for row in zip(*linear.values(), strict=True)
+    ]
+    assert rows[-1][0] == "1024"
+    assert shown[1][-1].replace(" ", "") == rows[-1][-1]
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun")

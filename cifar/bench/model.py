@@ -198,15 +198,25 @@ def check(repeats: int, steps: int) -> str:
                     seconds.append(answer["seconds"] / steps)
     first, *others = buckets("resnet")
 
-    def computed(point: tuple[float, float], computing: float, ready: float, hops: float) -> float:
+    def computed(point: tuple[float, float], numbers: Sequence[float]) -> float:
+        computing, ready, hops = numbers
         network = Network(point[0] / 8, point[1], hops)
         return step(computing, [Bucket(first.size, ready), *others], 2, network).seconds
 
-    computing = _solved(lambda value: computed(FAST, value, 1.0, 0.0), median(found[FAST]), 1e3)
-    ready = _solved(lambda value: computed(SLOW, computing, value, 0.0), median(found[SLOW]), 1.0)
-    hops = _solved(lambda value: computed(FAR, computing, ready, value), median(found[FAR]), 1e3)
+    numbers = [1.0, 1.0, 0.0]  # each is fitted to one link, given the others; ten rounds are many
+
+    def fitted(which: int, point: tuple[float, float], highest: float) -> float:
+        def seconds(value: float) -> float:
+            return computed(point, [*numbers[:which], value, *numbers[which + 1 :]])
+
+        return _solved(seconds, median(found[point]), highest)
+
+    for _ in range(10):
+        for which, (point, highest) in enumerate(((FAST, 1e3), (SLOW, 1.0), (FAR, 1e3))):
+            numbers[which] = fitted(which, point, highest)
+    computing, ready, hops = numbers
     for (bits, delay), seconds in found.items():
-        model = computed((bits, delay), computing, ready, hops)
+        model = computed((bits, delay), numbers)
         error = "fitted" if (bits, delay) in (FAST, SLOW, FAR) else f"{model / median(seconds) - 1:+.1%}"
         lines.append(f"{bits / 1e6:>6,.0f}{delay * 1e3:>5g} ms   {spread([1e3 * s for s in seconds]):<38}"
                      f"{short(model * 1e3):>11}   {error}")  # fmt: skip
