@@ -116,10 +116,10 @@ def resnet_fast() -> Recipe:
 
     accelerate launch --mixed_precision bf16 train.py --recipe resnet_fast
 
-    90.22 % test accuracy on CIFAR-10 re-encoded as JPEG of quality 75 (5,000 test images, one run, float32), 0.8 points
-    less than one run of `resnet`, whose standard error is 0.4: not yet the same accuracy. It took 121 minutes on 2 cores
-    without native bf16, with other work beside it, and makes 0.26 of the multiply-adds of `resnet`: 8 epochs instead of
-    24, two thirds of them on images of 24 and 28 pixels. Batch and rate of the filters are those of
+    90.22 % test accuracy on CIFAR-10 re-encoded as JPEG of quality 75 (5,000 test images, one run, float32): 0.8 points
+    less than one run of `resnet`, each with a standard error of 0.4, so not yet the same. It took 121 minutes on 2
+    cores without native bf16, with other work beside it, and makes 0.26 of the multiply-adds of `resnet`: 8 epochs
+    instead of 24, two thirds of them on images of 24 and 28 pixels. Batch and rate of the filters are those of
     research-airbench's Muon (github.com/KellerJordan), the rest follows David Page's recipes, brought to this network's
     scale of logits. Nothing was chosen on test images.
     """

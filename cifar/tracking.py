@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -48,9 +49,10 @@ class Tracker:
             return
         self.writer.add_text("recipe", f"```json\n{json.dumps(self.recipe.model_dump(), indent=1)}\n```")
         self.writer.add_text("network", f"```\n{table}\n```")
-        samples = self._samples(training_images)
-        samples.savefig(self.directory / "samples.png")
-        self.writer.add_figure("samples", samples)
+        path = self.directory / "samples.png"
+        self._samples(training_images).savefig(path)
+        with Image.open(path) as drawn:
+            self.writer.add_image("samples", np.asarray(drawn.convert("RGB")), dataformats="HWC")
 
     def _samples(self, training_images: TrainingImages) -> Figure:
         first = order.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
