@@ -1,5 +1,6 @@
 """The main job, as real processes: what it writes, how it goes on after any end, what it refuses."""
 
+import io
 import json
 import os
 import shutil
@@ -123,13 +124,16 @@ def events(directory: Path) -> EventAccumulator:
 
 
 def test_tensorboard_has_curves_pictures_text_and_hyperparameters(finished: Path) -> None:
-    tags = events(finished).Tags()
+    written = events(finished)
+    tags = written.Tags()
     assert set(tags["scalars"]) >= {
         "train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm", "train/images_per_second",
         "train/memory_bytes", "epoch/train_loss", "epoch/train_accuracy", "epoch/test_loss", "epoch/test_accuracy",
         "test_accuracy_of/disc", "test_accuracy_of/stripes", "hparams/test_accuracy",
     }  # fmt: skip
     assert set(tags["images"]) == {"samples", "confusion"}
+    shown = Image.open(io.BytesIO(written.Images("samples")[0].encoded_image_string))
+    assert shown.tobytes() == Image.open(finished / "samples.png").convert("RGB").tobytes()
     assert set(tags["tensors"]) == {"recipe/text_summary", "network/text_summary"}
     plugins = events(finished).summary_metadata
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(plugins)

@@ -97,9 +97,10 @@ def sum_seconds(size: float, processes: int, network: Network) -> float:
     waiting = network.hops * network.delay
     if network.nccl:
         return min(messages, 2 * math.ceil(math.log2(processes))) * waiting + sending
-    segments = messages * max(2, math.ceil(size / processes / SEGMENT)) if size else messages
-    each = sending / segments
-    return segments * max(each, (each + waiting) / 2) if size else segments * waiting
+    if not size:
+        return messages * waiting
+    segments = messages * max(2, math.ceil(size / processes / SEGMENT))
+    return max(sending, (sending + segments * waiting) / 2)
 
 
 def step(computing: float, parts: Sequence[Bucket], processes: int, network: Network, deviation: float = 0.0) -> Step:
@@ -203,17 +204,14 @@ def check(repeats: int, steps: int) -> str:
         network = Network(point[0] / 8, point[1], hops)
         return step(computing, [Bucket(first.size, ready), *others], 2, network).seconds
 
-    numbers = [1.0, 1.0, 0.0]  # each is fitted to one link, given the others; ten rounds are many
+    numbers = [1.0, 1.0, 0.0]
 
-    def fitted(which: int, point: tuple[float, float], highest: float) -> float:
-        def seconds(value: float) -> float:
-            return computed(point, [*numbers[:which], value, *numbers[which + 1 :]])
+    def with_one(which: int, point: tuple[float, float]) -> Callable[[float], float]:
+        return lambda value: computed(point, [*numbers[:which], value, *numbers[which + 1 :]])
 
-        return _solved(seconds, median(found[point]), highest)
-
-    for _ in range(10):
+    for _ in range(10):  # each is fitted to one link, given the others, until they agree
         for which, (point, highest) in enumerate(((FAST, 1e3), (SLOW, 1.0), (FAR, 1e3))):
-            numbers[which] = fitted(which, point, highest)
+            numbers[which] = _solved(with_one(which, point), median(found[point]), highest)
     computing, ready, hops = numbers
     for (bits, delay), seconds in found.items():
         model = computed((bits, delay), numbers)
