@@ -64,6 +64,7 @@ def train(recipe: Recipe, options: Options) -> None:
     launch.data_is_open(accelerator)
     images = len(data.train_labels)
     total_steps = order.total_steps(images, recipe.epochs, recipe.global_batch_size)
+    freeze_step = order.freeze_step(total_steps, recipe)
 
     def epochs_completed(step: int) -> int:
         return order.epochs_completed(step, images, recipe.global_batch_size)
@@ -87,6 +88,8 @@ def train(recipe: Recipe, options: Options) -> None:
         attempts.see(options.run, number)
         if chosen:
             progress = checkpoint.restore(chosen, network, optimizer, recipe, data.fingerprint)
+    if progress.step > freeze_step:
+        models.freeze(network)
     table = summary.table(network)
     model, stepper = accelerator.prepare(network, optimizer)  # `network` stays what is evaluated and saved
     launch.restore_scaler(accelerator, progress.scaler)
@@ -136,6 +139,9 @@ def train(recipe: Recipe, options: Options) -> None:
             clock = time.perf_counter()
             batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
             batch = resize(batch, order.image_size_at(progress.step, total_steps, recipe))
+            if progress.step == freeze_step:
+                models.freeze(network)
+                model = launch.join(accelerator, network)
             learning_rate = optim.lr_at(progress.step, total_steps, recipe)
             optim.set_lr(optimizer, learning_rate)
             torch.manual_seed(order.generator_seed(recipe.seed, progress.step, rank))  # for dropout

@@ -161,6 +161,17 @@ def settle_buckets(accelerator: Accelerator, model: nn.Module, network: nn.Modul
         parameter.grad = None
 
 
+def join(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+    """The network as the ranks train it together, anew after some of it has been frozen.
+
+    DDP waits for the gradient of every parameter that learnt when it was made. (One that looks for the missing ones in
+    each step would send them as zeros, and says at its first step that there are none.)
+    """
+    model: nn.Module = accelerator.prepare_model(network)
+    settle_buckets(accelerator, model, network)
+    return model
+
+
 def end(accelerator: Accelerator) -> None:
     """The ranks part in good order."""
     failure.end()

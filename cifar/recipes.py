@@ -61,6 +61,9 @@ class Recipe(BaseModel):
     peak_epoch: Annotated[
         float, Field(ge=0, description="epoch at which the learning rate peaks; it falls to zero from there")
     ] = 5.0
+    freeze_at: Annotated[
+        float, Field(gt=0, le=1, description="part of the steps after which the network's beginning no longer learns")
+    ] = 1.0
     weight_decay: Annotated[
         float,
         Field(ge=0, le=1, description="L2 penalty; with muon the part that a step at the peak takes from the rest"),
@@ -165,6 +168,7 @@ def speedrun() -> Recipe:
         bias_learning_rate=90.0,
         head_learning_rate=0.015,
         peak_epoch=0.0,
+        freeze_at=0.75,
         weight_decay=0.002,
         label_smoothing=0.1,
         dropout=0.0,

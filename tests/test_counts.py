@@ -56,6 +56,13 @@ def test_training_a_whitened_network_costs_303_million_multiply_adds_an_image() 
         network(images).sum().backward()
     # On the way back each product has two, but the whitening none, and the first filters only that for their weights.
     assert counter.get_total_flops() == 2 * 2 * (whitening + 2 * first + 3 * rest) == 4 * 303_085_344
+    # With a frozen beginning the way back ends at the second stage's first filters: 0.81 of that.
+    models.freeze(network)
+    with FlopCounterMode(display=False) as counter:
+        network(images).sum().backward()
+    second = 14**2 * 9 * 64 * 256
+    saved = first + 2 * 15**2 * 9 * 64 * 64 + second
+    assert counter.get_total_flops() == 4 * (303_085_344 - saved) == 4 * 245_153_568
 
 
 def test_the_optimizer_is_one_kernel(step: dict[str, Any]) -> None:

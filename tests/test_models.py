@@ -29,6 +29,25 @@ def test_every_parameter_gets_a_gradient(network: torch.nn.Module) -> None:
         assert name in before_norm or parameter.grad.abs().sum() > 0, name
 
 
+def test_a_frozen_beginning_gets_no_gradient_and_changes_no_other(network: torch.nn.Module) -> None:
+    def gradients() -> dict[str, torch.Tensor | None]:
+        torch.manual_seed(0)  # for dropout
+        network.zero_grad()
+        F.cross_entropy(network(images), torch.arange(4)).backward()
+        return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+    images = torch.randn(4, 3, 32, 32)
+    before = gradients()
+    models.freeze(network)
+    after = gradients()
+    frozen = {name for name in after if name.startswith(network.beginning)}
+    learning = {name for name, gradient in after.items() if gradient is not None}
+    assert learning == {name for name, gradient in before.items() if gradient is not None} - frozen
+    assert any(before[name] is not None for name in frozen)
+    for name in learning:
+        torch.testing.assert_close(after[name], before[name])
+
+
 @pytest.mark.parametrize("size", [16, 20, 24, 28, 40])
 def test_images_of_other_sizes_pass(size: int, network: torch.nn.Module) -> None:
     assert network(torch.randn(2, 3, size, size)).shape == (2, 10)

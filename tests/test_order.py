@@ -54,6 +54,12 @@ def test_each_image_size_has_an_equal_part_of_the_steps_and_the_last_one_the_las
     assert {order.image_size_at(step, 10, Recipe()) for step in range(10)} == {32}
 
 
+def test_the_beginning_is_frozen_after_its_part_of_the_steps_or_never() -> None:
+    assert order.freeze_step(261, Recipe(freeze_at=0.75)) == 196  # 195 are not yet three quarters
+    assert order.freeze_step(12, Recipe(freeze_at=0.5)) == 6
+    assert order.freeze_step(10, Recipe()) == 10
+
+
 def test_dropout_seeds_differ_between_steps_and_ranks() -> None:
     seeds = [order.generator_seed(0, step, rank) for step in range(50) for rank in range(8)]
     assert len(set(seeds)) == len(seeds)

@@ -177,7 +177,10 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-VARIANTS = {"device": ("--augment", "device"), "speedrun": ("--recipe", "speedrun")}  # the latter always in bf16
+VARIANTS = {
+    "device": ("--augment", "device"),
+    "speedrun": ("--recipe", "speedrun", "--freeze-at", 0.5),  # always in bf16; frozen from step 6 on
+}
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +201,13 @@ def variants(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("step", "variant"),
-    [(3, None), (4, None), (3, "device"), (3, "speedrun")],
-    ids=["in the middle of an epoch", "at an epoch's end", "augmented on the device", "with muon and growing images"],
+    [(3, None), (4, None), (3, "device"), (8, "speedrun")],
+    ids=[
+        "in the middle of an epoch",
+        "at an epoch's end",
+        "augmented on the device",
+        "with muon, growing images and a frozen beginning",
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(
     step: int, variant: str | None,

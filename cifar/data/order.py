@@ -72,6 +72,11 @@ def image_size_at(step: int, total_steps: int, recipe: Recipe) -> int:
     return int(sizes[step * len(sizes) // total_steps])
 
 
+def freeze_step(total_steps: int, recipe: Recipe) -> int:
+    """The first step in which the network's beginning does not learn; `total_steps` where it learns to the end."""
+    return math.ceil(recipe.freeze_at * total_steps)
+
+
 def generator_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch's generator (dropout) for one rank's share of one step."""
     return int(np.random.SeedSequence(seed, spawn_key=(DROPOUT, step, rank)).generate_state(1, np.uint32)[0])

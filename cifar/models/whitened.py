@@ -59,6 +59,7 @@ class Whitened(nn.Module):
 
     # The places that an explanation may look at, shallow to deep, and their cells along a side.
     explainable_layers: ClassVar = {"stage1": 15, "stage2": 7, "stage3": 3}
+    beginning: ClassVar = ("whitening", "stage1")
 
     def __init__(self, classes: int, dropout: float) -> None:
         super().__init__()
