@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -243,3 +244,39 @@ def test_the_model_is_measured_only_where_namespaces_can_be_made(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "bench: error: no ip here; install iproute2, util-linux and procps\n"
+
+
+def test_curves_of_one_name_share_a_colour_and_a_mean(tmp_path: Path) -> None:
+    def run(name: str, accuracies: list[float], of_views: float | None = None) -> Path:
+        lines = [{"seconds": 60.0 * (n + 1), "test_accuracy": accuracy} for n, accuracy in enumerate(accuracies)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "\n".join(json.dumps(line) for line in [*lines[:-1], {**lines[-1], "test_accuracy_of_views": of_views}])
+        )
+        return tmp_path / name
+
+    runs = [run("one-seed0", [0.5, 0.9], 0.92), run("one-seed1", [0.6, 0.91], 0.94), run("other", [0.7, 0.8, 0.85])]
+    drawn = []
+    for output in (tmp_path / "a.svg", tmp_path / "b.svg"):
+        subprocess.run([sys.executable, "-m", "cifar.bench.curves", *runs, "--output", output], cwd=ROOT, check=True)
+        drawn.append(output.read_bytes())
+    assert drawn[0] == drawn[1]
+    texts = [element.text for element in ET.fromstring(drawn[0]).iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[-2:] == ["one: 90.50 %, 93.00 % of several views (mean of 2)", "other: 85.00 %"]
+    assert {"1", "2"} < set(texts)  # minutes
+
+
+def test_a_run_without_evaluations_is_refused_in_one_line(tmp_path: Path) -> None:
+    for run, output, wrong in (
+        (tmp_path, "a.png", f"{tmp_path}/metrics.jsonl cannot be read"),
+        (tmp_path, "a.txt", "--output a.txt is neither .svg nor .png"),
+        (tmp_path, "none/a.png", "--output none/a.png: there is no such folder"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cifar.bench.curves", run, "--output", output],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"bench: error: {wrong}")
+        assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ COMMANDS = [line for block in BLOCKS if "sbatch" not in block for line in block.
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
 APP, EXPORT = (line for line in COMMANDS if "cifar.app" in line)
 MODEL, SHAPED = (line for line in COMMANDS if "cifar.bench.model" in line)
+CURVES = next(line for line in COMMANDS if "cifar.bench.curves" in line)
 LOAD = next(line for line in COMMANDS if "cifar.bench.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
@@ -202,6 +203,14 @@ def test_the_model_is_compared_with_a_shaped_network(tmp_path: Path) -> None:
     assert len(rows[3:]) >= 4
     assert all(row.endswith("%") for row in rows[3:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_drawn_together(finished: Path, tmp_path: Path) -> None:
+    words = shlex.split(CURVES)
+    words[3 : words.index("--output")] = [str(finished), str(finished)]
+    executable = Path(sys.executable).parent / words[0]
+    subprocess.run([executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(ROOT)}, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == [words[-1]]
 
 
 def test_the_app_is_measured(finished: Path, tmp_path: Path) -> None:
