@@ -36,9 +36,10 @@ def fit(network: "nn.Module", images: "torch.Tensor") -> None:
 
 
 def freeze(network: "nn.Module") -> None:
-    """From now on the network's beginning no longer learns, and the way back ends behind it: a fifth less to compute.
+    """From now on the network's beginning no longer learns, and the way back ends behind it.
 
-    What is learnt first is settled first (A. Brock and others, FreezeOut, arXiv 1706.04983).
+    What is learnt first is settled first (A. Brock and others, FreezeOut, arXiv 1706.04983). A step of `whitened` then
+    makes 0.81 of its multiply-adds.
     """
     for name in network.beginning:  # type: ignore[union-attr]
         network.get_submodule(name).requires_grad_(False)
