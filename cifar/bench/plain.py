@@ -31,9 +31,7 @@ SMALL_CROP = [transforms.Pad(2, padding_mode="reflect"), transforms.RandomCrop(3
 CUTOUT = [transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0)]  # 8x8 of 32x32, wholly inside
 TRANSFORMS: dict[str, tuple[list[Any], list[Any]]] = {
     "crop_flip_cutout": ([*CROP, transforms.RandomHorizontalFlip()], CUTOUT),
-    # A flip drawn anew is as much work as an alternating one.
-    "wide_crop_alternating_flip": ([*CROP, transforms.RandomHorizontalFlip()], []),
-    "crop_alternating_flip": ([*SMALL_CROP, transforms.RandomHorizontalFlip()], []),
+    "crop_alternating_flip": ([*SMALL_CROP, transforms.RandomHorizontalFlip()], []),  # as much work as alternating
     "crop_cutout": (CROP, CUTOUT),
     "none": ([], []),
 }

@@ -33,7 +33,6 @@ AUGMENTATIONS = {
     # For photographs.
     "crop_flip_cutout": Pipeline(padding=4, flip="random", cutout=8),
     # The same for few epochs: weaker, and both sides of each image in every two (K. Jordan, arXiv 2404.00498).
-    "wide_crop_alternating_flip": Pipeline(padding=4, flip="alternating"),
     "crop_alternating_flip": Pipeline(padding=2, flip="alternating"),
     # The same without the flip: a mirrored digit is another sign, or none.
     "crop_cutout": Pipeline(padding=4, cutout=8),
