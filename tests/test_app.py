@@ -779,7 +779,7 @@ class Visit:
         box = element.bounding_box()
         assert box is not None
         clip = {name: math.floor(value + 0.5) for name, value in box.items()}
-        image = Image.open(BytesIO(self.page.screenshot(clip=clip)))
+        image = Image.open(BytesIO(self.page.screenshot(clip=clip, animations="disabled")))  # answers fade in
         return np.asarray(image.convert("RGB")).astype(int)
 
 
