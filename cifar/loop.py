@@ -16,14 +16,26 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifar import failure, launch, stop
-from cifar.data.augment import normalize
+from cifar.data.augment import normalize, resize
 from cifar.data.cache import Data
 from cifar.recipes import Recipe
 
 EVALUATION_BATCH = 500  # images of a process at a time: little memory beside a training step's
 
-View = tuple[int, bool]  # pixels that an image is moved by, down and right; whether it is mirrored
-VIEWS: tuple[View, ...] = tuple((shift, mirrored) for shift in (0, -1, 1) for mirrored in (False, True))
+
+class View(NamedTuple):
+    """How a test image is shown: moved by `shift` pixels down and right, `size` pixels a side, mirrored or not."""
+
+    shift: int
+    size: int
+    mirrored: bool
+
+
+# Three places, as in airbench94, and two sizes below. On a held-out tenth of the training images the three places alone
+# gave 0.16 points less (three runs of `speedrun`), five places without the sizes 0.11 less.
+VIEWS = tuple(
+    View(*place, mirrored) for place in ((0, 32), (-1, 32), (1, 32), (0, 28), (0, 24)) for mirrored in (False, True)
+)
 
 
 class Totals(NamedTuple):
@@ -86,7 +98,7 @@ def gradient_norm(accelerator: Accelerator, network: nn.Module) -> float:
 def evaluate(accelerator: Accelerator, network: nn.Module, data: Data, views: bool = False) -> Evaluation | None:
     """Judges every test image exactly once, spread over the ranks; None if any rank was asked to stop meanwhile.
 
-    With `views`, the least sure quarter is then judged again, by the mean logits of six views. For the other three
+    With `views`, the least sure quarter is then judged again, by the mean logits of ten views. For the other three
     quarters a second look hardly ever changes anything (github.com/hiverge/cifar10-speedrun).
     """
     labels = data.test_labels.astype(np.int64)
@@ -128,7 +140,7 @@ def _judge(
                 bytes_ = torch.from_numpy(data.test_images[chosen[places]]).to(accelerator.device)
                 images = normalize(bytes_, data.mean, data.std)
                 with torch.no_grad():
-                    logits = [network(seen(images, *view)).float() for view in views]
+                    logits = [network(seen(images, view)).float() for view in views]
                 results.append(torch.stack(logits).mean(dim=0).log_softmax(dim=1))
             failure.beat()
             if launch.any_rank(accelerator, bool(stop.requested())):
@@ -146,10 +158,11 @@ def _judge(
     return np.ascontiguousarray(rows[order].cpu().numpy())
 
 
-def seen(images: torch.Tensor, shift: int, mirrored: bool) -> torch.Tensor:
-    """A view of images [n, 3, h, w]: moved by `shift` pixels down and right, mirrored left to right or not."""
-    if shift:
+def seen(images: torch.Tensor, view: View) -> torch.Tensor:
+    """Normalised images [n, 3, h, w] as the view has them; what lies beyond an edge is the mirror image."""
+    if view.shift:
         side = images.shape[-1]
-        begin = 1 - shift
+        begin = 1 - view.shift
         images = F.pad(images, (1, 1, 1, 1), mode="reflect")[..., begin : begin + side, begin : begin + side]
-    return images.flip(-1) if mirrored else images
+    images = resize(images, view.size)
+    return images.flip(-1) if view.mirrored else images

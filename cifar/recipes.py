@@ -71,7 +71,7 @@ class Recipe(BaseModel):
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="probability spread over all classes")] = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1, description="rate on the features before the linear layer")] = 0.1
     test_time_augmentation: Annotated[
-        bool, Field(description="at the end, judge the least sure quarter of the test images in six views as well")
+        bool, Field(description="at the end, judge the least sure quarter of the test images in ten views as well")
     ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="fixes weights, order and augmentation")] = 0
 

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from cifar.data import augment_device, loading, order, philox
-from cifar.data.augment import AUGMENTATIONS, Pipeline, normalize, resize
+from cifar.data.augment import AUGMENTATIONS, LEVELS, Pipeline, amount, normalize, resize
 from cifar.data.augment_albumentations import Augmentation
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
@@ -181,16 +181,26 @@ def drawn(augmentation: Augmentation) -> augment_device.Draws:
     applied = {type(transform).__name__: transform.get_applied_params() for transform in augmentation.pipeline}
     left, top, _, _ = applied.get("RandomCrop", {}).get("crop_coords", (0, 0, 0, 0))
     hole_left, hole_top, _, _ = applied.get("CoarseDropout", {}).get("holes", [(0, 0, 0, 0)])[0]
-    return augment_device.Draws(top, left, int(bool(applied.get("HorizontalFlip"))), hole_top, hole_left)
+    light = (applied.get("Light", {}).get(what, 0) for what in ("brightness", "contrast"))
+    return augment_device.Draws(top, left, int(bool(applied.get("HorizontalFlip"))), hole_top, hole_left, *light)
 
 
-ALONE = {"crop": Pipeline(padding=4), "flip": Pipeline(flip="random"), "cutout": Pipeline(cutout=8)}
+ALONE = {
+    "crop": Pipeline(padding=4),
+    "flip": Pipeline(flip="random"),
+    "brightness": Pipeline(brightness=0.3),
+    "contrast": Pipeline(contrast=0.3),
+    "cutout": Pipeline(cutout=8),
+}
+ALL = Pipeline(padding=4, flip="random", brightness=0.14, contrast=0.13, cutout=8)
 
 
 # An alternating flip is no draw of Albumentations'.
-@pytest.mark.parametrize("name", [n for n, p in (ALONE | AUGMENTATIONS).items() if p.flip != "alternating"])
+@pytest.mark.parametrize(
+    "name", [n for n, p in (ALONE | {"all": ALL} | AUGMENTATIONS).items() if p.flip != "alternating"]
+)
 def test_for_the_same_draws_both_ways_make_the_same_image_bit_for_bit(name: str, data: Data) -> None:
-    pipeline = (ALONE | AUGMENTATIONS)[name]
+    pipeline = (ALONE | {"all": ALL} | AUGMENTATIONS)[name]
     augmentation = Augmentation(pipeline, data.mean, data.std, seed=3)
     expected, numbers = [], []
     for index in range(len(data.train_images)):
@@ -228,6 +238,20 @@ def test_both_ways_draw_the_same_values_equally_often(name: str, way: str) -> No
         assert uniform(draws.mirrored, 1 + (pipeline.flip != "never"))
     if pipeline.cutout:
         assert uniform(draws.hole_top * 25 + draws.hole_left, 625)
+    if pipeline.brightness:
+        assert uniform(draws.brightness, LEVELS)
+        assert uniform(draws.contrast, LEVELS)
+
+
+def test_brightness_is_added_to_a_normalised_image_and_contrast_multiplies_the_sum() -> None:
+    image, mean, std = np.full((1, 32, 32, 3), 100, np.uint8), (0.2, 0.3, 0.4), (0.1, 0.2, 0.3)
+    pipeline = Pipeline(brightness=0.5, contrast=0.25)
+    draws = augment_device.Draws(*[np.zeros(4, int)] * 5, np.array([0, 0, 255, 255]), np.array([0, 255, 0, 255]))
+    seen = augment_device.augment(torch.from_numpy(image), np.zeros(4, int), draws, pipeline, mean, std)[:, :, 0, 0]
+    plain = (100 / 255 - np.array(mean)) / np.array(std)
+    expected = [(plain + shift) * scale for shift in (-0.5, 0.5) for scale in (0.75, 1.25)]
+    torch.testing.assert_close(seen.double(), torch.tensor(np.array(expected)), rtol=1e-6, atol=1e-6)
+    assert amount(np.arange(LEVELS), 0.5).mean() == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -261,7 +285,7 @@ def test_resizing_keeps_the_whole_picture(size: int) -> None:
 
 
 def test_draws_of_neighbouring_images_epochs_seeds_and_choices_are_independent() -> None:
-    pipeline, n = AUGMENTATIONS["crop_flip_cutout"], 20_000
+    pipeline, n = ALL, 20_000
     here = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
     others = {
         "the next image": augment_device.draw(pipeline, 0, [(0, index + 1) for index in range(n)]),
@@ -275,8 +299,10 @@ def test_draws_of_neighbouring_images_epochs_seeds_and_choices_are_independent()
         for what, there in others.items()
         for field in here._fields
     }
-    assert len(pairs) == 30
-    for what, (first, second) in pairs.items():
+    assert len(pairs) == 49
+    for what, pair in pairs.items():
+        # Levels of light eight at a time: each cell of a table needs a few draws.
+        first, second = (values // 8 if values.max() == LEVELS - 1 else values for values in pair)
         table = np.zeros((first.max() + 1, second.max() + 1))
         np.add.at(table, (first, second), 1)
         assert stats.chi2_contingency(table).pvalue > UNLIKELY, what
@@ -309,7 +335,7 @@ def test_philox_gives_the_known_answers(counter: str, key: str, expected: str) -
 def test_draws_stay_what_they_are() -> None:
     """Other numbers would be as good, but a run that began before a change would not go on as it was."""
     draws = augment_device.draw(AUGMENTATIONS["crop_flip_cutout"], 7, [(3, 41), (0, 0)])
-    assert np.array(draws).tolist() == [[0, 7], [4, 4], [0, 0], [9, 15], [18, 5]]
+    assert np.array(draws).tolist() == [[0, 7], [4, 4], [0, 0], [9, 15], [18, 5], [0, 0], [0, 0]]
 
 
 def test_words_become_numbers_below_their_bound() -> None:

@@ -8,19 +8,23 @@ from accelerate import Accelerator
 from torch import nn
 
 from cifar import loop
+from cifar.data.augment import resize
 from cifar.data.cache import open_data
+from cifar.loop import View
 
 
-def test_a_view_is_the_image_moved_and_mirrored() -> None:
-    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
-    assert torch.equal(loop.seen(images, 0, False), images)
-    down_right, up_left = loop.seen(images, 1, False), loop.seen(images, -1, False)
+def test_a_view_is_the_image_moved_and_made_smaller_and_mirrored() -> None:
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).view(2, 3, 32, 32)
+    assert torch.equal(loop.seen(images, View(0, 32, mirrored=False)), images)
+    down_right, up_left = (loop.seen(images, View(shift, 32, mirrored=False)) for shift in (1, -1))
     assert torch.equal(down_right[..., 1:, 1:], images[..., :-1, :-1])
     assert torch.equal(up_left[..., :-1, :-1], images[..., 1:, 1:])
     assert torch.equal(down_right[..., 0, 1:], images[..., 1, :-1])  # beyond the edge lies the mirror image
-    for shift in (-1, 0, 1):
-        assert torch.equal(loop.seen(images, shift, True), loop.seen(images, shift, False).flip(-1))
-    assert len(set(loop.VIEWS)) == 6
+    assert torch.equal(loop.seen(images, View(0, 24, mirrored=False)), resize(images, 24))
+    for view in loop.VIEWS:
+        mirrored = loop.seen(images, view._replace(mirrored=True))
+        assert torch.equal(mirrored, loop.seen(images, view._replace(mirrored=False)).flip(-1))
+    assert len(set(loop.VIEWS)) == len(loop.VIEWS) == 10
 
 
 class Counting(nn.Module):
@@ -38,15 +42,15 @@ class Counting(nn.Module):
         return self.scale * torch.stack([brightness, -brightness, brightness * 0, brightness * 0 - 1], dim=1)
 
 
-def test_six_views_are_of_the_least_sure_quarter_and_change_nothing_else(shapes: Path) -> None:
+def test_ten_views_are_of_the_least_sure_quarter_and_change_nothing_else(shapes: Path) -> None:
     data, network = open_data(str(shapes)), Counting()
     accelerator = Accelerator(cpu=True)
     once, again = loop.evaluate(accelerator, network, data), loop.evaluate(accelerator, network, data, views=True)
     assert once is not None
     assert again is not None
     assert once.accuracy_of_views is None
-    assert network.shown == [22, 22, *[22 // 4] * 6]
+    assert network.shown == [22, 22, *[22 // 4] * 10]
     assert np.array_equal(again.probabilities, once.probabilities)
     assert (again.loss, again.accuracy) == (once.loss, once.accuracy)
-    # Mirrored or moved by a pixel these images are as bright as before, so that every view says the same.
+    # Mirrored, moved by a pixel or made smaller these images are as bright, so that every view says the same.
     assert again.accuracy_of_views == again.accuracy

@@ -6,6 +6,7 @@ own layout, each image transformed by itself in the training process, and nothin
     python -m cifar.bench.plain <arguments of train.py>
 """
 
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -29,9 +30,11 @@ from cifar.recipes import Recipe, parse_command_line
 CROP = [transforms.Pad(4, padding_mode="reflect"), transforms.RandomCrop(32)]
 SMALL_CROP = [transforms.Pad(2, padding_mode="reflect"), transforms.RandomCrop(32)]
 CUTOUT = [transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0)]  # 8x8 of 32x32, wholly inside
+LIGHT = transforms.Lambda(lambda image: (image + random.uniform(-0.14, 0.14)) * random.uniform(0.87, 1.13))
 TRANSFORMS: dict[str, tuple[list[Any], list[Any]]] = {
     "crop_flip_cutout": ([*CROP, transforms.RandomHorizontalFlip()], CUTOUT),
     "crop_alternating_flip": ([*SMALL_CROP, transforms.RandomHorizontalFlip()], []),  # as much work as alternating
+    "crop_alternating_flip_light": ([*SMALL_CROP, transforms.RandomHorizontalFlip()], [LIGHT]),
     "crop_cutout": (CROP, CUTOUT),
     "none": ([], []),
 }

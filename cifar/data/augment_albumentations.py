@@ -2,11 +2,12 @@
 
 import os
 import random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cifar.data.augment import Pipeline, Statistics
+from cifar.data.augment import LEVELS, Pipeline, Statistics, amount
 from cifar.data.order import AUGMENTATION
 from cifar.data.sources import SIZE
 
@@ -16,6 +17,23 @@ import albumentations as A
 import cv2
 
 
+class Light(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumentations has no types
+    """Brightness and contrast of normalised images: Albumentations' own clips to 0 to 1, where pixels are."""
+
+    def __init__(self, brightness: float, contrast: float) -> None:
+        super().__init__(p=1)
+        self.brightness, self.contrast = brightness, contrast
+
+    def get_params(self) -> dict[str, int]:
+        """A level for each."""
+        return {"brightness": self.py_random.randrange(LEVELS), "contrast": self.py_random.randrange(LEVELS)}
+
+    def apply(self, img: npt.NDArray[np.float32], brightness: int, contrast: int, **_: Any) -> npt.NDArray[np.float32]:
+        """The image with the light at these levels."""
+        shift, more = amount(np.array(brightness), self.brightness), amount(np.array(contrast), self.contrast)
+        return (img + shift) * (1 + more)
+
+
 def _transforms(pipeline: Pipeline, mean: Statistics, std: Statistics) -> list[A.BasicTransform]:
     transforms: list[A.BasicTransform] = []
     if pipeline.padding:
@@ -23,6 +41,8 @@ def _transforms(pipeline: Pipeline, mean: Statistics, std: Statistics) -> list[A
     if pipeline.flip == "random":
         transforms += [A.HorizontalFlip(p=0.5)]
     transforms += [A.Normalize(mean, std, max_pixel_value=255)]
+    if pipeline.brightness or pipeline.contrast:
+        transforms += [Light(pipeline.brightness, pipeline.contrast)]
     if pipeline.cutout:
         side = (pipeline.cutout, pipeline.cutout)
         transforms += [A.CoarseDropout((1, 1), hole_height_range=side, hole_width_range=side, fill=0, p=1)]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cifar.data import philox
-from cifar.data.augment import Pipeline, Statistics, normalize
+from cifar.data.augment import LEVELS, Pipeline, Statistics, amount, normalize
 from cifar.data.order import AUGMENTATION, Sample
 from cifar.data.sources import SIZE
 
@@ -26,13 +26,16 @@ class Draws(NamedTuple):
     mirrored: Integers  # 0 or 1
     hole_top: Integers  # within the crop: 0 to 32 - cutout
     hole_left: Integers
+    brightness: Integers  # 0 to LEVELS - 1
+    contrast: Integers
 
 
 def draw(pipeline: Pipeline, seed: int, samples: list[Sample]) -> Draws:
     """The random numbers of the samples (epoch, index). A choice that a pipeline lacks has one value, 0."""
     offsets, sides, places = 2 * pipeline.padding + 1, 1 + (pipeline.flip == "random"), SIZE - pipeline.cutout + 1
-    bounds = np.array((offsets, offsets, sides, places, places), np.uint64)
-    counters = np.empty((4, 2, len(samples)), np.uint64)  # two blocks of four words: five are used
+    lights = (LEVELS if most else 1 for most in (pipeline.brightness, pipeline.contrast))
+    bounds = np.array((offsets, offsets, sides, places, places, *lights), np.uint64)
+    counters = np.empty((4, 2, len(samples)), np.uint64)  # two blocks of four words: seven are used
     counters[0], counters[1] = np.array(samples, np.uint64).T[::-1, None]
     counters[2], counters[3] = [[0], [1]], AUGMENTATION
     words = philox.words(seed, counters).reshape(8, -1)[: len(bounds)]
@@ -54,7 +57,7 @@ def augment(
     """
     device, n = images.device, len(indices)
     # In one piece and unwaited for: the copy goes on while a GPU still works on the step before.
-    numbers = torch.from_numpy(np.stack((indices, *draws))).to(device, non_blocking=True)
+    numbers = torch.from_numpy(np.stack((indices, *draws[:5]))).to(device, non_blocking=True)
     index, top, left, mirrored, hole_top, hole_left = numbers[:, :, None].unbind()  # each [n, 1]
 
     # Which row and column of the image each row and column of the crop shows. A gather of whole rows and then of
@@ -66,6 +69,11 @@ def augment(
     channels = (columns[:, :, None] * 3 + torch.arange(3, device=device)).view(n, 1, SIZE * 3)
     crops = strips.view(n, SIZE, SIZE * 3).gather(2, channels.expand(n, SIZE, SIZE * 3))
     augmented = normalize(crops.view(n, SIZE, SIZE, 3), mean, std)
+
+    if pipeline.brightness or pipeline.contrast:
+        light = np.stack((amount(draws.brightness, pipeline.brightness), 1 + amount(draws.contrast, pipeline.contrast)))
+        shift, scale = torch.from_numpy(light).to(device, non_blocking=True)[:, :, None, None, None].unbind()
+        augmented.add_(shift).mul_(scale)
 
     hole = torch.arange(pipeline.cutout, device=device)
     hole_rows = (torch.arange(n, device=device)[:, None] * SIZE + hole_top + hole)[:, :, None]
