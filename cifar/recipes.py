@@ -162,7 +162,7 @@ def speedrun() -> Recipe:
         network="whitened",
         epochs=8,
         global_batch_size=1536,
-        augmentation="crop_alternating_flip",
+        augmentation="crop_alternating_flip_light",
         augment="device",
         image_sizes="24,28,32",
         optimizer="muon",
