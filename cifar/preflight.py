@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 
 SECONDS = 60  # for all nodes to begin, and again for the all-reduce
 
@@ -76,16 +76,21 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
         store.set(f"left/{rank}", "")
 
 
-def main() -> None:
-    """Ends with one line and exit status 2 where the nodes cannot work together."""
-    parser = argparse.ArgumentParser(prog="python -m cifar.preflight", description=__doc__.partition("\n")[0])
+def parse_command_line() -> argparse.Namespace:
+    """Raises UserError for a flag that is unknown, missing, or no number."""
+    parser = Parser(prog="python -m cifar.preflight", description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, required=True, help="a free one, on the first node")
     parser.add_argument("--processes-per-node", type=int, required=True, help="devices that each node must have")
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"to wait for each stage ({SECONDS})")
     parser.add_argument("nodes", nargs="+", help="names of the job's nodes, in the order of their ranks")
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Ends with one line and exit status 2 where the nodes cannot work together."""
     rank = int(os.environ["SLURM_PROCID"])
     try:
+        asked = parse_command_line()
         check(asked.nodes, rank, asked.port, asked.processes_per_node, asked.seconds)
     except UserError as error:
         print(f"preflight: error: {error}", file=sys.stderr)

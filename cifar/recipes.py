@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 
 
 class Recipe(BaseModel):
@@ -210,14 +210,14 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     Raises UserError for an unknown recipe or flag and for values outside their range; `--help` prints the values of
     the recipe that is named beside it, and exits.
     """
-    chosen = _Parser(add_help=False, allow_abbrev=False)
+    chosen = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     chosen.add_argument("--recipe", default="resnet")
     name = chosen.parse_known_args(argv)[0].recipe
     if name not in RECIPES:
         raise UserError(f"--recipe {name!r} is unknown; choose one of: {', '.join(RECIPES)}")
     defaults = RECIPES[name]()
 
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -275,10 +275,3 @@ def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
         for field in sorted(mine.keys() | theirs.keys())
         if field != "data" and mine.get(field) != theirs.get(field)
     ]
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see train.py --help")

@@ -112,6 +112,21 @@ def test_the_plain_loop_augments_as_the_recipes_do(shapes: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("module", "name"),
+    [("bench.app", "bench"), ("bench.curves", "bench"), ("bench.model", "bench"), ("preflight", "preflight")],
+)
+def test_an_unknown_flag_is_one_line(module: str, name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"cifar.{module}", "--nope"], cwd=ROOT, env={**os.environ, "SLURM_PROCID": "0"},
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{name}: error: ")
+    assert done.stderr.endswith(f"see python -m cifar.{module} --help\n")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["stepp"], "part 'stepp' is unknown; choose among: limit, step, input"),

@@ -10,16 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cifar.app import server
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 from cifar.explain import runs
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UserError for an unknown flag; `--help` prints and exits."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m cifar.app",
         allow_abbrev=False,
         description=f"Try a trained network in the browser, at http://{server.HOST}:{server.PORT}.",
@@ -86,13 +85,6 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see python -m cifar.app --help")
 
 
 if __name__ == "__main__":

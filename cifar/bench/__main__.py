@@ -14,13 +14,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from cifar import files, recipes
 from cifar.bench import checkpoint, explain, figures, input, limit, scaling, startup, step  # noqa: A004
 from cifar.bench.context import Bench
 from cifar.bench.figures import Figure
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 
 PARTS: dict[str, tuple[Callable[[Bench], list[Figure]], str]] = {
     "limit": (limit.measure, "matrix products and memory: measured always, since the others are compared with it"),
@@ -35,7 +34,7 @@ PARTS: dict[str, tuple[Callable[[Bench], list[Figure]], str]] = {
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UserError for an unknown part or flag, or a value outside its range."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m cifar.bench",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,13 +60,6 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no such folder; make it first")
     return arguments
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see python -m cifar.bench --help")
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:

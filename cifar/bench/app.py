@@ -27,7 +27,7 @@ from PIL import Image
 
 from cifar.bench import figures
 from cifar.bench.figures import Figure
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 from cifar.explain import layers, runs
 from cifar.explain.options import METHODS
 
@@ -131,7 +131,7 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]
 
 def parse_command_line() -> argparse.Namespace:
     """Raises UserError for a number that is too small."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cifar.bench.app", allow_abbrev=False, description="Measure the app of a finished run."
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run")

@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 
 LOWEST = 0.5  # what comes before is over soon and would take half the picture
 
@@ -77,9 +77,7 @@ def _mean(accuracies: list[float]) -> str:
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar.bench.curves", allow_abbrev=False, description=__doc__.partition("\n")[0]
-    )
+    parser = Parser(prog="python -m cifar.bench.curves", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="runs' directories; names that differ in -seed<number> alone share a colour")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .svg or .png")

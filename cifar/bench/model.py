@@ -20,7 +20,7 @@ from typing import NamedTuple
 from cifar.bench.context import Bench
 from cifar.bench.figures import short, spread
 from cifar.bench.shaped import Link, two_machines
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 from cifar.recipes import RECIPES
 
 SEGMENT = 1 << 20  # bytes: gloo's
@@ -231,16 +231,21 @@ def _solved(function: Callable[[float], float], value: float, highest: float) ->
     return low
 
 
-def main() -> None:
-    """Reads the command line; a user's mistake ends in one line and exit status 2."""
-    parser = argparse.ArgumentParser(
+def parse_command_line() -> argparse.Namespace:
+    """Raises UserError for a flag that is unknown, or no number."""
+    parser = Parser(
         prog="python -m cifar.bench.model", allow_abbrev=False, description="How long a step takes on many processes.",
     )  # fmt: skip
     parser.add_argument("--measure", action="store_true", help="check it here: Linux, root, ten minutes")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each link (3)")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps of a turn (8)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Reads the command line; a user's mistake ends in one line and exit status 2."""
     try:
+        arguments = parse_command_line()
         print(check(arguments.repeats, arguments.steps) if arguments.measure else table())
     except UserError as error:
         print(f"bench: error: {error}", file=sys.stderr)

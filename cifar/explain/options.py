@@ -1,13 +1,11 @@
 """The command line of explain.py. Nothing here imports torch, so that --help and a wrong flag are answered at once."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cifar import models
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 from cifar.explain import layers
 from cifar.explain.runs import Run
 
@@ -46,7 +44,7 @@ class Options:
 def parse_command_line(argv: Sequence[str]) -> Options:
     """Raises UserError for an unknown flag or a value outside its range; `--help` prints and exits."""
     places = "; ".join(f"{name}: {layers.listed(layers.of(name))}" for name in models.names())
-    parser = _Parser(
+    parser = Parser(
         prog="explain.py",
         allow_abbrev=False,
         description="Show what a finished run gets wrong, and what in the picture made it say so.",
@@ -99,10 +97,3 @@ def check(options: Options, run: Run) -> None:
     known = layers.of(run.network)
     if options.layer is not None and options.layer not in known:
         raise UserError(f"--layer {options.layer!r} is unknown; choose one of: {layers.listed(known)}")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors as UserErrors: one line and no usage in front of it."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see explain.py --help")
