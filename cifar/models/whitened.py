@@ -20,12 +20,21 @@ WHITENED = 12  # principal directions of 2x2 patches in three channels
 class Filters(nn.Conv2d):
     """A 3x3 convolution whose first filters begin as the identity (Dirac), so that images reach every depth."""
 
-    def __init__(self, channels_in: int, channels_out: int, padding: int) -> None:
-        super().__init__(channels_in, channels_out, kernel_size=3, padding=padding, bias=False)
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.dirac_(self.weight.data[: self.in_channels])
+
+
+class PooledFilters(Filters):
+    """The same before a 2x2 pool: of an odd map, the last row and column of the result are not computed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] % 2:
+            return F.conv2d(F.pad(x, (1, 0, 1, 0)), self.weight)  # no zeros below and at the right
+        return super().forward(x)
 
 
 class Norm(nn.BatchNorm2d):
@@ -41,15 +50,12 @@ class Stage(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = Filters(channels_in, channels_out, padding=0), Norm(channels_out)
-        self.conv2, self.norm2 = Filters(channels_out, channels_out, padding=1), Norm(channels_out)
+        self.conv1, self.norm1 = PooledFilters(channels_in, channels_out), Norm(channels_out)
+        self.conv2, self.norm2 = Filters(channels_out, channels_out), Norm(channels_out)
         self.pool, self.activation = nn.MaxPool2d(2), nn.GELU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Without zeros below and right of an odd map the convolution ends where the pool does.
-        end = 1 - x.shape[-1] % 2
-        x = self.pool(self.conv1(F.pad(x, (1, end, 1, end))))
-        x = self.activation(self.norm1(x))
+        x = self.activation(self.norm1(self.pool(self.conv1(x))))
         x = self.norm2(self.conv2(x))
         return self.activation(x)  # type: ignore[no-any-return]
 
