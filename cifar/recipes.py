@@ -157,7 +157,7 @@ def speedrun() -> Recipe:
     for the unsure quarter alone. Rates, batch, brightness and contrast are those of hiverge/cifar10-speedrun and its
     descendant E1 of fulcrumresearch/cifar-10-speedrun, rounded. Nothing was chosen on test images. On a held-out tenth
     of the training images (one run each, six views): varied light 0.32 points more than none; with it, label smoothing
-    0.2 0.10 less and a third convolution in the last stage 0.16 more; nine epochs on 20, 24, 28 and 32 pixels 0.14 more.
+    0.2 0.10 less and a third convolution in the last stage 0.16 more; nine epochs on 20, 24, 28 and 32 pixels 0.14.
     """
     return Recipe(
         network="whitened",
