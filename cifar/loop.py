@@ -98,7 +98,7 @@ def gradient_norm(accelerator: Accelerator, network: nn.Module) -> float:
 def evaluate(accelerator: Accelerator, network: nn.Module, data: Data, views: bool = False) -> Evaluation | None:
     """Judges every test image exactly once, spread over the ranks; None if any rank was asked to stop meanwhile.
 
-    With `views`, the least sure quarter is then judged again, by the mean logits of ten views. For the other three
+    With `views`, the least sure quarter is then judged again, by the mean logits of `VIEWS`. For the other three
     quarters a second look hardly ever changes anything (github.com/hiverge/cifar10-speedrun).
     """
     labels = data.test_labels.astype(np.int64)

@@ -134,7 +134,7 @@ class Tracker:
             self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
         self.writer.add_scalar(*accuracy.popitem(), result["steps"])
         views = result["test_accuracy_of_views"]
-        of_views = "" if views is None else f" ({views:.2%} of ten views)"
+        of_views = "" if views is None else f" ({views:.2%} with test-time augmentation)"
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s; "
             f"see {self.directory}"

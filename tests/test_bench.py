@@ -115,7 +115,7 @@ def test_the_plain_loop_augments_as_the_recipes_do(shapes: Path) -> None:
     ("module", "name"),
     [("bench.app", "bench"), ("bench.curves", "bench"), ("bench.model", "bench"), ("preflight", "preflight")],
 )
-def test_an_unknown_flag_is_one_line(module: str, name: str) -> None:
+def test_a_wrong_command_line_of_every_other_program_is_one_line(module: str, name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"cifar.{module}", "--nope"], cwd=ROOT, env={**os.environ, "SLURM_PROCID": "0"},
         capture_output=True, text=True, timeout=1200, check=False,

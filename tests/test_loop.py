@@ -42,7 +42,7 @@ class Counting(nn.Module):
         return self.scale * torch.stack([brightness, -brightness, brightness * 0, brightness * 0 - 1], dim=1)
 
 
-def test_ten_views_are_of_the_least_sure_quarter_and_change_nothing_else(shapes: Path) -> None:
+def test_views_are_of_the_least_sure_quarter_and_change_nothing_else(shapes: Path) -> None:
     data, network = open_data(str(shapes)), Counting()
     accelerator = Accelerator(cpu=True)
     once, again = loop.evaluate(accelerator, network, data), loop.evaluate(accelerator, network, data, views=True)

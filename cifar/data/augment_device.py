@@ -56,8 +56,9 @@ def augment(
     Returns normalised float32 [n, 3, 32, 32], channels-last, on the same device.
     """
     device, n = images.device, len(indices)
+    places = draws.top, draws.left, draws.mirrored, draws.hole_top, draws.hole_left
     # In one piece and unwaited for: the copy goes on while a GPU still works on the step before.
-    numbers = torch.from_numpy(np.stack((indices, *draws[:5]))).to(device, non_blocking=True)
+    numbers = torch.from_numpy(np.stack((indices, *places))).to(device, non_blocking=True)
     index, top, left, mirrored, hole_top, hole_left = numbers[:, :, None].unbind()  # each [n, 1]
 
     # Which row and column of the image each row and column of the crop shows. A gather of whole rows and then of
