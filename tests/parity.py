@@ -29,7 +29,10 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
         given |= {f"labels.{way}.{step}": labels for step, (_, labels) in enumerate(batches)}
 
     torch.manual_seed(rank)  # another start on each rank: rank 0's weights must win
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, len(data.classes)))
+    # Pooled to one size, since test-time augmentation shows images at several.
+    network = torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, len(data.classes))
+    )
     model = accelerator.prepare(network)
     totals = loop.accumulate_gradients(accelerator, model, *batches[0], recipe)
     evaluation = loop.evaluate(accelerator, network, data, views=True)
@@ -37,7 +40,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     save_file(
         {
             **given,
-            "gradient": network[1].weight.grad,  # type: ignore[dict-item]
+            "gradient": network[2].weight.grad,  # type: ignore[dict-item]
             "totals": torch.tensor([totals.loss, totals.correct]),
             "probabilities": torch.from_numpy(evaluation.probabilities),
             "evaluation": torch.tensor([evaluation.loss, evaluation.accuracy, evaluation.accuracy_of_views]),
