@@ -50,7 +50,8 @@ KillWait=5
 SlurmdTimeout=10
 SlurmctldTimeout=30
 ReturnToService=2
-UnkillableStepTimeout=30
+# A node whose cable was pulled cannot end its step; after this time it would drain itself, and stay so.
+UnkillableStepTimeout=900
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
@@ -204,12 +205,10 @@ class Cluster:
         return self.processes(node, lambda p: any(word.endswith("/accelerate") for word in p.cmdline()[:2]))[0]
 
     def wait_idle(self) -> None:
-        """Waits until all nodes are idle."""
+        """Waits until all nodes are idle, and neither drained nor silent (to `sinfo -t idle` those are idle, too)."""
+        idle = [f"node{n} idle" for n in range(1, NODES + 1)]
         self.wait(
-            lambda: (
-                self.call("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split()
-                == [f"node{n}" for n in range(1, NODES + 1)]
-            ),
+            lambda: self.call("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines() == idle,
             "all nodes to be idle",
         )
 
@@ -230,12 +229,16 @@ class Cluster:
         """PENDING, RUNNING, COMPLETED, ..."""
         return self.field(job, "JobState")
 
-    @staticmethod
-    def wait(condition: Callable[[], bool], what: str, seconds: float = 300, every: float = 0.1) -> None:
-        """Waits until the condition holds, looking every so many seconds."""
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 300, every: float = 0.1) -> None:
+        """Waits until the condition holds, looking every so many seconds. A failure tells what Slurm shows then."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+            if time.monotonic() > deadline:
+                shown = [
+                    subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout
+                    for words in (["squeue", "--long"], ["sinfo", "-N", "-p", "low", "-o", "%N %T %E"])
+                ]
+                raise AssertionError(f"waited {seconds:.0f} s for {what}\n" + "\n".join(shown))
             time.sleep(every)
 
 
