@@ -232,5 +232,7 @@ def _hang_seconds() -> int:
 def _say_and_exit(line: str, status: int) -> NoReturn:
     # Leaving by the interpreter's ordinary end would wait for the collective that never ends.
     sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    # One write, where print makes two: the other ranks say the same line in the same moment.
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {line}\n")
+    sys.stderr.flush()
     os._exit(status)
