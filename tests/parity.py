@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from safetensors.torch import save_file
 
-from cifar import launch, loop
+from cifar import failure, launch, loop
 from cifar.data import loading, order
 from cifar.data.cache import open_data
 from cifar.recipes import Recipe, override
@@ -52,3 +52,4 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    failure.leave(0)
