@@ -17,6 +17,7 @@ from cifar.bench.context import Bench
 
 PARAMETERS = 6_572_292  # with the four classes of the shapes
 CONVOLUTIONS, NORMS = 8, 8
+CHANNELS_LAST = 6  # convolutions whose filters are channels-last; the other two see small maps
 KERNELS, BIASES = CONVOLUTIONS + 1, CONVOLUTIONS + 1  # with the linear layer's
 
 BF16 = launch.native_bf16(torch.device("cpu"))  # without it, torch would convert to and from float32 in places
@@ -80,8 +81,9 @@ def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
             + 2  # the logits to float32, and their gradient to bf16;
         )
         + 2,  # two sums over booleans: how many are right, and how many labels count in the loss
-        "layout": CONVOLUTIONS  # oneDNN gives the kernels' gradients in torch's own layout;
-        + CONVOLUTIONS,  # fused Adam makes a copy of them in that layout on CPUs, which it does not use
+        "layout": CHANNELS_LAST  # oneDNN gives the kernels' gradients in torch's own layout;
+        + CHANNELS_LAST  # fused Adam makes a copy of them in that layout on CPUs, which it does not use;
+        + (CONVOLUTIONS - CHANNELS_LAST) * 3,  # a small map on its way in and out, and its gradient
         "other": 3,  # the linear layer's bias for each image, the loss's mask, the figures that ranks sum up
     }
     assert {name: step["copies"].get(name, 0) for name in expected} == expected

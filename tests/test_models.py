@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from cifar import models, summary
 from cifar.errors import UserError
+from cifar.models import resnet
 
 
 @pytest.fixture(params=models.names())
@@ -63,6 +65,27 @@ def test_evaluation_does_not_depend_on_the_rest_of_the_batch(network: torch.nn.M
 def test_explainable_layers_exist(network: torch.nn.Module) -> None:
     modules = dict(network.named_modules())
     assert set(network.explainable_layers) <= set(modules)
+
+
+def test_a_convolution_of_small_maps_gives_the_numbers_and_gradients_of_any_other() -> None:
+    torch.manual_seed(0)
+    usual = nn.Conv2d(16, 16, kernel_size=3, padding=1)
+    small = resnet.SmallMapConv2d(16, 16, kernel_size=3, padding=1)
+    small.load_state_dict(usual.state_dict())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = torch.randn(8, 16, 4, 4).contiguous(memory_format=layout)
+        results = []
+        for convolution in (usual, small):
+            convolution.to(memory_format=layout)  # type: ignore[call-overload]
+            x = images.clone().requires_grad_()
+            y = convolution(x)
+            assert y.is_contiguous(memory_format=layout)
+            assert convolution.weight.is_contiguous() == (convolution is small or layout is torch.contiguous_format)
+            y.square().sum().backward()
+            results.append((y.detach(), x.grad, convolution.weight.grad, convolution.bias.grad))
+            convolution.zero_grad()
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_resnet_has_the_published_parameters() -> None:
@@ -126,7 +149,7 @@ def test_the_summary_shows_shapes_parameters_and_size_and_leaves_the_network_alo
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(module._forward_hooks for module in network.modules())
     rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["layer3.1.block2.0"] == ["Conv2d", "512x4x4", "2,359,808"]
+    assert rows["layer3.1.block2.0"] == ["SmallMapConv2d", "512x4x4", "2,359,808"]
     assert rows["total"] == ["6,575,370"]
     assert lines[-1] == "26.301 MB in float32"
     printed = [int(row[-1].replace(",", "")) for name, row in rows.items() if len(row) == 3 and row[-1][0].isdigit()]

@@ -5,20 +5,45 @@ stages that each halve the map, residual branches on the first and the third, a 
 With ten classes it has 6,575,370 parameters and costs 379 M multiply-adds per image.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
 
 
-def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Sequential:
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution of maps of few cells: nn.Conv2d's numbers within rounding, sooner on a CPU.
+
+    With channels last, oneDNN's kernels go along a row of the map, and one of 4 cells leaves them half idle: with 512
+    channels, bf16, batch 512 and 2 cores, 52 ms forward and 52 and 62 ms backward, against 30, 31 and 57 where both map
+    and filters are contiguous. From 6x6 cells on it is the other way round. The rest of the network sees no difference.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.device.type == "cpu":  # `to` has made all filters of the network channels-last
+            self.weight.data = self.weight.data.contiguous()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        y = super().forward(x.contiguous())
+        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def conv_block(
+    channels_in: int, channels_out: int, pool: bool = False, convolution: type[nn.Conv2d] = nn.Conv2d
+) -> nn.Sequential:
     """A 3x3 convolution, batch-norm and ReLU; with `pool`, a 2x2 max-pool halves the map.
 
     The pool stands before the ReLU, where it gives the same numbers and gradients, since neither changes an order, and
     leaves the ReLU a quarter of the work.
     """
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1),
+        convolution(channels_in, channels_out, kernel_size=3, padding=1),
         nn.BatchNorm2d(channels_out),
         *([nn.MaxPool2d(2)] if pool else []),
         # In place: one activation less to allocate and to write, and no backward pass needs what it overwrites.
@@ -29,10 +54,10 @@ def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Se
 class Residual(nn.Module):
     """Two convolution blocks whose output is added to their input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, convolution: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
-        self.block1 = conv_block(channels, channels)
-        self.block2 = conv_block(channels, channels)
+        self.block1 = conv_block(channels, channels, convolution=convolution)
+        self.block2 = conv_block(channels, channels, convolution=convolution)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branch: torch.Tensor = self.block2(self.block1(x))
@@ -51,7 +76,7 @@ class ResNet(nn.Module):
         self.prep = conv_block(3, 64)
         self.layer1 = nn.Sequential(conv_block(64, 128, pool=True), Residual(128))
         self.layer2 = conv_block(128, 256, pool=True)
-        self.layer3 = nn.Sequential(conv_block(256, 512, pool=True), Residual(512))
+        self.layer3 = nn.Sequential(conv_block(256, 512, pool=True), Residual(512, SmallMapConv2d))
         self.pool = nn.AdaptiveMaxPool2d(1)  # of 4x4 cells; smaller images leave fewer
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(512, classes)
