@@ -55,7 +55,9 @@ def test_the_terminal_tells_what_runs_and_how_it_goes(finished: Path) -> None:
     output = (finished / "output.txt").read_text()
     cores = len(os.sched_getaffinity(0))
     assert f"CPU, 1 process, {cores} CPU threads each, precision {PRECISION}, global batch 16 (16 a process)" in output
-    assert ["layer3.1.block2.0", "Conv2d", "512x4x4", "2,359,808"] in [line.split() for line in output.splitlines()]
+    assert ["layer3.1.block2.0", "SmallMapConv2d", "512x4x4", "2,359,808"] in [
+        line.split() for line in output.splitlines()
+    ]
     assert [line.split()[1] for line in output.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
     assert "\r" not in output  # no bar where there is no terminal
 
