@@ -29,6 +29,7 @@ from cifar.errors import UserError
 HANG_SECONDS = 120
 SETUP_SECONDS = 900  # until all ranks have come and opened their data: imports from a slow file system, a download
 GRACE_SECONDS = 4  # for the other ranks to say that they are there
+LAST_SECONDS = 2  # by which rank 0 leaves after the others: see `leave`
 
 _ROOT = Path(__file__).parents[1]
 _peers: "_Peers | None" = None
@@ -166,12 +167,18 @@ def leave(status: int) -> NoReturn:
     A thread of gloo or DDP that still gives back a Python object then is ended inside C++ that cannot be unwound: the
     rank, which had done everything, aborts with "terminate called without an active exception", and its launcher
     calls the job failed. Seen at the end of 1 of some hundred runs of two processes (torch 2.14).
+
+    Of several machines, the first one's launcher holds the store in which the launchers wait for each other, and ends
+    as soon as the last has come: one that has said so but does not wait yet finds it gone and prints 40 lines about it.
+    Hence rank 0, whose launcher should come last, leaves last.
     """
     if _peers is None:
         sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if status == 0 and _peers.rank == 0 and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        time.sleep(LAST_SECONDS)
     os._exit(status)
 
 
