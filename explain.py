@@ -12,7 +12,7 @@ import os
 import sys
 
 from cifar import failure, files
-from cifar.errors import UserError
+from cifar.errors import UserError, outlive_readers
 from cifar.explain import layers, options, runs
 from cifar.explain.options import Options
 from cifar.explain.runs import Run
@@ -118,6 +118,7 @@ def explain(run: Run, asked: Options) -> None:
 
 def main() -> None:
     """Reads the command line and explains; a user's mistake ends in one line and exit status 2."""
+    outlive_readers()
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         asked = options.parse_command_line(sys.argv[1:])

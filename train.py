@@ -17,7 +17,7 @@ import sys  # noqa: E402
 import time  # noqa: E402
 
 from cifar import failure, run  # noqa: E402
-from cifar.errors import UserError  # noqa: E402
+from cifar.errors import UserError, outlive_readers  # noqa: E402
 from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
 
 LOG_EVERY = 10  # steps between points in TensorBoard
@@ -75,19 +75,19 @@ def train(recipe: Recipe, options: Options) -> None:
     models.fit(network, normalize(torch.from_numpy(data.train_images[:FITTED]), data.mean, data.std))
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.build(network, recipe)
-    attempt, chosen, evaluated = None, None, 0
+    attempt, chosen, evaluated = None, checkpoint.Chosen(), 0
     with launch.together(accelerator):
         if main:
-            attempt = run.start(options.run, recipe, data.fingerprint, ranks)
-            chosen, passed_over = checkpoint.choose(options.run / "checkpoints", options.resume)
-            history = run.History(attempt, checkpoint.step_of(chosen) if chosen else 0, data.test_labels)
+            attempt = run.start(options, recipe, data.fingerprint, ranks)
+            chosen = checkpoint.choose(options.run / "checkpoints", options.resume)
+            history = run.History(attempt, chosen.step, data.test_labels)
             evaluated = history.last_epoch()
     number, chosen, evaluated = broadcast_object_list([attempt and attempt.number, chosen, evaluated])
     progress = checkpoint.Progress()
     with launch.together(accelerator):
         attempts.see(options.run, number)
-        if chosen:
-            progress = checkpoint.restore(chosen, network, optimizer, recipe, data.fingerprint)
+        if chosen.path:
+            progress = checkpoint.restore(chosen.path, network, optimizer, recipe, data.fingerprint)
     if progress.step > freeze_step:
         models.freeze(network)
     table = summary.table(network)
@@ -102,20 +102,20 @@ def train(recipe: Recipe, options: Options) -> None:
     facts = {
         "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
         "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
-        "world_size": ranks, "precision": accelerator.mixed_precision,
+        "world_size": ranks, "precision": accelerator.mixed_precision, "resumed_from": chosen.origin,
     }  # fmt: skip
     tracker = None
     if attempt:
-        tracker = Tracker(options.run, recipe, data, history, progress.step, total_steps)
+        tracker = Tracker(attempt, recipe, data, history, progress.step, total_steps)
         tracker.start(launch.topology(accelerator, recipe.global_batch_size), table, training_images)
-        for line in passed_over:
+        for line in chosen.passed_over:
             tracker.say(f"passed over a broken checkpoint: {line}")
-        if chosen:
-            tracker.say(f"attempt {attempt.number}: going on from {chosen}")
-            for line in checkpoint.changes(chosen, facts, recipe.global_batch_size):
+        if chosen.path:
+            tracker.say(f"attempt {attempt.number}: going on from {chosen.path}")
+            for line in checkpoint.changes(chosen.path, facts, recipe.global_batch_size):
                 tracker.say(line)
         run.write_status(attempt, "running", progress.step)
-    with run.failure_recorded(attempt, progress):
+    with run.failure_recorded(options.run, attempt, number, progress):
         seconds_before, stopping = progress.seconds, False
         while True:
             # An epoch's end: its checkpoint is on disk already, so an evaluation that is cut short is made again.
@@ -178,10 +178,12 @@ def train(recipe: Recipe, options: Options) -> None:
 
         launch.end(accelerator)
         if attempt and tracker and stopping:
+            history.export()
             run.write_status(attempt, "preempted", progress.step, f"{stop.name() or 'another rank'} asked to stop")
             tracker.say(f"stopped on request after step {progress.step}; the same command goes on from there")
         elif attempt and tracker:
             final = history.epochs[-1]
+            history.export()
             progress.seconds = seconds_before + time.monotonic() - began
             checkpoint.export(attempt, network, {**facts, "test_accuracy": final.test_accuracy})
             result = {
@@ -205,6 +207,7 @@ def train(recipe: Recipe, options: Options) -> None:
 
 def main() -> None:
     """Reads the command line and trains; a user's mistake ends in one line and exit status 2."""
+    outlive_readers()
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         recipe, options = parse_command_line(sys.argv[1:])

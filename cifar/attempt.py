@@ -4,18 +4,20 @@ A node that only seemed dead trains on while its job runs again elsewhere; a job
 a file of its own, `attempts/NNNN.json`, and whoever finds a higher number than its own stops. Everything in the run
 directory is written under a temporary name with the attempt's number in it and then renamed, after a look for a newer
 attempt; and a new attempt first clears away the temporary files of those before it. So an old attempt that was frozen
-between its look and its rename finds nothing left to rename. It needs what POSIX promises of a shared file system;
-where NFS caches directories, an old attempt may notice some seconds late.
+between its look and its rename finds nothing left to rename. An attempt moves and deletes only what it wrote itself,
+or what such a rename has marked before (`mark`). It needs what POSIX promises of a shared file system; where NFS caches
+directories, an old attempt may notice some seconds late.
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cifar import files
 from cifar.errors import UserError
@@ -43,42 +45,82 @@ class Attempt:
         return path.with_name(f".{path.name}.{self.number}.tmp")
 
     def commit(self, path: Path) -> None:
-        """Gives what was written and synced under `temporary(path)` its name. Raises UserError (see check), OSError."""
+        """Gives what was written and synced under `temporary(path)` its name. Raises UserError (see check), OSError.
+
+        A directory takes no other one's name, unless that one is empty: OSError (ENOTEMPTY or EEXIST).
+        """
+        self._rename(self.temporary(path), path)
+        files.sync(path.parent)
+
+    def mark(self, directory: Path, name: str) -> None:
+        """Replaces the file `name` in a directory by an empty one. Raises UserError (see check), OSError.
+
+        Only the newest attempt can do this: whatever is marked may be deleted, even by an attempt that freezes now.
+        """
+        marker = self.temporary(directory)
+        try:
+            marker.touch()
+            self._rename(marker, directory / name)
+        finally:
+            marker.unlink(missing_ok=True)
+
+    def _rename(self, temporary: Path, path: Path) -> None:
         self.check()
         try:
-            self.temporary(path).rename(path)
+            temporary.rename(path)
         except FileNotFoundError:
             self.check()  # a newer attempt began, and cleared it away, since the line above
             raise
-        files.sync(path.parent)
 
     def replace(self, path: Path, content: str | bytes) -> None:
         """Writes a file: readers see the old content or the new. Raises UserError (see check), OSError."""
+        self.begin(path, content.encode() if isinstance(content, str) else content).close()
+
+    def begin(self, path: Path, content: bytes) -> IO[bytes]:
+        """Writes a file as `replace` does, and leaves it open (unbuffered) for more.
+
+        What is added once a newer attempt has replaced the file reaches nobody: it has no name any more.
+        """
         temporary = self.temporary(path)
         try:
-            files.write(temporary, content.encode() if isinstance(content, str) else content)
-            self.commit(path)
+            file = temporary.open("wb", buffering=0)
+            try:
+                file.write(content)
+                os.fsync(file.fileno())
+                self.commit(path)
+            except BaseException:
+                file.close()
+                raise
         finally:
             temporary.unlink(missing_ok=True)
+        return file
 
 
 def claim(run: Path, world_size: int) -> Attempt:
     """Begins an attempt at the run, which ends those before it at their next write. Raises OSError."""
     (run / "attempts").mkdir(parents=True, exist_ok=True)
     number = max(_numbers(run), default=0) + 1
-    while True:
-        try:
-            with _file(run, number).open("x") as file:
-                json.dump(_facts(world_size), file, indent=1)
-            break
-        except FileExistsError:  # another one began in the same moment
-            number += 1
-    for folder in (run, run / "checkpoints"):
-        for leftover in folder.glob(".*.tmp"):
-            before = leftover.suffixes[-2:-1]
-            if before and before[0][1:].isdecimal() and int(before[0][1:]) < number:
-                _clear(leftover, number)
+    while not _register(run, number, world_size):
+        number += 1  # another one began in the same moment
+    _clear_before(run, number)
     return Attempt(run, number)
+
+
+def claim_after(run: Path, number: int) -> Attempt | None:
+    """Takes over from attempt `number`, to write down how it ended; None where another one has begun since."""
+    if max(_numbers(run)) > number or not _register(run, number + 1, 0):
+        return None
+    _clear_before(run, number + 1)
+    return Attempt(run, number + 1)
+
+
+def _register(run: Path, number: int, world_size: int) -> bool:
+    try:
+        with _file(run, number).open("x") as file:
+            json.dump(_facts(world_size), file, indent=1)
+    except FileExistsError:
+        return False
+    return True
 
 
 def see(run: Path, number: int) -> None:
@@ -127,9 +169,18 @@ def _numbers(run: Path) -> list[int]:
     return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()]
 
 
+def _clear_before(run: Path, number: int) -> None:
+    """Takes from the attempts before `number` what they have not renamed yet."""
+    for folder in (run, run / "checkpoints"):
+        for leftover in folder.glob(".*.tmp*"):
+            writer = re.search(r"\.(\d+)\.tmp(-cleared-by-\d+)?$", leftover.name)
+            if writer and int(writer[1]) < number:
+                _clear(leftover, number)
+
+
 def _clear(leftover: Path, number: int) -> None:
     """Takes a temporary file or directory from its writer at once, then deletes it."""
-    aside = leftover.with_name(f"{leftover.name}-cleared-by-{number}")
+    aside = leftover.with_name(f"{leftover.name.partition('-cleared-by-')[0]}-cleared-by-{number}")
     try:
         leftover.rename(aside)
     except FileNotFoundError:  # its writer was just done with it

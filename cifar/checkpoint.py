@@ -1,16 +1,21 @@
-"""Checkpoints that are complete or not there (law 3), and the finished network.
+"""Checkpoints that are complete or not there, and the finished network.
 
 A checkpoint is a directory `step-NNNNNNN` with `model.safetensors`, `optimizer.safetensors` and `state.json`. It is
 written under a temporary name, synced and renamed; state.json holds a sha256 of each file and of itself. From it
-alone any tool rebuilds the network: it names network, classes and normalisation. There is no pickle.
+alone any tool rebuilds the network: it names network, classes and normalisation. There is no pickle. An attempt that
+reaches a step whose name is taken, by a broken checkpoint, adds its own number: `step-NNNNNNN-attempt-N`.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cifar import files, recipes
+from cifar import failure, files, recipes
 from cifar.attempt import Attempt
 from cifar.errors import UserError
 from cifar.recipes import Recipe
@@ -28,6 +33,7 @@ from cifar.recipes import Recipe
 FORMAT = 1
 KEEP = 3  # checkpoints of a run; one is enough to go on, the others are for a disk that lies
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?")
 
 
 @dataclass
@@ -54,23 +60,39 @@ class BrokenCheckpointError(Exception):
     """A checkpoint that is not what was saved: the message names it and says what is wrong."""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint to go on from, or none, and a line for each broken one that was passed over."""
+
+    path: Path | None = None
+    step: int = 0  # of `path`, whatever its name: it may be a copy
+    origin: str | None = None  # the checkpoint that --resume named when the run began, as an absolute path
+    passed_over: Sequence[str] = ()
+
+
 def save(
     attempt: Attempt, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
 ) -> Path:
     """Writes `checkpoints/step-NNNNNNN` in the run and deletes all but the newest KEEP. Call it on rank 0 alone.
 
     `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises
-    UserError where the disk is full or not writable, or a newer attempt has taken the run over; earlier checkpoints
-    are then as they were.
+    UserError where a weight or the optimizer's state is not finite, the disk is full or not writable, or a newer
+    attempt has taken the run over; earlier checkpoints are then as they were.
     """
     directory = attempt.run / "checkpoints"
     path = directory / f"step-{progress.step:07d}"
+    tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
+    # The loss of the step before says nothing about its update, and a run could never go on from such a checkpoint.
+    if not all_finite([tensor for part in tensors.values() for tensor in part.values()]):
+        raise UserError(
+            f"weights are not finite after step {progress.step}; lower --peak-learning-rate in a new --run "
+            f"(last good checkpoint: {newest(directory)[0] or 'none yet'})"
+        )
     temporary = attempt.temporary(path)
     try:
         attempt.check()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
         with ThreadPoolExecutor() as pool:  # copying, writing, syncing and hashing all let other threads run
             digests = pool.map(lambda name: _write_tensors(temporary / name, tensors[name]), tensors)
             sums = dict(zip(tensors, digests, strict=True))
@@ -78,31 +100,66 @@ def save(
         state["sha256"] = {**sums, STATE: _state_sum(state)}
         files.write(temporary / STATE, json.dumps(state, indent=1).encode())
         files.sync(temporary)
-        if path.exists():  # broken, passed over at the start, and now reached again
-            path.rename(path.with_name(f".{path.name}.broken"))
-        attempt.commit(path)
-        shutil.rmtree(path.with_name(f".{path.name}.broken"), ignore_errors=True)
+        path = _commit(attempt, temporary, path)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         attempt.check()  # a newer one may have cleared the temporary directory away
         raise UserError(
             f"{path}: checkpoint not written ({error.strerror}); make room there and start again with the same "
             "command: training goes on from the checkpoint before"
         ) from None
-    older = [other for other in found(directory) if step_of(other) < progress.step]
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    older = [other for other in found(directory) if _order(other) < _order(path)]
     for old in older[KEEP - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(attempt, old)
     return path
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor holds an infinity or NaN. One read of the device for all of them."""
+    numbers = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    largest = torch._foreach_norm(numbers, math.inf)  # of absolute values; NaN where there is one
+    return bool(torch.stack([value.float() for value in largest]).isfinite().all())
+
+
+def _commit(attempt: Attempt, temporary: Path, path: Path) -> Path:
+    try:
+        attempt.commit(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # A broken checkpoint was passed over at the start, and its step is now reached again. It stays where it is: to
+        # move it would be to move a newer attempt's checkpoint, if this attempt were frozen before it did so.
+        own = path.with_name(f"{path.name}-attempt-{attempt.number}")
+        temporary.rename(attempt.temporary(own))
+        attempt.commit(own)
+        return own
+    return path
+
+
+def _delete(attempt: Attempt, old: Path) -> None:
+    """Deletes a checkpoint. What cannot be deleted now is deleted after a later save."""
+    with suppress(OSError):
+        attempt.mark(old, STATE)
+        shutil.rmtree(old)
 
 
 def found(directory: Path) -> list[Path]:
     """The checkpoints in a directory, newest first, whole or not."""
-    return sorted((p for p in directory.glob("step-*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
+    return sorted((path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)), key=_order, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint directory's name."""
-    return int(path.name.removeprefix("step-"))
+    """The step in the name of one of the checkpoints that were `found`."""
+    return _order(path)[0]
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Step and attempt: of two checkpoints of one step the later is the whole one."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} has not the name of a checkpoint")
+    return int(match[1]), int(match[2] or 0)
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
@@ -142,30 +199,39 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
-def choose(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `--resume` asks for, None to start from the beginning, and a line for each one passed over.
+def choose(directory: Path, resume: str) -> Chosen:
+    """The checkpoint that `--resume` asks for, none to start from the beginning.
 
+    A run that began from a named checkpoint goes on from its own newest one when the same command is given again.
     Raises UserError where none of those that are there is complete, or the one that was named is not.
     """
-    if resume not in ("auto", "never"):
-        path = Path(resume)
-        try:
-            step = verify(path)["progress"]["step"]
-        except BrokenCheckpointError as error:
-            raise UserError(f"--resume {resume}: {error}; name a complete checkpoint, or use --resume auto") from None
-        later = [other for other in found(directory) if step_of(other) > step]
-        if later:
-            raise UserError(f"{directory} holds a later checkpoint, {later[0].name}; give a new --run to branch off")
-        return path, []
-    path_or_none, broken = newest(directory)
-    if broken and path_or_none is None:
-        raise UserError(f"{broken[0]}, and {directory} has no complete checkpoint; choose a new --run")
-    return path_or_none, broken
+    path, broken = newest(directory)
+    own = _state(path) if path else {}
+    step, origin = own["progress"]["step"] if path else 0, own.get("resumed_from")
+    if resume in ("auto", "never"):
+        if broken and path is None:
+            raise UserError(f"{broken[0]}, and {directory} has no complete checkpoint; choose a new --run")
+        return Chosen(path, step, origin, broken)
+    named = Path(resume).resolve()
+    if origin == str(named):
+        return Chosen(path, step, origin, broken)
+    try:
+        named_step = verify(Path(resume))["progress"]["step"]
+    except BrokenCheckpointError as error:
+        raise UserError(f"--resume {resume}: {error}; name a complete checkpoint, or use --resume auto") from None
+    if path and step > named_step:
+        raise UserError(f"{directory} holds a later checkpoint, {path.name}; give a new --run to branch off")
+    return Chosen(Path(resume), named_step, str(named))
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    return state
 
 
 def changes(path: Path, facts: dict[str, Any], global_batch_size: int) -> list[str]:
     """What differs between the run that wrote a checkpoint and the one that goes on with `facts`, in words."""
-    before: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    before = _state(path)
     lines = []
     ranks, now = before["world_size"], facts["world_size"]
     if ranks != now:
@@ -186,7 +252,7 @@ def restore(
 
     Raises UserError where it comes from another recipe, other images or another network.
     """
-    state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    state = _state(path)
     different = recipes.differences(recipe, state["recipe"])
     if different:
         raise UserError(f"{path} is of another recipe: {', '.join(different)}; give the same, or start a new --run")
@@ -249,8 +315,10 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    failure.beat()
     with path.open("rb") as file:
         os.fsync(file.fileno())
+        failure.beat()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

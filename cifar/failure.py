@@ -1,17 +1,20 @@
 """Failing together: when one rank raises, dies or hangs, all of them end, and soon, with the same line.
 
-Left to itself, a rank whose peer has died gets a network error that names nobody, and one whose peer hangs waits half
-an hour. Here each rank says in a store that all of them reach (the rendezvous', which belongs to the launcher) why it
-ends. Whoever meets a network error finds there the error of the rank that failed first; if there is none, it names
-the ranks that have said nothing: they were killed, are frozen or cut off. A thread in each rank looks whether training
-still moves. If it does not, it says where in the code each rank is, so that a rank that waits for a file system can
-be told from those that wait for that rank.
+Left to itself, a rank whose peer has died gets a network error that names nobody (gloo), or waits inside the device for
+ever (NCCL); one whose peer hangs waits half an hour. Here each rank says in a store that all of them reach (the
+rendezvous', which belongs to the launcher) why it ends. Two threads in each rank need no main thread for that: one
+tells the store every second that the rank is there and where its main thread is, and looks what the other ranks say;
+the other one ends this process, with the line that tells why, when another rank has failed or fallen silent, when
+nothing has moved for too long, or when a stop request is repeated because nothing moves. The line of a hang says where
+in the code each rank is, so that a rank that waits for a file system can be told from those that wait for that rank. A
+single process is watched in the same way, without a store.
 """
 
 import atexit
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -21,82 +24,135 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from cifar import stop
 from cifar.errors import UserError
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
 HANG_SECONDS = 120
 SETUP_SECONDS = 900  # until all ranks have come and opened their data: imports from a slow file system, a download
-GRACE_SECONDS = 4  # for the other ranks to say that they are there
+GRACE_SECONDS = 4  # for the other ranks to say that they are there, and for the main thread to end by itself
+SILENT_SECONDS = 5  # without a heartbeat before a rank is looked for
+PATIENCE_SECONDS = 10  # without a move before a repeated stop request ends the process
+TICK_SECONDS = 1.0
 LAST_SECONDS = 2  # by which rank 0 leaves after the others: see `leave`
 
+USER_ERROR = 2  # the exit status of a user's mistake, which the same command would make again
+LEFT = "left"  # said by a rank that has nothing more to do with the others
 _ROOT = Path(__file__).parents[1]
-_peers: "_Peers | None" = None
+
+Record = Callable[[str, str, bool], None]  # state and reason for status.json, and whether in rank 0's place
 
 
-class _Peers:
-    """The store, and what this process knows of the others. `moved` is when training last made progress."""
+class End(NamedTuple):
+    """Why the job ends, and with which exit status."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
+    line: str
+    status: int
 
-        machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on each
-        self.rank, self.hosts = rank, [f"machine {other // machine}" for other in range(ranks)]  # names: `introduce`
-        self.moved, self.limit, self.hang_seconds = time.monotonic(), SETUP_SECONDS, _hang_seconds()
-        self.failed: tuple[str, int] | None = None
-        self.record: Callable[[str], None] | None = None
-        self.lock = threading.Lock()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-        # The launcher's store outlives a restart in place, and what the attempt before said must not count again.
-        self.store = PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        store.set_timeout(timedelta(seconds=GRACE_SECONDS))
+    @property
+    def state(self) -> str:
+        """What status.json calls it: a user's stop request has a signal's exit status, or 0."""
+        return "failed" if self.status in (1, USER_ERROR) else "preempted"
+
+
+class _Watch:
+    """What this process knows of its own progress, and the thread that ends it."""
+
+    def __init__(self) -> None:
+        self.hang_seconds = hang_seconds()
+        self.tick = min(TICK_SECONDS, self.hang_seconds / 10)
+        self.limit, self.training = float(SETUP_SECONDS), False
+        self.moved, self.computed = time.monotonic(), time.process_time()  # at the last move
+        self.computing_counts = False
+        self.peers: _Peers | None = None
+        self.failed: End | None = None
+        self.record: Record | None = None
+        self.lock = threading.Lock()  # held by the thread that finds out why the job ends
+        self.launcher = os.getppid()
+        self.asked: float | None = None  # when a stop request was first seen
+        self.insistence = stop.Insistence(PATIENCE_SECONDS)
         self.main_thread = threading.main_thread().ident or 0
-        threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
+        threading.Thread(target=self._run, name="hang watch", daemon=True).start()
 
-    def name(self, rank: int) -> str:
-        return f"rank {rank} on {self.hosts[rank]}"
+    def _run(self) -> None:
+        looked = time.monotonic()
+        while True:
+            time.sleep(self.tick)
+            now = time.monotonic()
+            if now - looked > self.tick + SILENT_SECONDS:  # this process was suspended, and the others with it
+                self.moved += now - looked
+                if self.peers:
+                    self.peers.heard = self.peers.told = now
+            looked = now
+            self._look(now)
 
-    def ask(self, question: Callable[[], tuple[str, int]], otherwise: tuple[str, int]) -> tuple[str, int]:
-        """What the store answers, or `otherwise` if it does not: it is on the first node, which may be cut off."""
-        answers: list[tuple[str, int]] = []
+    def _look(self, now: float) -> None:
+        peers, insisting = self.peers, self.insistence.look(self.moved)
+        if stop.requested() and self.asked is None:
+            self.asked = now
+        still = now - self.moved
+        unheard = now - max(self.moved, self.asked) if self.asked else 0.0  # of a stop request
+        if insisting:
+            self.end(lambda: self._insisted(insisting, still))
+        elif unheard > PATIENCE_SECONDS and not self.training:
+            self.end(lambda: End("stopped on request before the first step", 0))
+        elif unheard > PATIENCE_SECONDS and peers and os.getppid() != self.launcher:
+            self.end(lambda: self._silent("a launcher has gone"))
+        elif peers and peers.first:
+            self.end(lambda: peers.first)
+        elif peers and self.training and peers.silent(now, still):
+            self.end(lambda: peers.roll_call(f"no heartbeat for {SILENT_SECONDS} s"))
+        elif still > self.limit and not self._computes(still):
+            self.end(lambda: self._silent(f"no step for {self.limit:.0f} s"))
 
-        def run() -> None:
-            with suppress(RuntimeError):
-                answers.append(question())
+    def _computes(self, still: float) -> bool:
+        """Whether this is a process alone, which waits for no other one, and busy with a very long step."""
+        return self.computing_counts and time.process_time() - self.computed > still / 10
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(3 * GRACE_SECONDS)
-        return answers[0] if answers else otherwise
+    def _insisted(self, number: int, still: float) -> End:
+        line = (
+            f"{signal.Signals(number).name} again, and nothing has moved for {still:.0f} s (in {self.position()}): "
+            "ended without saving; the same command goes on from the last checkpoint"
+        )
+        return End(line, 128 + number)
 
-    def settle(self, line: str, status: int) -> tuple[str, int]:
-        """The line and exit status of whichever rank failed first: this one's, if it is the first to say so."""
-        content = self.store.compare_set("first", "", json.dumps([line, status]))
-        found: list[Any] = json.loads(content)
-        return found[0], found[1]
+    def _silent(self, reason: str) -> End:
+        if self.peers is None:
+            return End(f"this process is in {self.position()} ({reason})", 1)
+        return self.peers.roll_call(reason) or self.peers.where_all_are(reason)
 
-    def missing(self, reason: str) -> tuple[str, int]:
-        """Names the ranks that do not answer, or, if all do, where each of them is."""
-        self.store.set(f"here/{self.rank}", self._position())
-        deadline = time.monotonic() + GRACE_SECONDS
-        ranks = range(len(self.hosts))
-        while time.monotonic() < deadline and not all(self.store.check([f"here/{rank}"]) for rank in ranks):
-            if self.store.check(["first"]):
-                break
-            time.sleep(0.1)
-        absent = [rank for rank in ranks if not self.store.check([f"here/{rank}"])]
-        if absent:
-            who = ", ".join(self.name(rank) for rank in absent)
-            return self.settle(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1)
-        places = {rank: self.store.get(f"here/{rank}").decode() for rank in ranks}
-        common = Counter(places.values()).most_common(1)[0][0]
-        odd = [rank for rank in ranks if places[rank] != common]
-        where = "; ".join(f"{self.name(rank)} is in {places[rank]}" for rank in odd)
-        return self.settle(f"{where + ', the others in' if odd else 'all ranks are in'} {common} ({reason})", 1)
+    def end(self, why: Callable[[], End | None]) -> None:
+        """Ends this process, unless `why` finds that nothing has failed."""
+        if not self.lock.acquire(timeout=4 * GRACE_SECONDS):
+            return  # the main thread is finding out why
+        try:
+            if self.failed is None:
+                found = why()
+                if found is None:
+                    return
+                self.failed = found if self.peers is None else self.peers.settle(found)
+            else:
+                time.sleep(GRACE_SECONDS)  # the main thread knows, and is on its way out
+            self._write(self.failed)
+            _say_and_exit(*self.failed)
+        finally:
+            self.lock.release()
 
-    def _position(self) -> str:
+    def _write(self, end: End) -> None:
+        """Has the run directory say why. In a thread: a file system that does not answer may be the reason."""
+        if self.record is not None:
+            arguments = (end.state, end.line, self.succeeds_first())
+            record = threading.Thread(target=self.record, args=arguments, daemon=True)
+            record.start()
+            record.join(GRACE_SECONDS)
+
+    def succeeds_first(self) -> bool:
+        """Whether this rank is to write what rank 0 cannot."""
+        return self.peers is not None and self.peers.succeeds_first
+
+    def position(self) -> str:
         """Where the main thread is: the innermost line of this project's code."""
         frame = sys._current_frames().get(self.main_thread)
         while frame is not None:
@@ -109,56 +165,183 @@ class _Peers:
             frame = frame.f_back
         return "no code of this project"
 
-    def _watch(self) -> None:
+
+class _Peers:
+    """The store, and what this rank knows of the others."""
+
+    def __init__(self, watch: _Watch, rank: int, ranks: int) -> None:
+        machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on each
+        self.watch, self.rank, self.next = watch, rank, (rank + 1) % ranks
+        self.hosts = [f"machine {other // machine}" for other in range(ranks)]  # until `introduce` tells their names
+        self.heartbeat = ""  # the next rank's
+        self.heard = self.told = time.monotonic()  # when that last changed, and when the store last answered
+        self.first: End | None = None  # what the rank said that failed first
+        self.places: list[str] = []  # where the ranks were at the last roll call that all have answered
+        self.succeeds_first = False  # rank 0 does not answer, and this is the lowest rank that does
+        self.leaving = threading.Event()
+        # A connection serves one thread at a time.
+        self.store, own_store = self._connect(), self._connect()
+        self.teller = threading.Thread(target=self._tell, args=(own_store,), name="heartbeat", daemon=True)
+        self.teller.start()
+
+    def _connect(self) -> Any:
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+        # The launcher's store outlives a restart in place, and what the attempt before said must not count again.
+        own = PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        own.set_timeout(timedelta(seconds=GRACE_SECONDS))
+        return own
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} on {self.hosts[rank]}"
+
+    def _tell(self, store: Any) -> None:
+        """Says every second that this rank is there and where, and looks what the others say. Ends with the store."""
+        beats = 0
+        with suppress(RuntimeError):
+            while not self.leaving.is_set():
+                beats += 1
+                store.set(f"alive/{self.rank}", f"{beats} {self.watch.position()}")
+                heartbeat = _get(store, f"alive/{self.next}")
+                if heartbeat != self.heartbeat or heartbeat == LEFT:
+                    self.heartbeat, self.heard = heartbeat, time.monotonic()
+                if self.first is None and (first := _get(store, "first")):
+                    self.first = End(*json.loads(first))
+                self.told = time.monotonic()
+                self.leaving.wait(self.watch.tick)
+            store.set(f"alive/{self.rank}", LEFT)
+
+    def silent(self, now: float, still: float) -> bool:
+        """Whether the next rank has fallen silent; if the store has, only if nothing has moved for some time, either.
+
+        The store may have gone with a launcher that was killed, and then the ranks are to save and to stop.
+        """
+        store_answers = now - self.told < SILENT_SECONDS
+        return now - self.heard > SILENT_SECONDS and (store_answers or still > PATIENCE_SECONDS)
+
+    def ask(self, question: Callable[[], End | None], otherwise: End) -> End | None:
+        """What the store answers, or `otherwise` if it does not: it is on the first node, which may be cut off."""
+        answers: list[End | None] = []
+
+        def run() -> None:
+            with suppress(RuntimeError):
+                answers.append(question())
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(3 * GRACE_SECONDS)
+        return answers[0] if answers else otherwise
+
+    def settle(self, end: End) -> End:
+        """What the rank says that failed first: this one, if it is the first to say so."""
+        return self.ask(lambda: End(*json.loads(self.store.compare_set("first", "", json.dumps(end)))), end) or end
+
+    def roll_call(self, reason: str) -> End | None:
+        """Names the ranks that have no heartbeat within GRACE_SECONDS; None if all have one."""
+        unreachable = End(f"{self.name(0)}: its node does not answer ({reason})", 1)
+        found = self.ask(lambda: self._roll_call(reason), unreachable)
+        if found is None:
+            self.heard = time.monotonic()
+        elif found is unreachable:
+            self.succeeds_first = self.rank > 0
+        return found
+
+    def _roll_call(self, reason: str) -> End | None:
+        ranks = range(len(self.hosts))
+        before = [_get(self.store, f"alive/{rank}") for rank in ranks]
+        deadline = time.monotonic() + GRACE_SECONDS
         while True:
-            time.sleep(min(1.0, self.hang_seconds / 10))
-            if time.monotonic() - self.moved > self.limit:
-                reason = f"no step for {self.limit} s"
-                with self.lock:
-                    line, status = self.ask(lambda: self.missing(reason), (_unreachable(self.name(0), reason), 1))  # noqa: B023
-                if self.record:  # in a thread: a file system that does not answer may be what this rank waits for
-                    record = threading.Thread(target=self.record, args=(line,), daemon=True)
-                    record.start()
-                    record.join(GRACE_SECONDS)
-                _say_and_exit(line, status)
+            now = [_get(self.store, f"alive/{rank}") for rank in ranks]
+            absent = [rank for rank in ranks if now[rank] in (before[rank], "") and now[rank] != LEFT]
+            if first := _get(self.store, "first"):
+                return End(*json.loads(first))
+            if not absent:
+                self.places = [place.partition(" ")[2] or LEFT for place in now]
+                return None
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        self.succeeds_first = absent[0] == 0 and self.rank == min(rank for rank in ranks if rank not in absent)
+        who = ", ".join(self.name(rank) for rank in absent)
+        return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1)
+
+    def where_all_are(self, reason: str) -> End:
+        """After a roll call that all ranks have answered: where each of them is."""
+        common = Counter(self.places).most_common(1)[0][0]
+        odd = [rank for rank, place in enumerate(self.places) if place != common]
+        where = "; ".join(f"{self.name(rank)} is in {self.places[rank]}" for rank in odd)
+        return End(f"{where + ', the others in' if odd else 'all ranks are in'} {common} ({reason})", 1)
 
 
-def start() -> None:
-    """From now on this rank's failure is every rank's, and a hang, of one that never comes too, ends the job."""
-    global _peers
+def _get(store: Any, key: str) -> str:
+    """What the store has under a key, '' if nothing; `get` alone would wait for it."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+_watch: _Watch | None = None
+
+
+def start(on_cpu: bool = False) -> None:
+    """From now on this rank's failure is every rank's, and a hang, of one that never comes too, ends the job.
+
+    `on_cpu`: a process alone that still computes on its CPU is slow, and does not hang.
+    """
+    global _watch
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    _watch = _Watch()
     if ranks > 1 and "MASTER_ADDR" in os.environ:
-        _peers = _Peers(int(os.environ["RANK"]), ranks)
+        _watch.peers = _Peers(_watch, int(os.environ["RANK"]), ranks)
+    else:
+        _watch.computing_counts = on_cpu
 
 
 def introduce(hosts: list[str]) -> None:
     """Once the ranks have met: the host of each."""
-    if _peers is not None:
-        _peers.hosts = hosts
+    if _watch and _watch.peers:
+        _watch.peers.hosts = hosts
 
 
 def ready() -> None:
     """All ranks have come and opened their data: until the first step, the limit is that of a step's by default."""
-    if _peers is not None:
-        _peers.moved, _peers.limit = time.monotonic(), max(HANG_SECONDS, _peers.hang_seconds)
+    if _watch:
+        _move(_watch)
+        _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
 
 
 def beat() -> None:
-    """Training moves: called with every step and every batch of an evaluation."""
-    if _peers is not None:
-        _peers.moved, _peers.limit = time.monotonic(), _peers.hang_seconds
+    """Training moves: called with every step, every batch of an evaluation and every file of a checkpoint."""
+    if _watch:
+        _move(_watch)
+        _watch.limit, _watch.training = _watch.hang_seconds, True
 
 
-def when_hung(record: Callable[[str], None] | None) -> None:
-    """What is to be done with the line if the job is found hanging, when no code of the main thread can do it."""
-    if _peers is not None:
-        _peers.record = record
+def working() -> None:
+    """What may take many minutes moves, e.g. a download. The limit stays what it is."""
+    if _watch:
+        _move(_watch)
+
+
+def _move(watch: _Watch) -> None:
+    watch.moved, watch.computed = time.monotonic(), time.process_time()
+
+
+def when_ended(record: Record | None) -> None:
+    """What is to be done with state and reason if no code of the main thread can do it."""
+    if _watch:
+        _watch.record = record
 
 
 def end() -> None:
     """The ranks part in good order; what one of them still does, it does alone."""
-    if _peers is not None:
-        _peers.limit = sys.maxsize
+    if _watch:
+        peers, _watch.peers = _watch.peers, None
+        _move(_watch)
+        _watch.limit, _watch.computing_counts = float(SETUP_SECONDS), True
+        if peers:
+            peers.leaving.set()
+            peers.teller.join(GRACE_SECONDS)
 
 
 def leave(status: int) -> NoReturn:
@@ -172,30 +355,44 @@ def leave(status: int) -> NoReturn:
     as soon as the last has come: one that has said so but does not wait yet finds it gone and prints 40 lines about it.
     Hence rank 0, whose launcher should come last, leaves last.
     """
-    if _peers is None:
+    if status == USER_ERROR:
+        _tell_the_job(status)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == 0 and _peers.rank == 0 and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+    if status == 0 and os.environ["RANK"] == "0" and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         time.sleep(LAST_SECONDS)
     os._exit(status)
 
 
-def cause(error: BaseException) -> str:
-    """Why the job fails, in one line: the same on all ranks. Takes some seconds if a rank does not answer."""
+def cause(error: BaseException) -> End:
+    """Why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
     own = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    if _peers is None:
-        return own
-    peers = _peers
-    with peers.lock:
-        if peers.failed is None and _of_the_network(error):
-            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo adds its source file and advice
-            peers.failed = peers.ask(lambda: peers.missing(reason), (_unreachable(peers.name(0), reason), 1))
-        elif peers.failed is None:
-            mine = (own, 2) if isinstance(error, UserError) else (f"{peers.name(peers.rank)}: {own}", 1)
-            peers.failed = peers.ask(lambda: peers.settle(*mine), mine)
-        return peers.failed[0]
+    status = USER_ERROR if isinstance(error, UserError) else 1
+    watch = _watch
+    if watch is None:
+        return End(own, status)
+    peers = watch.peers
+    with watch.lock:
+        if watch.failed is None and peers is None:
+            watch.failed = End(own, status)
+        elif watch.failed is None and peers is not None:
+            if _of_the_network(error):
+                # gloo adds its source file and advice
+                reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
+                end = peers.roll_call(reason) or peers.where_all_are(reason)
+            else:
+                end = End(own if status == USER_ERROR else f"{peers.name(peers.rank)}: {own}", status)
+            watch.failed = peers.settle(end)
+        assert watch.failed is not None
+        return watch.failed
+
+
+def in_place_of_rank_0() -> bool:
+    """Whether this rank is to write what rank 0, which does not answer, cannot."""
+    return _watch is not None and _watch.succeeds_first()
 
 
 @contextmanager
@@ -207,19 +404,14 @@ def shared() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _peers is None:
+        if _watch is None or _watch.peers is None:
             raise
-        line = cause(error)
-        status = _peers.failed[1] if _peers.failed else 1
-        if status == 2:
+        line, status = cause(error)
+        if status == USER_ERROR:
             raise UserError(line) from None
         if not _of_the_network(error):
             traceback.print_exception(error)
         _say_and_exit(line, status)
-
-
-def _unreachable(first: str, reason: str) -> str:
-    return f"{first}: its node does not answer ({reason})"
 
 
 def _of_the_network(error: BaseException) -> bool:
@@ -229,7 +421,8 @@ def _of_the_network(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def _hang_seconds() -> int:
+def hang_seconds() -> int:
+    """The seconds without a step after which a job counts as hung. Raises UserError."""
     value = os.environ.get("CIFAR_HANG_SECONDS", str(HANG_SECONDS))
     if not value.isdecimal() or int(value) < 1:
         raise UserError(f"CIFAR_HANG_SECONDS={value} is not a number of seconds; give a whole number of at least 1")
@@ -237,9 +430,33 @@ def _hang_seconds() -> int:
 
 
 def _say_and_exit(line: str, status: int) -> NoReturn:
-    # Leaving by the interpreter's ordinary end would wait for the collective that never ends.
-    sys.stdout.flush()
-    # One write, where print makes two: the other ranks say the same line in the same moment.
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {line}\n")
-    sys.stderr.flush()
+    """Ends this process at once: leaving by the interpreter's ordinary end would wait for what never ends."""
+    program = Path(sys.argv[0]).name
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    # One write, where print makes two: the other ranks say the same line in the same moment. What they agree on and
+    # what the user knows is said once.
+    with suppress(OSError, ValueError):
+        if status in (0, USER_ERROR):
+            if os.environ.get("RANK", "0") == "0":
+                sys.stderr.write(f"{program}: {'error: ' if status else ''}{line}\n")
+        else:
+            sys.stderr.write(f"{program}: error: {line}\n")
+        sys.stderr.flush()
+    if status not in (0, 1):
+        _tell_the_job(status)
     os._exit(status)
+
+
+def _tell_the_job(status: int) -> None:
+    """Says that a restart would be no use: in a file, for a job script; and to torch's launcher, by ending it.
+
+    The launcher restarts ranks whatever their exit status was (--max_restarts), and hears nothing else.
+    """
+    path = os.environ.get("CIFAR_USER_ERROR_FILE")
+    if path and status == USER_ERROR:
+        with suppress(OSError):
+            Path(path).touch()
+    restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if restarts < most and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)

@@ -35,7 +35,7 @@ def start(gradient_compression: str = "none") -> Accelerator:
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16") and not has_accelerator:
         raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
-    failure.start()  # before the ranks meet: one that does not come is named
+    failure.start(on_cpu=not has_accelerator)  # before the ranks meet: one that does not come is named
     _rejoin("nccl" if has_accelerator else "gloo")
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     distributed = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook)

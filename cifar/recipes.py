@@ -208,6 +208,7 @@ class Options(NamedTuple):
     run: Path
     resume: str
     checkpoint_every: int
+    recipe_name: str
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
@@ -255,7 +256,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     every = arguments["checkpoint_every"]
     if not every.isdecimal() or int(every) < 1:
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
-    options = Options(arguments["run"] or Path("runs", name), arguments["resume"], int(every))
+    options = Options(arguments["run"] or Path("runs", name), arguments["resume"], int(every), name)
     return override(defaults, overrides), options
 
 

@@ -1,7 +1,9 @@
 """The run directory: what a run is (recipe.json), how it goes (status.json), what it measured (metrics, predictions).
 
-Rank 0 alone writes here, as long as its attempt is the newest. Every file is replaced whole, so that a reader, and the
-next attempt after a crash, finds each of them in order.
+Rank 0 alone writes here, as long as its attempt is the newest. Files are replaced whole, so that a reader, and the next
+attempt after a crash, finds each of them in order. Three grow instead: metrics.jsonl and predictions.log, which each
+attempt begins as a file of its own (see History), and TensorBoard's, of which each attempt has its own and which begins
+by taking back what those before it have logged beyond the step that it goes on from.
 """
 
 import errno
@@ -23,7 +25,7 @@ from cifar import attempt as attempts
 from cifar import failure, recipes
 from cifar.attempt import Attempt
 from cifar.errors import UserError
-from cifar.recipes import Recipe
+from cifar.recipes import Options, Recipe
 
 if TYPE_CHECKING:  # torch behind it is not needed to refuse a wrong directory
     from cifar.checkpoint import Progress
@@ -64,7 +66,7 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
     """
     try:
         # Attempts and half-written files are all that a crash in a run's first moments leaves.
-        used = directory.exists() and any(p.name != "attempts" and p.suffix != ".tmp" for p in directory.iterdir())
+        used = directory.exists() and any(p.name != "attempts" and ".tmp" not in p.name for p in directory.iterdir())
     except OSError as error:
         raise UserError(f"run directory {directory}: {error.strerror}; choose another --run") from None
     if not used:
@@ -87,11 +89,12 @@ def finished(directory: Path) -> str:
     return f"{directory} is finished: test accuracy {result['test_accuracy']:.2%}; choose a new --run to train again"
 
 
-def start(directory: Path, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
+def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
     """Makes the directory and writes recipe.json, or compares the data with the run's, and begins an attempt at it.
 
     Raises UserError where the directory is not writable or its run was trained on other images.
     """
+    directory = options.run
     path = directory / "recipe.json"
     before = _read_json(path)
     if before and before.get("data_fingerprint") != fingerprint:
@@ -103,6 +106,7 @@ def start(directory: Path, recipe: Recipe, fingerprint: str, world_size: int) ->
         attempt = attempts.claim(directory, world_size)
         if not before:
             facts = {
+                "name": options.recipe_name,  # as asked for, before any of its fields was changed
                 "recipe": recipe.model_dump(),
                 "data_fingerprint": fingerprint,
                 "argv": sys.argv,
@@ -117,34 +121,30 @@ def start(directory: Path, recipe: Recipe, fingerprint: str, world_size: int) ->
 
 
 class History:
-    """What each epoch's evaluation found: metrics.jsonl and predictions.safetensors, cut back to a given step."""
+    """What each epoch's evaluation found, cut back to a given step: metrics.jsonl and predictions.safetensors.
+
+    An epoch appends its line to metrics.jsonl and its predictions to predictions.log, so that its cost does not grow
+    with their number; predictions.safetensors, the file for others to read, is written when a tenth has been added, and
+    at the end. Each attempt begins with copies, under the same names: one that was frozen appends to files that are no
+    longer there, and can be fenced by nothing else.
+    """
 
     def __init__(self, attempt: Attempt, step: int, labels: npt.NDArray[np.uint8]) -> None:
-        from safetensors.numpy import load_file
-
         self.attempt, self.labels = attempt, labels
-        directory = attempt.run
-        self.epochs: list[EpochMetrics] = []
-        self.predictions: dict[int, npt.NDArray[np.uint8]] = {}
-        path = directory / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                metrics = EpochMetrics(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # a line that a crash cut short: its epoch is evaluated again
-            if metrics.step <= step:
-                self.epochs.append(metrics)
-        if len(self.epochs) < len(lines):
-            self._write_metrics()
-        if (directory / "predictions.safetensors").exists():
-            before = load_file(directory / "predictions.safetensors")
-            kept = {metrics.epoch for metrics in self.epochs}
-            self.predictions = {
-                int(epoch): row
-                for epoch, row in zip(before["epochs"], before["predictions"], strict=True)
-                if epoch in kept
-            }
+        rows, exported = read_predictions(attempt.run, len(labels))
+        # Probabilities are in predictions.safetensors alone: an evaluation that can be made again must be there, too.
+        self.epochs = [
+            metrics
+            for metrics in _read_metrics(attempt.run)
+            if metrics.epoch in rows and (metrics.step < step or (metrics.step == step and metrics.epoch in exported))
+        ]
+        self.predictions = {metrics.epoch: rows[metrics.epoch] for metrics in self.epochs}
+        self.probabilities: npt.NDArray[np.float32] | None = None  # of the last epoch that this attempt evaluated
+        kept = {metrics.epoch for metrics in self.epochs}
+        self.exported = len(kept) if exported == kept else 0  # epochs in predictions.safetensors
+        self._metrics = attempt.begin(attempt.run / "metrics.jsonl", "".join(map(_line, self.epochs)).encode())
+        log = b"".join(_row(*entry) for entry in self.predictions.items())
+        self._log = attempt.begin(attempt.run / "predictions.log", log)
 
     def last_epoch(self) -> int:
         """The last epoch whose evaluation is recorded, 0 where there is none."""
@@ -152,38 +152,93 @@ class History:
 
     def record(self, metrics: EpochMetrics, probabilities: npt.NDArray[np.float32]) -> None:
         """Adds an evaluation; `probabilities` [test images, classes] replace those of the evaluation before."""
-        from safetensors.numpy import save
-
         self.epochs.append(metrics)
         self.predictions[metrics.epoch] = probabilities.argmax(axis=1).astype(np.uint8)
+        self.probabilities = probabilities
+        # Predictions first: an epoch counts as evaluated once its line of metrics is there.
+        try:
+            for file, content in (
+                (self._log, _row(metrics.epoch, self.predictions[metrics.epoch])),
+                (self._metrics, _line(metrics).encode()),
+            ):
+                file.write(content)
+                os.fsync(file.fileno())
+        finally:
+            self.attempt.check()  # or these are files that a newer attempt has replaced
+        if 10 * (len(self.epochs) - self.exported) >= len(self.epochs):
+            self.export()
+
+    def export(self) -> None:
+        """Writes predictions.safetensors, unless it has all that is recorded. Raises UserError, OSError."""
+        from safetensors.numpy import save
+
+        if self.probabilities is None or self.exported == len(self.epochs):
+            return
         tensors: dict[str, npt.NDArray[Any]] = {
             "epochs": np.array(list(self.predictions), np.int64),
             "predictions": np.stack(list(self.predictions.values())),
             "labels": np.array(self.labels),
-            "probabilities": probabilities.astype(np.float16),
+            "probabilities": self.probabilities.astype(np.float16),
         }
-        # Predictions first: an epoch counts as evaluated once its line of metrics is there.
         self.attempt.replace(self.attempt.run / "predictions.safetensors", save(tensors))
-        self._write_metrics()
+        self.exported = len(self.epochs)
 
-    def _write_metrics(self) -> None:
-        lines = "".join(json.dumps(asdict(metrics)) + "\n" for metrics in self.epochs)
-        self.attempt.replace(self.attempt.run / "metrics.jsonl", lines)
+
+def _line(metrics: EpochMetrics) -> str:
+    return json.dumps(asdict(metrics)) + "\n"
+
+
+def _row(epoch: int, predictions: npt.NDArray[np.uint8]) -> bytes:
+    return epoch.to_bytes(8, "little") + predictions.tobytes()
+
+
+def _read_metrics(directory: Path) -> list[EpochMetrics]:
+    path = directory / "metrics.jsonl"
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError, TypeError):  # a line that a crash cut short: its epoch is evaluated again
+            found.append(EpochMetrics(**json.loads(line)))
+    return found
+
+
+def read_predictions(directory: Path, images: int) -> tuple[dict[int, npt.NDArray[np.uint8]], set[int]]:
+    """The class that a run predicted for each test image [images], by epoch; and which epochs have been exported.
+
+    Those are in predictions.safetensors; predictions.log has those of a run that is not finished, too.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    found: dict[int, npt.NDArray[np.uint8]] = {}
+    with suppress(OSError, SafetensorError):
+        tensors = load_file(directory / "predictions.safetensors")
+        if tensors["predictions"].shape[1:] == (images,):
+            found = dict(zip(tensors["epochs"].tolist(), tensors["predictions"], strict=True))
+    exported = set(found)
+    with suppress(OSError):
+        content = (directory / "predictions.log").read_bytes()
+        record = np.dtype([("epoch", "<i8"), ("predictions", np.uint8, (images,))])
+        rows = np.frombuffer(content, record, count=len(content) // record.itemsize)  # a crash may cut the last short
+        found |= dict(zip(rows["epoch"].tolist(), rows["predictions"], strict=True))
+    return found, exported
 
 
 @contextmanager
-def failure_recorded(attempt: Attempt | None, progress: "Progress") -> Iterator[None]:
-    """A failure within the block, of whichever rank, leaves `failed` and its words in status.json (rank 0's attempt).
+def failure_recorded(directory: Path, attempt: Attempt | None, number: int, progress: "Progress") -> Iterator[None]:
+    """A failure within the block, of whichever rank, leaves `failed` and its words in status.json.
 
-    A full disk, wherever it was met, becomes a UserError.
+    Rank 0 writes it, with its attempt, whose number all ranks know. If rank 0 is what failed, another rank does: as the
+    next attempt, so that a rank 0 that was only frozen writes no more. A full disk, wherever it was met, becomes a
+    UserError.
     """
 
-    def record(words: str) -> None:
-        if attempt is not None:
-            with suppress(OSError, UserError):  # the disk may be what failed, or the run be another attempt's by now
-                write_status(attempt, "failed", progress.step, words)
+    def record(state: str, reason: str, in_place_of_rank_0: bool) -> None:
+        with suppress(OSError, UserError):  # the disk may be what failed, or the run be another attempt's by now
+            writer = attempt or (attempts.claim_after(directory, number) if in_place_of_rank_0 else None)
+            if writer is not None:
+                write_status(writer, state, progress.step, reason)
 
-    failure.when_hung(record)
+    failure.when_ended(record)
     try:
         try:
             yield
@@ -194,7 +249,8 @@ def failure_recorded(attempt: Attempt | None, progress: "Progress") -> Iterator[
             full = f"{where}: {error.strerror}; make room there and start the same command again"
             raise UserError(full) from None
     except BaseException as error:
-        record(failure.cause(error))
+        end = failure.cause(error)
+        record(end.state, end.line, failure.in_place_of_rank_0())
         raise
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 set a number, and the training loop looks at it between steps.
+"""Stop requests: SIGTERM, SIGINT, SIGUSR1 and SIGHUP set a number, and the training loop looks at it between steps.
 
 A handler does nothing else. The process may be inside a collective operation when the signal comes, and a survivor of
 a crashed peer gets SIGTERM too: saving or talking to other ranks from a handler would hang. Imported first by the
@@ -9,10 +9,36 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+INSISTING = (signal.SIGTERM, signal.SIGINT)  # what a person sends again; job scripts repeat SIGUSR1
 _received = 0
+_wakeup: int | None = None  # the end of a pipe into which Python writes each signal's number
+
+
+class Insistence:
+    """Whether a stop request was repeated after `patience` seconds in which nothing moved.
+
+    Ctrl-C in a terminal reaches a rank twice, from the terminal and from its launcher: in the same moment, which does
+    not count. Looked at by a thread, since the main one may be inside a library that lets no handler run.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.first: float | None = None
+
+    def look(self, moved: float) -> int:
+        """The number of the signal that insists, or 0. `moved` is when training last moved (time.monotonic)."""
+        now = time.monotonic()
+        for number in _new_signals():
+            if number not in INSISTING:
+                continue
+            if self.first is not None and now - max(self.first, moved) > self.patience:
+                return number
+            self.first = self.first or now
+        return 0
 
 
 def _remember(number: int, _frame: FrameType | None) -> None:
@@ -21,12 +47,18 @@ def _remember(number: int, _frame: FrameType | None) -> None:
 
 
 def catch() -> None:
-    """From now on the three signals are remembered instead of ending the process.
+    """From now on these signals are remembered instead of ending the process; SIGHUP unless `nohup` ignores it.
 
     The death of a launcher counts as SIGTERM: one that was killed could not pass it on, and left its ranks training.
     """
+    global _wakeup
+    _wakeup, write = os.pipe()
+    os.set_blocking(_wakeup, False)
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in SIGNALS:
-        signal.signal(number, _remember)
+        if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, _remember)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets it
         _when_parent_dies(signal.SIGTERM)
 
@@ -58,6 +90,21 @@ def requested() -> int:
 def name() -> str:
     """The last signal received by its name, e.g. SIGTERM, or ''."""
     return signal.Signals(_received).name if _received else ""
+
+
+def _new_signals() -> bytes:
+    """The numbers of the signals that have come since the last call."""
+    global _received
+    if _wakeup is None:
+        return b""
+    try:
+        numbers = os.read(_wakeup, 4096)
+    except BlockingIOError:
+        return b""
+    caught = [number for number in numbers if number in SIGNALS]
+    if caught:
+        _received = caught[-1]  # the main thread may not have run the handler
+    return bytes(caught)
 
 
 def _when_parent_dies(number: signal.Signals) -> None:

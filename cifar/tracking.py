@@ -1,10 +1,11 @@
 """What a person watches: TensorBoard, the pictures beside it, and the lines on the terminal. Rank 0 alone."""
 
+import io
 import json
+import os
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from cifar import figures
+from cifar.attempt import Attempt
 from cifar.checkpoint import Progress
 from cifar.data import order
 from cifar.data.cache import Data
@@ -23,20 +25,22 @@ from cifar.loop import Evaluation, Totals
 from cifar.recipes import Recipe
 from cifar.run import EpochMetrics, History
 
-LINE_EVERY = 30  # seconds between lines where the output is no terminal
+LINE_EVERY = 30  # seconds between lines where there is no progress bar
+NARROWEST = 20  # columns of a terminal
 
 
 class Tracker:
     """What a person watches of a run that goes on from `step`, and the record of its evaluations."""
 
     def __init__(
-        self, directory: Path, recipe: Recipe, data: Data, history: History, step: int, total_steps: int
+        self, attempt: Attempt, recipe: Recipe, data: Data, history: History, step: int, total_steps: int
     ) -> None:
-        self.directory, self.recipe, self.data, self.history = directory, recipe, data, history
+        self.attempt, self.recipe, self.data, self.history = attempt, recipe, data, history
         self.first_step, self.total_steps = step, total_steps
-        # What an earlier attempt logged beyond this step is purged, so that the curves have no zig-zag.
-        self.writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        # What an earlier attempt logged beyond this step is purged, so that the curves have no zig-zag. That includes
+        # one that still does so: its file comes before this one.
+        self.writer = SummaryWriter(str(attempt.run), purge_step=step + 1 if step else 0)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not _has_a_bar(sys.stderr))
         self.said = time.monotonic()
         self.counted: list[tuple[int, float]] = []  # images and seconds of each step of this attempt
         self.epoch_began = 0  # entries of `counted` before this epoch
@@ -49,10 +53,15 @@ class Tracker:
             return
         self.writer.add_text("recipe", f"```json\n{json.dumps(self.recipe.model_dump(), indent=1)}\n```")
         self.writer.add_text("network", f"```\n{table}\n```")
-        path = self.directory / "samples.png"
-        self._samples(training_images).savefig(path)
-        with Image.open(path) as drawn:
-            self.writer.add_image("samples", np.asarray(drawn.convert("RGB")), dataformats="HWC")
+        self.writer.add_image("samples", self._draw("samples.png", self._samples(training_images)), dataformats="HWC")
+
+    def _draw(self, name: str, figure: Figure) -> npt.NDArray[np.uint8]:
+        """Writes a picture into the run directory and returns its pixels, uint8 [height, width, 3]."""
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
+        self.attempt.replace(self.attempt.run / name, drawn.getvalue())
+        with Image.open(drawn) as image:
+            return np.asarray(image.convert("RGB"))
 
     def _samples(self, training_images: TrainingImages) -> Figure:
         first = order.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
@@ -113,7 +122,7 @@ class Tracker:
         for number, (name, row) in enumerate(zip(self.data.classes, confusion, strict=True)):
             self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), progress.step)
         self.writer.add_figure("confusion", figures.confusion(confusion, self.data.classes), progress.step)
-        figures.curves(self.history.epochs).savefig(self.directory / "curves.png")
+        self._draw("curves.png", figures.curves(self.history.epochs))
         self.writer.flush()
         self.say(
             f"epoch {epoch}/{self.recipe.epochs}  "
@@ -137,7 +146,7 @@ class Tracker:
         of_views = "" if views is None else f" ({views:.2%} with test-time augmentation)"
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s; "
-            f"see {self.directory}"
+            f"see {self.attempt.run}"
         )
 
     def say(self, text: str) -> None:
@@ -150,3 +159,8 @@ class Tracker:
         """Writes what is pending."""
         self.bar.close()
         self.writer.close()
+
+
+def _has_a_bar(stream: TextIO) -> bool:
+    """Whether it is a terminal with room for a progress bar: some say that they are 0 columns wide."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= NARROWEST

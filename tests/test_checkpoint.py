@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from cifar import checkpoint, models, optim
 from cifar.attempt import claim
-from cifar.checkpoint import BrokenCheckpointError, Progress
+from cifar.checkpoint import BrokenCheckpointError, Chosen, Progress
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
@@ -102,25 +104,25 @@ def test_a_missing_or_truncated_file_is_found(name: str, spoil: Callable[[Path],
 def test_the_newest_complete_checkpoint_is_chosen_and_broken_ones_are_named(saved: Saved) -> None:
     path, network, optimizer = saved
     newer = checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
-    assert checkpoint.choose(path.parent, "auto") == (newer, [])
+    assert checkpoint.choose(path.parent, "auto") == Chosen(newer, 10, None, [])
     (newer / "model.safetensors").write_bytes(b"")
     (path.parent / "step-0000012").mkdir()
-    chosen, broken = checkpoint.choose(path.parent, "auto")
-    assert chosen == path
-    assert "step-0000012" in broken[0]
-    assert "step-0000010/model.safetensors does not match its sha256" in broken[1]
+    chosen = checkpoint.choose(path.parent, "auto")
+    assert (chosen.path, chosen.step) == (path, 7)
+    assert "step-0000012" in chosen.passed_over[0]
+    assert "step-0000010/model.safetensors does not match its sha256" in chosen.passed_over[1]
     (path / "state.json").unlink()
     with pytest.raises(UserError, match="no complete checkpoint; choose a new --run"):
         checkpoint.choose(path.parent, "auto")
 
 
 def test_without_checkpoints_training_begins(tmp_path: Path) -> None:
-    assert checkpoint.choose(tmp_path / "checkpoints", "auto") == (None, [])
+    assert checkpoint.choose(tmp_path / "checkpoints", "auto") == Chosen(passed_over=[])
 
 
 def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path: Path) -> None:
     path, network, optimizer = saved
-    assert checkpoint.choose(tmp_path / "new", str(path)) == (path, [])
+    assert checkpoint.choose(tmp_path / "new", str(path)) == Chosen(path, 7, str(path))
     checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     with pytest.raises(UserError, match="holds a later checkpoint, step-0000010; give a new --run"):
         checkpoint.choose(path.parent, str(path))
@@ -130,6 +132,7 @@ def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path:
 
 
 def rewritten(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, object]) -> Path:
+    shutil.rmtree(path)
     return checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=7), {**FACTS, **facts})
 
 
@@ -175,6 +178,112 @@ def test_a_broken_checkpoint_that_is_newer_costs_no_good_one(tmp_path: Path) -> 
         path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
         assert checkpoint.newest(tmp_path / "checkpoints")[0] == path
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert checkpoint.verify(path)["progress"]["step"] == 3
+
+
+def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_by_the_same_command(saved: Saved, tmp_path: Path) -> None:
+    named, network, optimizer = saved
+    branch = tmp_path / "branch"
+    origin = checkpoint.choose(branch / "checkpoints", str(named)).origin
+    facts = {**FACTS, "resumed_from": origin}
+    own = checkpoint.save(claim(branch, 1), network, optimizer, Progress(step=9), facts)
+    for resume in (str(named), os.path.relpath(named), "auto"):
+        assert checkpoint.choose(branch / "checkpoints", resume) == Chosen(own, 9, str(named), [])
+    shutil.rmtree(named)
+    assert checkpoint.choose(branch / "checkpoints", str(named)).path == own
+    other = saved[0].with_name("step-0000008")
+    with pytest.raises(UserError, match="No such file"):
+        checkpoint.choose(branch / "checkpoints", str(other))
+
+
+def test_a_checkpoint_is_taken_under_any_name(saved: Saved, tmp_path: Path) -> None:
+    copied = tmp_path / "my best one"
+    shutil.copytree(saved[0], copied)
+    assert checkpoint.choose(tmp_path / "new", str(copied)) == Chosen(copied, 7, str(copied))
+    shutil.copytree(saved[0], saved[0].with_name("step-0000099"))
+    assert checkpoint.choose(saved[0].parent, "auto").step == 7
+    shutil.copytree(saved[0], saved[0].with_name("step-0000099 (copy)"))
+    assert checkpoint.choose(saved[0].parent, "auto").step == 7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weight", "moment", "buffer"])
+def test_what_is_not_finite_is_not_saved(part: str, value: float, saved: Saved) -> None:
+    path, network, optimizer = saved
+    parameter = next(network.parameters())
+    tensor = {
+        "weight": parameter.data, "moment": optimizer.state[parameter]["exp_avg_sq"], "buffer": network[1].running_var,  # type: ignore[index]
+    }[part]  # fmt: skip
+    tensor[(-1,) * tensor.ndim] = value
+    with pytest.raises(UserError, match=rf"not finite after step 10; lower .* \(last good checkpoint: {path}\)"):
+        checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    assert checkpoint.found(path.parent) == [path]
+
+
+# ---- an attempt that another one has succeeded
+
+
+class Frozen:
+    """Stops at the n-th look at or change of the file system, while `meanwhile` happens."""
+
+    def __init__(self) -> None:
+        self.left, self.meanwhile = 0, lambda: None
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, _arguments: object) -> None:
+        if self.left and event.partition(".")[0] in ("open", "os", "shutil"):
+            self.left -= 1
+            if not self.left:
+                self.meanwhile()
+
+    def at(self, number: int, meanwhile: Callable[[], None]) -> None:
+        self.left, self.meanwhile = number, meanwhile
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Frozen:
+    return Frozen()
+
+
+@pytest.mark.parametrize("broken", [(), (2, 3), (3, 4)])
+def test_wherever_an_attempt_freezes_it_spoils_nothing_of_its_successor(
+    broken: tuple[int, ...], tmp_path: Path, frozen: Frozen
+) -> None:
+    """Both save step 4; it is tried at every operation of the first one's save."""
+    network, optimizer = trained(seed=0)
+    moment, finished = 0, False
+    while not finished:
+        moment += 1
+        run = tmp_path / str(moment)
+        for number in range(1, 4):
+            checkpoint.save(claim(run, 1), network, optimizer, Progress(step=number), FACTS)
+        for number in broken:
+            (run / "checkpoints" / f"step-{number:07d}").mkdir(exist_ok=True)
+            (run / "checkpoints" / f"step-{number:07d}" / "state.json").write_text("{}")
+        older = claim(run, 1)
+        seen: list[Path] = []
+
+        def succeed() -> None:
+            newer = claim(run, 1)  # noqa: B023
+            chosen = checkpoint.choose(run / "checkpoints", "auto")  # noqa: B023
+            assert chosen.path is not None
+            seen.append(chosen.path)  # noqa: B023
+            if chosen.step < 4:
+                seen.append(checkpoint.save(newer, network, optimizer, Progress(step=4), {**FACTS, "of": "newer"}))  # noqa: B023
+
+        frozen.at(moment, succeed)
+        try:
+            checkpoint.save(older, network, optimizer, Progress(step=4), FACTS)
+        except UserError as error:
+            assert "was taken over by attempt 5" in str(error)  # noqa: PT017
+        finished = frozen.left > 0
+        frozen.at(0, lambda: None)
+        if seen:
+            checkpoint.verify(seen[-1])
+        newest = checkpoint.newest(run / "checkpoints")[0]
+        assert newest == (seen[-1] if seen else run / "checkpoints/step-0000004" if 4 not in broken else newest)
+        assert not list((run / "checkpoints").glob(".*")), moment
+    assert moment > 20
 
 
 def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +296,7 @@ def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     monkeypatch.undo()
-    assert checkpoint.choose(path.parent, "auto") == (path, [])
+    assert checkpoint.choose(path.parent, "auto") == Chosen(path, 7, None, [])
     checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     assert len(list(path.parent.iterdir())) == 2  # nothing half-written is left
 
@@ -201,7 +310,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(disk: Disk) ->
     large = nn.Linear(100, 100)
     with pytest.raises(UserError, match=r"step-0000002: checkpoint not written \(No space left on device\); make room"):
         checkpoint.save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), FACTS)
-    assert checkpoint.choose(disk.path / "checkpoints", "auto") == (first, [])
+    assert checkpoint.choose(disk.path / "checkpoints", "auto") == Chosen(first, 1, None, [])
     assert [path.name for path in (disk.path / "checkpoints").iterdir()] == ["step-0000001"]
 
 
