@@ -183,6 +183,11 @@ class History:
         self.attempt.replace(self.attempt.run / "predictions.safetensors", save(tensors))
         self.exported = len(self.epochs)
 
+    def close(self) -> None:
+        """Closes the two files that grow."""
+        self._metrics.close()
+        self._log.close()
+
 
 def _line(metrics: EpochMetrics) -> str:
     return json.dumps(asdict(metrics)) + "\n"

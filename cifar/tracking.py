@@ -159,6 +159,7 @@ class Tracker:
         """Writes what is pending."""
         self.bar.close()
         self.writer.close()
+        self.history.close()
 
 
 def _has_a_bar(stream: TextIO) -> bool:
