@@ -176,7 +176,7 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The checkpoint's state, after every file's sum was found right.
+    """The checkpoint's state, after every file's sum was found right and every number finite.
 
     Raises BrokenCheckpointError where one is not, UserError for a format that a later version of this project wrote.
     """

@@ -52,4 +52,4 @@ class _Output:
 
 def outlive_readers() -> None:
     """From now on nothing fails because nobody reads stdout and stderr any more, e.g. after `| head`."""
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -188,7 +189,10 @@ class _Peers:
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+        try:
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+        except RuntimeError:
+            _say_and_exit(f"rank {self.rank} on {socket.gethostname()} does not reach {address}, port {port}", 1)
         # The launcher's store outlives a restart in place, and what the attempt before said must not count again.
         own = PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         own.set_timeout(timedelta(seconds=GRACE_SECONDS))

@@ -1,14 +1,20 @@
 """When one rank fails, all end, and with the same line: real processes through the real launcher."""
 
+import contextlib
+import fcntl
 import json
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +22,8 @@ from conftest import ROOT, command
 
 from cifar import checkpoint
 
+TWO = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+       "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 THREE = ("--multi_gpu", "--num_processes", "3", "--num_machines", "1", "--mixed_precision", "no",
          "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 HOST = os.uname().nodename
@@ -48,14 +56,15 @@ def project(tmp_path: Path, patch: str) -> Path:
 
 
 def started(
-    script: Path, shapes: Path, run: Path, launcher: tuple[str, ...], hang_seconds: int = 60
-) -> "subprocess.Popen[str]":
+    script: Path, shapes: Path, run: Path, launcher: tuple[str, ...], hang_seconds: int = 60,
+    more: tuple[object, ...] = (), env: dict[str, str] | None = None, **popen: Any,
+) -> "subprocess.Popen[str]":  # fmt: skip
     arguments = command(script, "--data", shapes, "--run", run, "--epochs", 60, "--peak-epoch", 1,
-                        "--global-batch-size", 12, "--checkpoint-every", 3, launcher=launcher)  # fmt: skip
+                        "--global-batch-size", 12, "--checkpoint-every", 3, *more, launcher=launcher)  # fmt: skip
+    popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True, **popen}
     return subprocess.Popen(
-        arguments, env={**os.environ, "CIFAR_HANG_SECONDS": str(hang_seconds)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        arguments, env={**os.environ, "CIFAR_HANG_SECONDS": str(hang_seconds), **(env or {})}, **popen
+    )
 
 
 @pytest.fixture
@@ -85,9 +94,12 @@ def ranks(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
     return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+def wait_for(path: Path, process: "subprocess.Popen[str]", read: int | None = None) -> None:
+    """Waits for a file, reading what the process writes to a terminal meanwhile."""
     deadline = time.monotonic() + 300
     while not path.exists():
+        while read is not None and select.select([read], [], [], 0)[0]:
+            os.read(read, 1 << 16)
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
@@ -291,6 +303,275 @@ def test_an_absurd_hang_limit_is_refused(
     assert lines(output) == [
         "train.py: error: CIFAR_HANG_SECONDS=0 is not a number of seconds; give a whole number of at least 1"
     ]
+
+
+# ---- a process alone, and stop requests that nothing hears
+
+SLEEPS_IN_STEP_5 = "def step(rank, number):\n    if number == 5: time.sleep(600)"
+
+
+def test_a_process_alone_that_hangs_is_ended_with_the_place(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    processes.append(started(project(tmp_path, SLEEPS_IN_STEP_5), shapes, run, (), hang_seconds=8))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 1
+    assert len(lines(output)) == 1, output
+    assert "this process is in train.py:" in lines(output)[0]
+    assert "(no step for 8 s)" in lines(output)[0]
+    assert status(run) == {"state": "failed", "step": 4, "reason": lines(output)[0].removeprefix("train.py: error: ")}
+
+
+def test_a_process_alone_whose_step_takes_long_is_left_alone(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "def step(rank, number):\n"
+        "    end = time.monotonic() + (12 if number == 5 else 0)\n"
+        "    while time.monotonic() < end: pass"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", (), hang_seconds=4))
+    wait_for(tmp_path / "run/checkpoints/step-0000006", processes[0])
+    processes[0].terminate()
+    assert processes[0].communicate(timeout=900)[0].count("stopped on request after step") == 1
+
+
+@pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two processes"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+def test_a_request_that_is_repeated_ends_what_no_longer_moves(
+    number: signal.Signals, launcher: tuple[str, ...],
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"],
+) -> None:  # fmt: skip
+    # The main thread is inside C code, where no handler of Python's runs.
+    patch = (
+        "import ctypes\n"
+        "def step(rank, number):\n"
+        "    if number == 5:\n"
+        "        open(os.environ['STUCK'], 'w').close()\n"
+        "        ctypes.CDLL(None).pthread_cond_wait((ctypes.c_char * 64)(), (ctypes.c_char * 64)())"
+    )
+    run, stuck = tmp_path / "run", tmp_path / "stuck"
+    processes.append(started(project(tmp_path, patch), shapes, run, launcher, 600, env={"STUCK": str(stuck)}))
+    wait_for(stuck, processes[0])
+    victims = ranks(processes[0]) if launcher else [psutil.Process(processes[0].pid)]
+    for victim in victims:
+        victim.send_signal(number)
+    for victim in victims:  # at once: as Ctrl-C comes from the terminal and from the launcher
+        victim.send_signal(number)
+    time.sleep(12)
+    assert [victim.is_running() for victim in victims] == [True] * len(victims)
+    for victim in victims:
+        victim.send_signal(number)
+    output = processes[0].communicate(timeout=900)[0]
+    words = f"train.py: error: {number.name} again, and nothing has moved for "
+    assert lines(output), output
+    assert all(line.startswith(words) for line in lines(output)), output
+    assert "the same command goes on from the last checkpoint" in lines(output)[0]
+    assert status(run)["state"] == "preempted"
+    assert checkpoint.newest(run / "checkpoints")[0] == run / "checkpoints/step-0000003"
+
+
+@pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two processes"])
+def test_one_request_ends_what_waits_before_the_first_step(
+    launcher: tuple[str, ...], shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "from cifar.data import cache\nreal = cache.open_data\n"
+        "def open_data(data):\n"
+        "    if os.environ.get('RANK', '0') == '0': open(os.environ['STUCK'], 'w').close(); time.sleep(600)\n"
+        "    return real(data)\n"
+        "cache.open_data = open_data"
+    )
+    stuck = tmp_path / "stuck"
+    processes.append(
+        started(project(tmp_path, patch), shapes, tmp_path / "run", launcher, 600, env={"STUCK": str(stuck)})
+    )
+    wait_for(stuck, processes[0])
+    victim = ranks(processes[0])[0] if launcher else psutil.Process(processes[0].pid)
+    victim.send_signal(signal.SIGTERM)
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 0, output
+    assert output.count("train.py: stopped on request before the first step") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_were_all_suspended_go_on(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    # As `scontrol suspend` does, and a laptop that sleeps.
+    run = tmp_path / "run"
+    processes.append(started(ROOT / "train.py", shapes, run, TWO, hang_seconds=8))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    whole = [psutil.Process(processes[0].pid), *psutil.Process(processes[0].pid).children(recursive=True)]
+    for process in whole:
+        process.suspend()
+    newest = checkpoint.found(run / "checkpoints")[0]
+    time.sleep(15)
+    for process in whole:
+        process.resume()
+    wait_for(run / "checkpoints" / f"step-{checkpoint.step_of(newest) + 6:07d}", processes[0])
+    processes[0].terminate()
+    assert "stopped on request after step" in processes[0].communicate(timeout=900)[0]
+
+
+# ---- the terminal and what else may go away
+
+
+def test_a_terminal_that_is_closed_is_a_stop_request(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    mine, theirs = os.openpty()
+    process = started(
+        ROOT / "train.py", shapes, run, (), stdin=theirs, stdout=theirs, stderr=theirs,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    processes.append(process)
+    os.close(theirs)
+    wait_for(run / "checkpoints/step-0000003", process, read=mine)
+    os.close(mine)
+    assert process.wait(timeout=900) == 0
+    assert status(run)["state"] == "preempted"
+    assert status(run)["reason"] == "SIGHUP asked to stop"
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert checkpoint.step_of(newest) == status(run)["step"]
+
+
+def test_nohup_is_respected(shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]) -> None:
+    run = tmp_path / "run"
+    processes.append(
+        started(ROOT / "train.py", shapes, run, (), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    )
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    newest = checkpoint.found(run / "checkpoints")[0]
+    processes[0].send_signal(signal.SIGHUP)
+    wait_for(run / "checkpoints" / f"step-{checkpoint.step_of(newest) + 6:07d}", processes[0])
+    assert status(run)["state"] == "running"
+    processes[0].terminate()
+    processes[0].communicate(timeout=900)
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_output_that_cannot_be_written_does_not_end_training(
+    output: str, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    if output == "full disk":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, descriptor = os.pipe()
+        os.close(read)
+    more = ("--epochs", 2)
+    processes.append(started(ROOT / "train.py", shapes, run, (), more=more, stdout=descriptor, stderr=subprocess.PIPE))
+    os.close(descriptor)
+    assert processes[0].communicate(timeout=900)[1] == ""
+    assert processes[0].returncode == 0
+    assert status(run)["state"] == "finished"
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_terminal_shows_a_bar_or_lines(
+    columns: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    mine, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    patch = "from cifar import tracking\ntracking.LINE_EVERY = 0"
+    process = started(
+        project(tmp_path, patch), shapes, tmp_path / "run", (), more=("--epochs", 2), stdout=theirs, stderr=theirs
+    )
+    processes.append(process)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other end was closed
+        while read := os.read(mine, 1 << 16):
+            shown += read
+    os.close(mine)
+    assert process.wait(timeout=900) == 0, shown
+    assert (b"step 10/" in shown) == (columns == 0)
+    assert (b"\r" in shown.replace(b"\r\n", b"\n")) == (columns > 0)
+
+
+# ---- restarts in place
+
+RESTARTING = (*TWO, "--max_restarts", "3")
+
+
+def attempts(run: Path) -> int:
+    return len(list((run / "attempts").glob("*.json")))
+
+
+def test_a_run_that_is_started_twice_belongs_to_the_later_one_and_the_earlier_one_ends(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    slow = project(tmp_path, "def step(rank, number): time.sleep(0.2)")
+    processes.append(started(slow, shapes, run, RESTARTING))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    processes.append(started(slow, shapes, run, RESTARTING))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode != 0
+    assert len(lines(output)) == 1, output
+    assert "was taken over by attempt 2" in lines(output)[0]
+    newest = checkpoint.found(run / "checkpoints")[0]
+    wait_for(run / "checkpoints" / f"step-{checkpoint.step_of(newest) + 6:07d}", processes[1])
+    assert attempts(run) == 2
+    processes[1].terminate()
+    processes[1].communicate(timeout=900)
+    assert status(run)["state"] == "preempted"
+
+
+def test_a_users_error_is_not_tried_again_in_place(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    patch = (
+        "import torch\n"
+        "def poison(*arguments):\n"
+        "    totals = real_accumulate(*arguments)\n"
+        "    return totals._replace(loss=float('nan')) if count == 5 else totals\n"
+        "real_accumulate, loop.accumulate_gradients = loop.accumulate_gradients, poison"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, run, RESTARTING))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode != 0
+    assert len(lines(output)) == 1, output
+    assert "loss nan in step 5" in lines(output)[0]
+    assert attempts(run) == 1
+    assert status(run)["state"] == "failed"
+
+
+def test_a_wrong_flag_is_not_tried_again_in_place(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", RESTARTING, more=("--epochs", "many")))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode != 0
+    assert len(lines(output)) == 1, output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_started_again_in_place(
+    rank: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    processes.append(started(ROOT / "train.py", shapes, run, RESTARTING))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    ranks(processes[0])[rank].kill()
+    deadline = time.monotonic() + 300
+    while not list((run / "attempts").glob("*.json")) or status(run)["state"] != "failed":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert f"rank {rank} on {HOST}: no answer, so killed" in str(status(run)["reason"])  # also of rank 0
+    begun = attempts(run)
+    while status(run)["state"] != "running" or attempts(run) == begun:
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes[0].terminate()
+    output = processes[0].communicate(timeout=900)[0]
+    assert "going on from" in output
 
 
 # ---- before training

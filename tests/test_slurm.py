@@ -367,7 +367,7 @@ def test_a_network_cable_is_pulled(struck: Struck) -> None:
     finally:
         job.cluster.plug(node)
     said = struck.goes_on(said_before)
-    assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no step for {HANG} s)" in said
+    assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no heartbeat for 5 s)" in said
     assert resumed_at(said) >= newest
 
 
@@ -388,7 +388,7 @@ def test_a_rank_freezes(struck: Struck) -> None:
     node = job.nodes()[1]
     job.cluster.ranks(node)[0].suspend()
     said = struck.goes_on(said_before)
-    assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no step for {HANG} s)" in said
+    assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no heartbeat for 5 s)" in said
     assert resumed_at(said) >= newest
 
 
@@ -564,11 +564,12 @@ def test_one_element_of_an_array_is_requeued_alone(
 def test_a_run_submitted_twice_is_written_by_the_later_job_alone(
     submit: Submit, undisturbed: Callable[..., Path], slowly: Path
 ) -> None:
-    reference = undisturbed("--nodes=1")
+    # Two ranks on one node, where torch's launcher starts them again if they fail.
+    reference, flags = undisturbed(), ("--nodes=1", "--ntasks-per-node=2", "--exclusive")
     slowly.touch()
-    first = submit("--nodes=1", "--exclusive")
+    first = submit(*flags)
     first.wait_step(EVERY)
-    second = submit("--nodes=1", "--exclusive")
+    second = submit(*flags)
     first.wait_state("FAILED")
     slowly.unlink()
     second.wait_state("COMPLETED")
@@ -734,12 +735,80 @@ def test_a_script_outside_a_job_or_its_directory_says_so(name: str, cluster: Clu
     assert f"error: no {name}.py in {tmp_path}; submit from the directory that holds it" in log.read_text()
 
 
-def test_more_ranks_than_the_batch_allows_end_without_a_requeue(submit: Submit) -> None:
+def test_more_ranks_than_the_batch_allows_end_without_a_requeue(submit: Submit, project: Path) -> None:
     job = submit("--nodes=3")
     job.wait_state("FAILED")
     line = "train.py: error: --global-batch-size 8 does not divide into 3 process(es) x 1 accumulation step(s)"
     assert job.text().count(line) == 1
-    assert "failed without having made a step since it began; see above. Not requeued" in job.text()
+    assert "train.sbatch: error: the same command would fail again; see above. Not requeued" in job.text()
+    assert not job.run.exists()
+    assert not list(project.glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_at_once(
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, tmp_path: Path
+) -> None:
+    # On one node with two ranks, where torch's launcher would start them again.
+    patch = (
+        "from cifar import loop\n"
+        "real, count = loop.accumulate_gradients, 0\n"
+        "def poisoned(*arguments):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    totals = real(*arguments)\n"
+        "    return totals._replace(loss=float('nan')) if count == 8 else totals\n"
+        "loop.accumulate_gradients = poisoned\n"
+    )
+    job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=1", "--ntasks-per-node=2")
+    job.wait_state("FAILED")
+    assert job.text().count("train.py: error: loss nan in step 8") == 1
+    assert "train.sbatch: error: the same command would fail again; see above. Not requeued" in job.text()
+    assert job.attempts() == 1
+    assert job.status()["state"] == "failed"
+
+
+def test_starts_that_end_without_a_step_are_tried_again_later_and_later(
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference = undisturbed("--nodes=1")
+    patch = (
+        "import os, time\nfrom pathlib import Path\nfrom cifar.data import cache\n"
+        "real = cache.open_data\n"
+        "def open_data(data):\n"
+        f"    if not Path({str(tmp_path / 'healed')!r}).exists(): raise RuntimeError('the disk is away')\n"
+        "    return real(data)\n"
+        "cache.open_data = open_data\n"
+    )
+    job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=1")
+    for failures, minutes in ((1, 0), (2, 2), (3, 8)):
+        said = f"ended without a step, {failures} time(s) in a row; to be tried again in {minutes} minute(s)"
+        cluster.wait(lambda said=said: said in job.text(), f"failure {failures}: {job.text()}")  # type: ignore[misc]
+        if minutes:
+            cluster.wait(lambda: cluster.state(job.number) == "PENDING", "the job to wait")
+            cluster.wait(lambda: cluster.field(job.number, "Reason") == "BeginTime", "it to wait for its time")
+            starts = time.mktime(time.strptime(cluster.field(job.number, "StartTime"), "%Y-%m-%dT%H:%M:%S"))
+            assert 60 * (minutes - 1) < starts - time.time() <= 60 * minutes
+            cluster.wait(lambda: cluster.field(job.number, "EndTime") != "", "its last attempt to end")
+            if minutes == 8:
+                (tmp_path / "healed").touch()
+            cluster.call("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    job.wait_state("COMPLETED")
+    assert_nothing_happened(job, reference, attempts=1)
+    assert [path.name for path in (job.run / "attempts").iterdir()] == ["0001.json"]
+
+
+def test_starts_that_never_make_a_step_end_in_giving_up(
+    cluster: Cluster, submit: Submit, project: Path, many_shapes: Path, tmp_path: Path
+) -> None:
+    broken = patched(project, tmp_path, "raise RuntimeError('broken')")
+    script = broken / "slurm" / "train.sbatch"
+    assert "retry_minutes=(0 2 8)" in script.read_text()
+    script.write_text(script.read_text().replace("retry_minutes=(0 2 8)", "retry_minutes=(0 0 0)"))
+    job = start(cluster, broken, many_shapes, tmp_path, "--nodes=1")
+    job.wait_state("FAILED")
+    assert job.text().count("RuntimeError: broken") >= 4
+    assert "train.sbatch: error: 4 starts in a row ended without a step; see above. Not requeued" in job.text()
+    assert not list((job.run / "attempts").iterdir())
 
 
 def test_nodes_that_see_different_directories_are_refused(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:

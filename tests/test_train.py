@@ -12,7 +12,6 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -24,7 +23,7 @@ from cifar import checkpoint, launch, models, run
 from cifar.data.augment import normalize
 from cifar.data.cache import open_data
 from cifar.errors import UserError
-from cifar.recipes import Recipe, parse_command_line
+from cifar.recipes import Options, Recipe, parse_command_line
 
 STEPS = 12  # 3 epochs of 64 images in batches of 16
 # bf16 where the processor has it. Elsewhere torch emulates it, many times slower: there one variant is enough.
@@ -66,7 +65,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith("events.out.tfevents")}
     assert names == {
         "recipe.json", "checkpoints", "model.safetensors", "config.json", "metrics.jsonl", "predictions.safetensors",
-        "status.json", "result.json", "samples.png", "curves.png", "attempts", "output.txt",
+        "predictions.log", "status.json", "result.json", "samples.png", "curves.png", "attempts", "output.txt",
     }  # fmt: skip
     assert json.loads((finished / "status.json").read_text()) == {"state": "finished", "step": STEPS, "reason": ""}
     result = json.loads((finished / "result.json").read_text())
@@ -77,6 +76,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     assert (result["steps"], result["epochs"], result["world_size"], result["precision"]) == (STEPS, 3, 1, PRECISION)
     written = json.loads((finished / "recipe.json").read_text())
     assert Recipe(**written["recipe"]).epochs == 3
+    assert written["name"] == "resnet"
     assert {"argv", "versions", "git_revision", "data_fingerprint"} <= set(written)
     assert [path.name for path in checkpoint.found(finished / "checkpoints")] == [
         "step-0000012", "step-0000009", "step-0000008",
@@ -342,9 +342,13 @@ def test_a_precision_that_this_machine_lacks_is_refused(shapes: Path, train: Tra
     assert "precision fp16 needs a GPU, and there is none" in done.stderr
 
 
+def options(directory: Path) -> Options:
+    return parse_command_line(["--run", str(directory)])[1]
+
+
 def check(directory: Path, *flags: str) -> None:
-    recipe, options = parse_command_line(["--run", str(directory), *flags])
-    run.check(options.run, recipe, options.resume)
+    recipe, given = parse_command_line(["--run", str(directory), *flags])
+    run.check(given.run, recipe, given.resume)
 
 
 def test_a_run_directory_of_another_kind_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -365,10 +369,10 @@ def test_a_run_directory_of_another_kind_is_refused(finished: Path, tmp_path: Pa
 def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path) -> None:
     recipe = Recipe(**json.loads((finished / "recipe.json").read_text())["recipe"])
     with pytest.raises(UserError, match="holds a run on other images than --data"):
-        run.start(finished, recipe, "another fingerprint", 1)
+        run.start(options(finished), recipe, "another fingerprint", 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run directory .*: Not a directory; choose another --run"):
-        run.start(tmp_path / "file" / "run", recipe, "fingerprint", 1)
+        run.start(options(tmp_path / "file" / "run"), recipe, "fingerprint", 1)
 
 
 def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, disk: Disk) -> None:
@@ -378,7 +382,7 @@ def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, disk: D
     disk.remount("ro")
     for name, words in (("new", "Read-only file system"), ("run", "not writable")):
         with pytest.raises(UserError, match=f"run directory .*/{name}: {words}; choose another --run"):
-            run.start(disk.path / name, Recipe(**recipe["recipe"]), recipe["data_fingerprint"], 1)
+            run.start(options(disk.path / name), Recipe(**recipe["recipe"]), recipe["data_fingerprint"], 1)
 
 
 def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(
@@ -405,10 +409,10 @@ def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint
     (directory / "status.json").unlink()
     for name in ("step-0000012", "step-0000009"):
         shutil.rmtree(directory / "checkpoints" / name)
-    # A checkpoint in order, but for one weight that is not a number.
+    # A checkpoint in order, but for one weight of which the losses' sum is infinite.
     path = directory / "checkpoints/step-0000008"
     weights = safetensors.torch.load_file(path / "model.safetensors")
-    weights["linear.bias"][0] = np.nan
+    weights["linear.bias"][0] = 3e38
     content = safetensors.torch.save(weights)
     (path / "model.safetensors").write_bytes(content)
     state = json.loads((path / "state.json").read_text())
@@ -419,10 +423,10 @@ def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint
 
     done = train(*arguments(shapes, directory), env=environment())
     assert done.returncode == 2
-    assert "error: loss nan in step 9 at learning rate 0.005; lower --peak-learning-rate" in done.stderr
+    assert "error: loss inf in step 9 at learning rate 0.005; lower --peak-learning-rate" in done.stderr
     assert "last good checkpoint: " in done.stderr
     assert str(path) in done.stderr
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 8)
-    assert "loss nan" in status["reason"]
+    assert "loss inf" in status["reason"]
     assert checkpoint.found(directory / "checkpoints") == [path]

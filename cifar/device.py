@@ -1,0 +1,58 @@
+"""The device that a process trains on: decided here alone, from what was asked for, and never silently another one.
+
+What asks for CPUs: CIFAR_DEVICE=cpu, `accelerate launch --cpu` or `use_cpu: true` for one process, and hidden GPUs
+(CUDA_VISIBLE_DEVICES=-1, which `gpu_ids: "-1,-1"` in a configuration file sets). What asks for GPUs: CIFAR_DEVICE=cuda,
+which slurm/train.sbatch sets for jobs that have some. Otherwise a process takes the GPU that there is, and launch.py
+compares the ranks' choices.
+"""
+
+import os
+import socket
+from typing import Literal, NamedTuple
+
+from cifar.errors import UserError
+
+VARIABLE = "CIFAR_DEVICE"
+
+
+class Device(NamedTuple):
+    """What kind of device it is, and over what its processes talk."""
+
+    kind: Literal["cpu", "cuda"]
+
+    @property
+    def backend(self) -> Literal["gloo", "nccl"]:
+        """torch.distributed's."""
+        return "gloo" if self.kind == "cpu" else "nccl"
+
+
+def decide(processes: int) -> Device:
+    """The device of this machine's `processes`.
+
+    Raises UserError, naming the machine, where it lacks what was asked for or has an accelerator of another kind.
+    """
+    import torch  # not for --help
+
+    asked, host = os.environ.get(VARIABLE, ""), socket.gethostname()
+    if asked not in ("", "cpu", "cuda"):
+        raise UserError(f"{VARIABLE}={asked} is unknown; set cpu or cuda, or leave it unset")
+    if asked == "cpu" or (not asked and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")):
+        return Device("cpu")
+    if torch.cuda.is_available():
+        if torch.version.hip and not asked:
+            raise UserError(f"{host} has an AMD GPU, on which this was never run; set {VARIABLE}=cuda to try, or cpu")
+        count = torch.cuda.device_count()
+        if count < processes:
+            raise UserError(
+                f"{host} has {count} GPU(s) for {processes} processes; set --num_processes {count} for this machine"
+            )
+        return Device("cuda")
+    if asked == "cuda":
+        raise UserError(
+            f"{host} has no GPU that torch {torch.__version__} can use, and {VARIABLE}=cuda asks for one; "
+            "look at nvidia-smi there, exclude that node, or set CIFAR_DEVICE=cpu"
+        )
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None:
+        raise UserError(f"{host} has an accelerator of type {other.type}, which is not supported; set {VARIABLE}=cpu")
+    return Device("cpu")
