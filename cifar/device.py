@@ -8,6 +8,7 @@ compares the ranks' choices.
 
 import os
 import socket
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from cifar.errors import UserError
@@ -56,3 +57,13 @@ def decide(processes: int) -> Device:
     if other is not None:
         raise UserError(f"{host} has an accelerator of type {other.type}, which is not supported; set {VARIABLE}=cpu")
     return Device("cpu")
+
+
+def compare(kinds: Mapping[str, str]) -> None:
+    """Raises UserError, naming them, where some of the machines (by name) train on GPUs and others on CPUs."""
+    without = sorted({machine for machine, kind in kinds.items() if kind == "cpu"})
+    if without and len(without) < len(set(kinds)):
+        raise UserError(
+            f"{', '.join(without)} has no GPU that torch can use, and the other machines have; look at nvidia-smi "
+            f"there and exclude it, or set {VARIABLE}=cpu for all"
+        )

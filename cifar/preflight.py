@@ -9,10 +9,12 @@ not answer is named within a minute, where training itself would wait for it for
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
+from cifar import device
 from cifar.errors import Parser, UserError
 
 SECONDS = 60  # for all nodes to begin, and again for the all-reduce
@@ -20,24 +22,20 @@ SECONDS = 60  # for all nodes to begin, and again for the all-reduce
 
 def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, seconds: int) -> None:
     """Returns when the nodes have added up their numbers. Raises UserError, naming the nodes that did not answer."""
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an all-reduce that takes too long raises, as it does with gloo
     import torch
     from torch import distributed
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     limit = timedelta(seconds=seconds)
-    has_accelerator = torch.accelerator.is_available()
-    if has_accelerator and torch.accelerator.device_count() < processes_per_node:
-        seen = torch.accelerator.device_count()
-        raise UserError(f"{nodes[rank]} has {seen} device(s) for {processes_per_node} processes; exclude that node")
+    decided = device.decide(processes_per_node)
     try:
         store = TCPStore(nodes[0], port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
     except RuntimeError as refused:
         reason = str(refused).splitlines()[0].partition(". ")[0]
         raise UserError(f"{nodes[rank]} does not reach {nodes[0]}, port {port}: {reason}; check the network") from None
 
-    def meet(stage: str) -> None:
-        store.set(f"{stage}/{rank}", "")
+    def meet(stage: str, word: str = "") -> None:
+        store.set(f"{stage}/{rank}", word)
         deadline = time.monotonic() + seconds
         while silent := [node for r, node in enumerate(nodes) if not store.check([f"{stage}/{r}"])]:
             if time.monotonic() > deadline:
@@ -46,20 +44,27 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
                 raise UserError(f"no answer from {', '.join(silent)} within {seconds} s; check or exclude it")
             time.sleep(0.1)
 
-    meet("began")
-    error = ""
-    try:
-        distributed.init_process_group(
-            "nccl" if has_accelerator else "gloo",
-            store=PrefixStore("group", store), rank=rank, world_size=len(nodes), timeout=limit,
-        )  # fmt: skip
-        device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
-        total = torch.ones(1, device=device)
-        distributed.all_reduce(total)
-        if total.item() != len(nodes):
-            error = f"{total.item():g} instead of {len(nodes)}"
-    except RuntimeError as failed:
-        error = str(failed).splitlines()[0].partition(". ")[0]
+    meet("began", decided.kind)
+    kinds = [store.get(f"began/{r}").decode() for r in range(len(nodes))]
+    device.compare(dict(zip(nodes, kinds, strict=True)))
+    error = "they have not done so in time"
+
+    def add_up() -> None:
+        nonlocal error
+        try:
+            distributed.init_process_group(
+                decided.backend, store=PrefixStore("group", store), rank=rank, world_size=len(nodes), timeout=limit
+            )
+            total = torch.ones(1, device=decided.kind)
+            distributed.all_reduce(total)
+            error = "" if total.item() == len(nodes) else f"{total.item():g} instead of {len(nodes)}"
+        except RuntimeError as failed:
+            error = str(failed).splitlines()[0].partition(". ")[0]
+
+    # In a thread: NCCL may wait for ever for a communicator that one node cannot make.
+    adding = threading.Thread(target=add_up, daemon=True)
+    adding.start()
+    adding.join(seconds)
     meet("added up")  # or tried to: a frozen node is named here, and the others have only waited for it
     if error:
         raise UserError(
@@ -93,8 +98,8 @@ def main() -> None:
         asked = parse_command_line()
         check(asked.nodes, rank, asked.port, asked.processes_per_node, asked.seconds)
     except UserError as error:
-        print(f"preflight: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"preflight: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # a thread that NCCL holds would not let Python end
     if rank == 0:
         print(f"preflight: {len(asked.nodes)} nodes answer: {', '.join(asked.nodes)}")
 

@@ -693,6 +693,7 @@ def test_a_finished_run_is_not_trained_again(submit: Submit, undisturbed: Callab
         ("CIFAR_MAX_REQUEUES", "many", "CIFAR_MAX_REQUEUES=many is not a number; set 0 or more"),
         ("CIFAR_MAX_RESTARTS", "-1", "CIFAR_MAX_RESTARTS=-1 is not a number; set 0 or more"),
         ("CIFAR_HANG_SECONDS", "0", "CIFAR_HANG_SECONDS=0 is not a number of seconds"),
+        ("CIFAR_DEVICE", "tpu", "CIFAR_DEVICE=tpu is unknown; set cpu or cuda, or leave it unset"),
         ("CIFAR_PREFLIGHT_SECONDS", "soon", "CIFAR_PREFLIGHT_SECONDS=soon is not a number of seconds"),
     ],
 )
@@ -809,6 +810,22 @@ def test_starts_that_never_make_a_step_end_in_giving_up(
     assert job.text().count("RuntimeError: broken") >= 4
     assert "train.sbatch: error: 4 starts in a row ended without a step; see above. Not requeued" in job.text()
     assert not list((job.run / "attempts").iterdir())
+
+
+@pytest.mark.parametrize("seconds", ["0", "60"], ids=["by train.py", "before training"])
+def test_a_node_whose_gpus_do_not_answer_is_named(
+    seconds: str, submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cluster.environment, "CIFAR_DEVICE", "cuda")  # as for a job that has been given some
+    monkeypatch.setitem(cluster.environment, "CIFAR_PREFLIGHT_SECONDS", seconds)
+    job = submit("--nodes=2", "--nodelist=node[1-2]")
+    if seconds == "60":
+        job.cluster.wait(lambda: "ended without a step" in job.text(), "the first start to end")
+    else:
+        job.wait_state("FAILED")
+    words = r"node[12] has no GPU that torch \S+ can use, and CIFAR_DEVICE=cuda asks for one; look at nvidia-smi there"
+    assert re.search(words, job.text()), job.text()
+    assert not (job.run / "checkpoints").exists()
 
 
 def test_nodes_that_see_different_directories_are_refused(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
