@@ -307,6 +307,18 @@ def introduce(hosts: list[str]) -> None:
         _watch.peers.hosts = hosts
 
 
+def exchange(what: str, value: str) -> list[str]:
+    """What each rank says about something before the ranks have met. The watch ends a wait for one that never comes."""
+    peers = _watch.peers if _watch else None
+    if peers is None:
+        return [value]
+    peers.store.set(f"{what}/{peers.rank}", value)
+    keys = [f"{what}/{rank}" for rank in range(len(peers.hosts))]
+    while not all(peers.store.check([key]) for key in keys):
+        time.sleep(0.05)
+    return [_get(peers.store, key) for key in keys]
+
+
 def ready() -> None:
     """All ranks have come and opened their data: until the first step, the limit is that of a step's by default."""
     if _watch:

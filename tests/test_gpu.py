@@ -1,0 +1,314 @@
+"""What only a GPU can show, on one of them: every program as its own process, through the real launcher.
+
+    pytest -m gpu
+
+Needs torch, accelerate, numpy, safetensors, tensorboard, matplotlib, scikit-learn, grad-cam and Albumentations, and no
+network. REHEARSE_GPU_TESTS=1 runs the same tests on CPUs (float32 for float16), to find mistakes in the tests.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.numpy
+from conftest import GPU_ENVIRONMENT, REHEARSAL, ROOT, command
+
+from cifar import checkpoint
+
+pytestmark = pytest.mark.gpu
+
+PRECISIONS = ("no",) if REHEARSAL else ("no", "bf16", "fp16")
+HALF = PRECISIONS[-1]
+DIGITS = ("--recipe", "digits", "--epochs", 2, "--checkpoint-every", 5)
+STEPS = 45  # 2 epochs of 1,437 images in batches of 64
+HOST = os.uname().nodename
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**GPU_ENVIRONMENT, "CIFAR_DEVICE": "cpu" if REHEARSAL else "cuda", **more}
+
+
+def started(run: Path, *more: object, precision: str = PRECISIONS[0], **variables: str) -> "subprocess.Popen[str]":
+    """train.py as one process."""
+    arguments = command(ROOT / "train.py", *DIGITS, "--run", run, *more, launcher=("--mixed_precision", precision))
+    return subprocess.Popen(
+        arguments, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def result(run: Path) -> dict[str, object]:
+    return json.loads((run / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def status(run: Path) -> dict[str, object]:
+    path = run / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+
+
+def wait_for(condition: Callable[[], bool], *processes: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- one process
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A finished run of the digits in a precision, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(precision: str) -> Path:
+        if precision not in made:
+            folder = tmp_path_factory.mktemp(precision) / "run"
+            output = finished(started(folder, precision=precision))
+            assert ("CPU, 1 process" in output) == REHEARSAL
+            made[precision] = folder
+        return made[precision]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_learns_the_digits(precision: str, run_of: Callable[[str], Path]) -> None:
+    measured = result(run_of(precision))
+    assert (measured["steps"], measured["precision"], measured["world_size"]) == (STEPS, precision, 1)
+    assert float(str(measured["test_accuracy"])) > 0.9
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(started(whole, "--deterministic", precision=HALF))
+    process = started(killed, "--deterministic", precision=HALF)
+    wait_for((killed / "checkpoints/step-0000015").exists, process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.communicate()
+    assert "going on from" in finished(started(killed, "--deterministic", precision=HALF))
+    for name in ("model.safetensors", f"checkpoints/step-{STEPS:07d}/optimizer.safetensors", "predictions.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\nfrom cifar import device\nfrom cifar.data import augment, loading, order\n"
+        "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
+        "data = open_data('digits')\n"
+        "samples = order.batch(0, 3, len(data.train_labels), 64)\n"
+        "for name in augment.AUGMENTATIONS:\n"
+        "    here, there = (loading.ResidentImages(data, augment.find(name), 0, torch.device(kind))\n"
+        "                   .__getitems__(samples)[0].cpu() for kind in ('cpu', device.decide(1).kind))\n"
+        "    assert torch.equal(here, there), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], tmp_path: Path) -> None:
+    run = run_of("no")
+    for kind in ("cpu", "cuda"):
+        done = subprocess.run(
+            command(ROOT / "explain.py", "--run", run, "--output", tmp_path / kind, launcher=("--mixed_precision", "no")),
+            env=environment(CIFAR_DEVICE="cpu") if kind == "cpu" else environment(),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((tmp_path / kind / "result.json").read_text()) for kind in ("cuda", "cpu"))
+    # An image on the border between two classes may fall to either side.
+    assert abs(ours["mistakes"] - theirs["mistakes"]) <= 1
+    maps = """
+import sys, torch, numpy as np
+from pathlib import Path
+from cifar.data.cache import open_data
+from cifar.explain import layers, maps, runs
+run = runs.open_run(Path(sys.argv[1]))
+data = runs.as_trained(open_data('digits'), run)
+from cifar.data.augment import normalize
+images = normalize(torch.from_numpy(data.test_images[:8].copy()), data.mean, data.std)
+"""
+    assert maps
+
+
+# ---- two ranks on one GPU, over NCCL
+
+
+class Two:
+    """Two launchers of one rank each: NCCL takes them for two machines, and does not mind that they share a GPU."""
+
+    def __init__(self, run: Path, *more: object, precision: str, hang_seconds: int = 60, script: Path | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.run = run
+        self.launchers = [
+            subprocess.Popen(
+                command(
+                    script or ROOT / "train.py", *DIGITS, "--run", run, *more,
+                    launcher=("--config_file", str(ROOT / "accelerate_configs/multi_node.yaml"), "--num_processes", "2",
+                              "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+                              "--main_process_port", str(port), "--mixed_precision", precision),
+                ),
+                env=environment(NCCL_HOSTID=f"host{rank}", NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo",
+                                CIFAR_HANG_SECONDS=str(hang_seconds)),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+
+    def rank(self, number: int) -> psutil.Process:
+        """A rank's process."""
+        found = [p for p in psutil.Process(self.launchers[number].pid).children() if "RANK" in p.environ()]
+        return found[0]
+
+    def outputs(self) -> list[str]:
+        """What each launcher and its rank have said, once both have ended."""
+        return [launcher.communicate(timeout=600)[0] for launcher in self.launchers]
+
+    def end(self) -> None:
+        """Kills what is left."""
+        for launcher in self.launchers:
+            if launcher.poll() is None:
+                for child in psutil.Process(launcher.pid).children(recursive=True):
+                    child.kill()
+                launcher.kill()
+                launcher.communicate()
+
+
+@pytest.fixture
+def two() -> Iterator[Callable[..., Two]]:
+    made: list[Two] = []
+
+    def start(*arguments: object, **more: object) -> Two:
+        made.append(Two(*arguments, **more))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield start
+    for pair in made:
+        pair.end()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_ranks_learn_the_digits(precision: str, two: Callable[..., Two], tmp_path: Path) -> None:
+    pair = two(tmp_path / "run", precision=precision)
+    outputs = pair.outputs()
+    assert [launcher.returncode for launcher in pair.launchers] == [0, 0], outputs
+    measured = result(tmp_path / "run")
+    assert (measured["steps"], measured["precision"], measured["world_size"]) == (STEPS, precision, 2)
+    assert float(str(measured["test_accuracy"])) > 0.9
+
+
+def test_two_ranks_stop_together_and_go_on(two: Callable[..., Two], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pair = two(run, "--epochs", 40, precision=PRECISIONS[0])
+    wait_for((run / "checkpoints/step-0000005").exists, *pair.launchers)
+    pair.rank(1).send_signal(signal.SIGTERM)
+    outputs = pair.outputs()
+    assert status(run)["state"] == "preempted", outputs
+    newest, broken = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
+
+
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("train.py: error: ")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_rank_that_is_gone_ends_the_other_with_a_line_that_names_it(
+    number: signal.Signals, rank: int, two: Callable[..., Two], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pair = two(run, "--epochs", 400, precision=PRECISIONS[0])
+    wait_for((run / "checkpoints/step-0000005").exists, *pair.launchers)
+    victim = pair.rank(rank)
+    victim.send_signal(number)
+    survivor = pair.launchers[1 - rank]
+    output = survivor.communicate(timeout=300)[0]  # before its hang limit
+    assert survivor.returncode != 0
+    if victim.is_running():
+        victim.kill()
+    assert len(errors(output)) == 1, output
+    assert re.match(rf"train.py: error: rank {rank} on \S+: (no answer|its node does not answer)", errors(output)[0])
+    assert "ProcessGroupNCCL" not in output
+    wait_for(lambda: status(run)["state"] == "failed")
+    assert str(status(run)["reason"]) == errors(output)[0].removeprefix("train.py: error: ")
+
+
+def test_a_rank_that_raises_ends_both_with_its_line(two: Callable[..., Two], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
+        "from cifar import loop\nreal, count = loop.accumulate_gradients, 0\n"
+        "def raising(*arguments):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if os.environ['RANK'] == '1' and count == 7: raise ValueError('boom')\n"
+        "    return real(*arguments)\n"
+        "loop.accumulate_gradients = raising\n"
+        "import runpy\nrunpy.run_path(" + repr(str(ROOT / "train.py")) + ", run_name='__main__')\n"
+    )
+    pair = two(tmp_path / "run", precision=PRECISIONS[0], script=script)
+    outputs = pair.outputs()
+    assert [len(errors(output)) for output in outputs] == [1, 1], outputs
+    assert len({errors(output)[0] for output in outputs}) == 1
+    assert errors(outputs[0])[0] == f"train.py: error: rank 1 on {HOST}: ValueError: boom"
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+# ---- bad launches
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a rehearsal has no GPU to share")
+def test_two_processes_for_one_gpu_are_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(ROOT / "train.py", *DIGITS, "--run", tmp_path / "run",
+                launcher=("--config_file", str(ROOT / "accelerate_configs/multi_gpu.yaml"), "--num_processes", "2")),
+        env={**environment(), "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert [line for line in done.stderr.splitlines() if "error: " in line and "train.py" in line] == [
+        f"train.py: error: {HOST} has 1 GPU(s) for 2 processes; set --num_processes 1 for this machine"
+    ]
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a rehearsal has no GPU whose memory could be full")
+def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
+        "import torch\ntorch.cuda.set_per_process_memory_fraction(0.004)\n"
+        "import runpy\nrunpy.run_path(" + repr(str(ROOT / "train.py")) + ", run_name='__main__')\n"
+    )
+    done = subprocess.run(command(script, *DIGITS, "--run", tmp_path / "run", "--global-batch-size", 1024),
+                          env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "out of memory" in done.stderr.splitlines()[-1]
+    assert "--gradient-accumulation-steps" in done.stderr.splitlines()[-1]
+
+
+def test_predictions_and_weights_are_finite(run_of: Callable[[str], Path]) -> None:
+    for name in ("model.safetensors", "predictions.safetensors"):
+        for tensor in safetensors.numpy.load_file(run_of(HALF) / name).values():
+            assert np.isfinite(tensor.astype(np.float64)).all(), name
