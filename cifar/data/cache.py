@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar.data import sources
+from cifar.data.image_files import Split
 from cifar.errors import UserError
 
 FORMAT = 1
@@ -53,6 +54,8 @@ def open_data(data: str) -> Data:
     path = directory() / f"{source.key[:32]}-v{FORMAT}"
     if not (path / "meta.json").is_file():
         classes, splits = source.decode()
+        if sources.find(data).key != source.key:
+            raise UserError(f"--data {data} changed while it was being read; start again when it is complete")
         try:
             _write(path, classes, splits)
         except OSError as error:
@@ -76,7 +79,7 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar"
 
 
-def _write(path: Path, classes: list[str], splits: dict[str, sources.Split]) -> None:
+def _write(path: Path, classes: list[str], splits: dict[str, Split]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
