@@ -28,7 +28,7 @@ from PIL import Image
 
 from cifar import files
 from cifar.data import image_files
-from cifar.data.image_files import SPLITS, Split, raise_if_stopped
+from cifar.data.image_files import SPLITS, Listing, Split, raise_if_stopped
 from cifar.errors import UserError
 
 SIZE = image_files.SIZE
@@ -92,13 +92,14 @@ def _folder(path: Path) -> Source:
     if (path / OFFICIAL_FOLDER).is_dir():
         path = path / OFFICIAL_FOLDER
     if (path / "data_batch_1").exists():
-        return Source(_folder_key(path), lambda: decode_official(_official_folder_reader(path)))
-    return Source(_folder_key(path), lambda: image_files.decode_folder(path))
+        return Source(_key(image_files.list_folder(path)), lambda: decode_official(_official_folder_reader(path)))
+    listing = image_files.list_folder(path)
+    return Source(_key(listing), lambda: image_files.decode_folder(path, listing))
 
 
-def _folder_key(path: Path) -> str:
+def _key(listing: Listing) -> str:
     """Names, sizes and modification times: reading 50,000 files at every start would cost seconds to minutes."""
-    found = image_files.list_folder(path).files
+    found = listing.files
     digest = hashlib.sha256()
     for name in sorted(found, key=lambda name: name.split("/")):
         digest.update(f"{name}\0{found[name].size}\0{found[name].modified}\n".encode(errors="surrogateescape"))
