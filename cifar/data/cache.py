@@ -1,23 +1,39 @@
 """The decoded images of a source, once per machine: uint8 arrays on disk that every process maps.
 
-A cache directory appears whole or not at all (temporary name, rename), so that jobs may start side by side.
+A cache directory appears whole or not at all (temporary name, sync, rename), so that jobs may start side by side. Its
+sizes and checksums are compared before it is used: a disk may lose or change what a power cut or its own age reaches.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import time
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
+from cifar import files
 from cifar.data import sources
+from cifar.data.image_files import Split
 from cifar.errors import UserError
 
 FORMAT = 1
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+CONTENT = {*(f"{name}.npy" for name in ARRAYS), "files.json", "meta.json"}
+CHECKSUMS = "checksums.json"  # the name, size and crc32 of each of them
+OWN_FOLDER = "set XDG_CACHE_HOME to a folder of your own"
+
+_verified: set[tuple[object, ...]] = set()  # files whose content this process has compared
 
 
 @dataclass(frozen=True)
@@ -47,38 +63,126 @@ class Data:
 def open_data(data: str) -> Data:
     """Maps the images that `--data` names, decoding them first if this machine has not done so yet.
 
-    Raises UserError for whatever is wrong with the source, or where the cache cannot be written.
+    A cache that is broken, or of an earlier version, is made anew, which is printed.
+
+    Raises UserError for whatever is wrong with the source, or where the cache cannot be read or written.
     """
     source = sources.find(data)
     path = directory() / f"{source.key[:32]}-v{FORMAT}"
-    if not (path / "meta.json").is_file():
+    try:
+        fault = _fault(path)
+    except PermissionError as error:
+        mend = f"change its permissions, or {OWN_FOLDER}"
+        raise UserError(f"{error.filename}: the image cache may not be read; {mend}") from None
+    if fault is not None:
+        if fault:
+            print(f"image cache {path}: {fault}; it is made anew", flush=True)
         classes, splits = source.decode()
+        if sources.find(data).key != source.key:
+            raise UserError(f"--data {data} changed while it was being read; start again when it is complete")
         try:
             _write(path, classes, splits)
         except OSError as error:
-            raise UserError(f"{directory()}: the image cache cannot be written ({error.strerror}); "
-                            "make room there, or set XDG_CACHE_HOME") from None  # fmt: skip
+            mend = f"make room or change permissions there, or {OWN_FOLDER}"
+            wrong = f"the image cache cannot be written ({error.strerror or error})"
+            raise UserError(f"{path.parent}: {wrong}; {mend}") from None
     return open_cache(path)
 
 
 def open_cache(path: Path) -> Data:
-    """Maps the arrays of a cache directory."""
-    meta = json.loads((path / "meta.json").read_text())
+    """Maps the arrays of a cache directory that `open_data` has found in order."""
+    for pause in (0.1, 0.5):  # another process may be renaming it in this very moment
+        with suppress(FileNotFoundError):
+            return _map(path)
+        time.sleep(pause)
+    try:
+        return _map(path)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: the image cache was removed or damaged just now ({error}); start again") from None
+
+
+def _map(path: Path) -> Data:
+    meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
     # Copy on write, since torch takes no read-only array: what a process might write would stay its own.
-    arrays = {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in
-              ("train_images", "train_labels", "test_images", "test_labels")}  # fmt: skip
+    arrays = {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
     meta["mean"], meta["std"] = tuple(meta["mean"]), tuple(meta["std"])
     return Data(path=path, **meta, **arrays)
 
 
 def directory() -> Path:
-    """Where caches are kept, by the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar"
+    """Where caches are kept, by the XDG base directory specification.
+
+    In the temporary folder for a user without a home, as in containers that run with another user id.
+    """
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "cifar"
+    try:
+        return Path.home() / ".cache" / "cifar"
+    except RuntimeError:
+        return _own_temporary_folder()
 
 
-def _write(path: Path, classes: list[str], splits: dict[str, sources.Split]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+def _own_temporary_folder() -> Path:
+    try:
+        path = Path(tempfile.gettempdir()) / f"cifar-{os.getuid()}"
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise UserError(
+            f"no home folder, and no temporary folder to write to ({error.strerror}); {OWN_FOLDER}"
+        ) from None
+    # Anybody may have made a folder of this name, and could exchange the images in it.
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"{path}: the image cache can be written by others; {OWN_FOLDER}")
+    return path
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a cache: None if nothing, '' if there is none. Raises PermissionError.
+
+    Sizes are compared at each call, and content once, by the first process of each machine: 184 MB take 65 ms.
+    """
+    try:
+        sums = json.loads((path / CHECKSUMS).read_bytes())
+        if sums.keys() != CONTENT:
+            return f"{CHECKSUMS} is damaged"
+        for name, (size, checksum) in sums.items():
+            status = (path / name).stat()
+            if status.st_size != size:
+                return f"{name} has {status.st_size:,} bytes instead of {size:,}"
+            identity = (path, name, checksum, status.st_ino, status.st_mtime_ns)
+            if os.environ.get("LOCAL_RANK", "0") == "0" and identity not in _verified:
+                if _crc32(path / name) != checksum:
+                    return f"{name} is damaged"
+                _verified.add(identity)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.lexists(path):
+            return ""
+        name = Path(error.filename).name
+        return f"{name} is missing{' (earlier versions wrote none)' if name == CHECKSUMS else ''}"
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, AttributeError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+    return None
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb", buffering=0) as file:
+        for block in sources.blocks(file, f"reading {path}"):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _write(path: Path, classes: list[str], splits: dict[str, Split]) -> None:
+    """Raises OSError."""
+    _make_directory(path.parent)
+    sources.remove_abandoned(path.parent, ".*")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # made as any folder is: for whom the umask allows
+    temporary.mkdir()
     try:
         fingerprint = hashlib.sha256(json.dumps(classes).encode())
         for split, (images, labels, _) in splits.items():
@@ -89,13 +193,38 @@ def _write(path: Path, classes: list[str], splits: dict[str, sources.Split]) -> 
         (temporary / "files.json").write_text(json.dumps({split: splits[split].files for split in splits}))
         meta = {"classes": classes, "mean": mean, "std": std, "fingerprint": fingerprint.hexdigest()}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not (path / "meta.json").is_file():  # else another job was faster, with the same bytes
-                raise
+        sums = {name: ((temporary / name).stat().st_size, _crc32(temporary / name)) for name in sorted(CONTENT)}
+        (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        for file in temporary.iterdir():
+            files.sync(file)
+        files.sync(temporary)
+        _put(temporary, path)
+        files.sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_directory(path: Path) -> None:
+    """A folder that is shared stays so: whoever may write to it may write to the caches' folder in it."""
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # another user was faster
+            path.chmod(stat.S_IMODE(path.parent.stat().st_mode))
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Gives it its name. A broken one that has it is moved away first: processes that map it keep what they map."""
+    while _fault(path) is not None:  # else another job was faster, with the same bytes
+        aside = path.with_name(f".{path.name}.{uuid4().hex}")
+        with suppress(FileNotFoundError):
+            path.rename(aside)
+        sources.remove(aside)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
 
 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Where images come from: scanned digits, the official CIFAR-10 archive or folder, any folder or zip of images.
+"""Where images come from: scanned digits, the official CIFAR-10 archive or folder, any folder, zip or tar of images.
 
 Everything here runs once per machine and set of images: what is decoded goes into the cache (cache.py).
 """
@@ -6,29 +6,35 @@ Everything here runs once per machine and set of images: what is decoded goes in
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import pickle
+import shutil
 import tarfile
+import time
+import urllib.error
 import urllib.request
 import zipfile
-from collections import deque
+import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from cifar import stop
+from cifar import files
+from cifar.data import image_files
+from cifar.data.image_files import SPLITS, Listing, Split, raise_if_stopped
 from cifar.errors import UserError
 
-SIZE = 32  # pixels: the networks' pooling is made for it
-SPLITS = ("train", "test")
-AT_ONCE, PART = 8, 100  # threads that read a folder's files, and how many files each of them takes at a time
-LARGEST_FILE = 1 << 20  # bytes; a 32x32 image as PNG or JPEG has 1 to 4 kB
+SIZE = image_files.SIZE
+BLOCK = 1 << 18  # bytes that are read at a time
+DOWNLOAD_SECONDS, SILENT_SECONDS = 3600, 60  # for all of it, and without a byte
+ABANDONED_SECONDS = 24 * 3600  # after which nobody can still be writing a temporary file
 
 # The archive that Alex Krizhevsky publishes, and its files' md5 sums (also in torchvision.datasets.CIFAR10).
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -45,14 +51,6 @@ OFFICIAL_FILES = {
     "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
 }
 OFFICIAL_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-class Split(NamedTuple):
-    """Images uint8 [n, 32, 32, 3], labels uint8 [n], and the file that each image came from (or no names)."""
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.uint8]
-    files: list[str]
 
 
 class Source(NamedTuple):
@@ -81,48 +79,66 @@ def find(data: str, download_to: Path = Path("data")) -> Source:
             return _folder(path)
         if path.is_file():
             return _archive(path)
+        exists = path.exists()
     except PermissionError as error:
         raise UserError(f"{error.filename or path} may not be read; change its permissions") from None
-    known = "cifar10, digits, or the path of an archive, zip or folder of images"
-    raise UserError(f"--data {data} does not exist; give {known}")
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); give another --data") from None
+    wrong = "is neither a file nor a folder" if exists else "does not exist"
+    raise UserError(f"--data {data} {wrong}; give cifar10, digits, or the path of an archive or folder of images")
 
 
 def _folder(path: Path) -> Source:
     if (path / OFFICIAL_FOLDER).is_dir():
         path = path / OFFICIAL_FOLDER
     if (path / "data_batch_1").exists():
-        return Source(_stat_key(path, sorted(path.iterdir())), lambda: decode_official(_official_folder_reader(path)))
-    members = sorted(PurePosixPath(file.relative_to(path).as_posix()) for file in _files_below(path))
-    key = _stat_key(path, [path / member for member in members])
-    return Source(key, lambda: decode_images(str(path), members, lambda member: (path / member).read_bytes(), AT_ONCE))
+        return Source(_key(image_files.list_folder(path)), lambda: decode_official(_official_folder_reader(path)))
+    listing = image_files.list_folder(path)
+    return Source(_key(listing), lambda: image_files.decode_folder(path, listing))
 
 
-def _files_below(path: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(path, onerror=_raise, followlinks=True):
-        yield from (Path(folder, name) for name in names)
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _key(listing: Listing) -> str:
+    """Names, sizes and modification times: reading 50,000 files at every start would cost seconds to minutes."""
+    found = listing.files
+    digest = hashlib.sha256()
+    for name in sorted(found, key=lambda name: name.split("/")):
+        digest.update(f"{name}\0{found[name].size}\0{found[name].modified}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _archive(path: Path) -> Source:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if zipfile.is_zipfile(path):
-        return Source(digest, lambda: _decode_zip(path))
-    if tarfile.is_tarfile(path):
-        return Source(digest, lambda: decode_official(_official_archive_reader(path)))
-    raise UserError(f"{path} is neither a zip of images nor the official CIFAR-10 archive; give one of these")
-
-
-def _stat_key(root: Path, files: list[Path]) -> str:
-    """Names, sizes and modification times: reading 50,000 files at every start would cost seconds to minutes."""
     digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        start = file.read(4)
+        digest.update(start)
+        for block in blocks(file, f"reading {path}"):
+            digest.update(block)
+    key = digest.hexdigest()
+    if zipfile.is_zipfile(path):
+        return Source(key, lambda: image_files.decode_zip(path))
+    if _is_tar(path):
+        return Source(key, lambda: _decode_tar(path))
+    if start == b"PK\3\4":
+        raise UserError(f"{path} is a zip that was cut short; copy or make it again")
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX")):  # gzip, bzip2, xz
+        raise UserError(f"{path} holds no tar archive, or is damaged or cut short; copy or make it again")
+    known = "a zip or tar archive of images nor the official CIFAR-10 archive"
+    raise UserError(f"{path} is neither {known}; give one of these, or the unpacked folder")
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); copy or make it again") from None
+
+
+def blocks(file: io.BufferedIOBase | io.RawIOBase, doing: str) -> Iterator[memoryview]:
+    """The file's content, in one buffer that is used again. Raises UserError where a stop is asked for meanwhile."""
+    buffer = memoryview(bytearray(BLOCK))
+    while count := file.readinto(buffer):
+        raise_if_stopped(doing)
+        yield buffer[:count]
 
 
 # ---- digits
@@ -155,20 +171,19 @@ def download(url: str, path: Path, md5: str) -> None:
     Raises UserError without a network, at a wrong sum, and when the user stops it; nothing half-done stays.
     """
     mend = f"download it yourself to {path}, or pass --data PATH or --recipe digits"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     print(f"downloading {url} to {path}", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.md5(usedforsecurity=False)
-        with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
-            while block := response.read(1 << 20):
-                if stop.requested():
-                    raise UserError(f"{url}: download stopped on request; nothing was kept")
-                digest.update(block)
-                file.write(block)
-        if digest.hexdigest() != md5:
-            raise UserError(f"{url}: the download has md5 {digest.hexdigest()}, not {md5}; {mend}")
+        remove_abandoned(path.parent, f".{path.name}.*.part")
+        with part.open("xb") as file:
+            fetched = image_files.in_thread(partial(_fetch, url, file))  # a stop is heard whatever the network does
+            found = image_files.wait_for(fetched, DOWNLOAD_SECONDS, f"downloading {url}")
+            os.fsync(file.fileno())
+        if found != md5:
+            raise UserError(f"{url}: the download has md5 {found}, not {md5}; {mend}")
         part.replace(path)
+        files.sync(path.parent)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url}: cannot be downloaded ({reason}); {mend}") from None
@@ -176,22 +191,60 @@ def download(url: str, path: Path, md5: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _official_archive_reader(path: Path) -> Callable[[str, str], bytes]:
-    archive_bytes = path.read_bytes()  # what is checked is what is unpickled
-    md5 = hashlib.md5(archive_bytes, usedforsecurity=False).hexdigest()
-    if md5 != OFFICIAL_MD5:
-        raise UserError(
-            f"{path}: md5 {md5} is not that of the official CIFAR-10 archive ({OFFICIAL_MD5}); "
-            "it is damaged or another file: delete it, or give a zip or folder of images"
-        )
-    with tarfile.open(fileobj=io.BytesIO(archive_bytes)) as archive:
-        files = ((member.name, archive.extractfile(member)) for member in archive.getmembers())
-        contents = {PurePosixPath(name).name: file.read() for name, file in files if file is not None}
-    return lambda name, _md5: contents[name]
+def _fetch(url: str, file: BinaryIO) -> str:
+    """Writes what the address holds, and returns its md5 sum."""
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        response = urllib.request.urlopen(url, timeout=SILENT_SECONDS)
+    except urllib.error.HTTPError as error:
+        with error:  # it holds the connection
+            raise OSError(f"{error.code} {error.reason}") from None
+    with response:
+        while block := response.read(BLOCK):
+            digest.update(block)
+            file.write(block)
+    file.flush()
+    return digest.hexdigest()
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Removes temporary files and folders that a killed process has left."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # somebody else's, or just renamed
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, as far as that is allowed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _decode_tar(path: Path) -> tuple[list[str], dict[str, Split]]:
+    batches = {name for names in OFFICIAL_FILES.values() for name in names}
+    listing, contents = image_files.read_tar(path, batches)
+    official = {name.rpartition("/")[2]: content for name, content in contents.items()}
+    if not batches & official.keys():
+        return image_files.decode(listing, contents.__getitem__)
+    mend = f"it is damaged or another file; download {OFFICIAL_URL} again, or give images of your own"
+
+    def read(name: str, md5: str) -> bytes:
+        content = official.get(name, b"")
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != md5:
+            raise UserError(f"{path}: {name} is not that of the official CIFAR-10 archive (md5 {found}); {mend}")
+        return content
+
+    return decode_official(read)
 
 
 def _official_folder_reader(path: Path) -> Callable[[str, str], bytes]:
     def read(name: str, md5: str) -> bytes:
+        if not (path / name).is_file():
+            raise UserError(f"{path / name} is missing; unpack the official archive again")
         try:
             content = (path / name).read_bytes()
         except OSError as error:
@@ -216,121 +269,3 @@ def decode_official(read: Callable[[str, str], bytes]) -> tuple[list[str], dict[
             [name for batch in batches for name in batch["filenames"]],
         )
     return list(OFFICIAL_CLASSES), splits
-
-
-# ---- folders and zips of images
-
-
-def _decode_zip(path: Path) -> tuple[list[str], dict[str, Split]]:
-    with zipfile.ZipFile(path) as archive:
-        members = {}
-        for info in archive.infolist():
-            name = PurePosixPath(info.filename)
-            if name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in name.parts[0]:
-                raise UserError(f"{path}: entry {info.filename!r} leaves the archive; make the zip with relative names")
-            if not info.is_dir():
-                members[name] = info
-            if info.flag_bits & 1:
-                raise UserError(f"{path}: entry {info.filename!r} is encrypted; make the zip without a password")
-            if info.file_size > LARGEST_FILE:
-                raise UserError(f"{path}: entry {info.filename!r} has {info.file_size} bytes; give 32x32 images")
-        return decode_images(str(path), sorted(members), lambda member: archive.read(members[member]))
-
-
-def decode_images(
-    where: str, members: list[PurePosixPath], read: Callable[[PurePosixPath], bytes], at_once: int = 1
-) -> tuple[list[str], dict[str, Split]]:
-    """Decodes `<train|test>/<class>/<image>`; names that begin with a dot, and __MACOSX, are passed over.
-
-    With `at_once` above 1 so many threads read ahead: a network disk is slow, but not when it is asked for many files
-    at once.
-
-    Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss.
-    """
-    layout = "give <train|test>/<class>/<image>"
-    members = [m for m in members if not m.name.startswith(".") and m.parts[0] != "__MACOSX"]
-    if not members:
-        raise UserError(f"{where} holds no images; {layout}")
-    by_split: dict[str, list[PurePosixPath]] = {
-        split: [member for member in members if member.parts[0] == split] for split in SPLITS
-    }
-    for split, found in by_split.items():
-        if not found:
-            raise UserError(f"{where} has no images under {split}/; {layout}")
-        for member in found:
-            if len(member.parts) != 3:
-                raise UserError(f"{where}: {member} does not lie in a class's folder; {layout}")
-    classes = {split: {member.parts[1] for member in found} for split, found in by_split.items()}
-    if classes["train"] != classes["test"]:
-        odd = min(classes["train"] ^ classes["test"])
-        there, missing = SPLITS if odd in classes["train"] else SPLITS[::-1]
-        raise UserError(f"{where}: class {odd!r} has images under {there}/ but none under {missing}/; {layout}")
-    names = sorted(classes["train"])
-    if not 2 <= len(names) <= 256:
-        raise UserError(f"{where} has {len(names)} class(es); between 2 and 256 can be told apart here")
-    number = {name: index for index, name in enumerate(names)}
-
-    def read_or_say(member: PurePosixPath) -> bytes:
-        try:
-            return read(member)
-        except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-            raise UserError(f"{where}: {member} cannot be read ({error}); mend or remove it") from None
-
-    splits = {}
-    for split, found in by_split.items():
-        images = np.empty((len(found), SIZE, SIZE, 3), np.uint8)
-        contents = _read_ahead(read_or_say, found, at_once) if at_once > 1 else map(read_or_say, found)
-        # In one thread: Pillow reads a header in Python, and two threads lose more time to its lock than they win.
-        for image, member, content in zip(images, found, contents, strict=True):
-            image[:] = decode_image(content, f"{where}: {member}")
-        labels = np.array([number[member.parts[1]] for member in found], np.uint8)
-        splits[split] = Split(images, labels, [str(member) for member in found])
-    return names, splits
-
-
-def _read_ahead(read: Callable[[PurePosixPath], bytes], members: list[PurePosixPath], at_once: int) -> Iterator[bytes]:
-    """The members' contents in order, read in parts by threads; no more than `at_once` parts are held."""
-
-    def read_part(part: list[PurePosixPath]) -> list[bytes]:
-        return [read(member) for member in part]
-
-    parts = iter([members[start : start + PART] for start in range(0, len(members), PART)])
-    with ThreadPoolExecutor(at_once) as pool:
-        ahead = deque(pool.submit(read_part, part) for part in islice(parts, at_once))
-        while ahead:
-            contents = ahead.popleft().result()
-            ahead.extend(pool.submit(read_part, part) for part in islice(parts, 1))
-            yield from contents
-
-
-def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """One PNG or JPEG as uint8 [32, 32, 3]. Grey, palette and opaque alpha become RGB, which loses nothing.
-
-    Raises UserError, with the file's name, for all else: what would have to be guessed, scaled or cut is refused.
-    """
-
-    def refuse(wrong: str) -> UserError:
-        return UserError(f"{name} {wrong}; give 8-bit RGB or grey images of {SIZE}x{SIZE} pixels as PNG or JPEG")
-
-    if not content:
-        raise refuse("is empty")
-    try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-            if image.size != (SIZE, SIZE):  # known from the header, so a bomb is never decoded
-                raise refuse(f"has {image.width}x{image.height} pixels")
-            # Byte 24 of a PNG is its bit depth. Pillow cuts 16 bits a channel down to 8 without a word.
-            if image.format == "PNG" and content[24] == 16:
-                raise refuse("has 16 bits a channel")
-            image.load()
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                    raise refuse("is partly transparent")
-            elif image.mode not in ("RGB", "L", "P", "1"):
-                raise refuse(f"has colour mode {image.mode}")
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise refuse("is not an image") from None
-    except Image.DecompressionBombError:
-        raise refuse("has far too many pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise refuse(f"is damaged ({error})") from None

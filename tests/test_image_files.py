@@ -1,0 +1,630 @@
+"""Images in folders, zips and tar archives: whatever names, files and programs that pack them can come up with."""
+
+import io
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from cifar.app import pictures
+from cifar.data import image_files, sources
+from cifar.data.cache import open_data
+from cifar.errors import UserError
+
+
+def png(value: int = 0) -> bytes:
+    return encoded(Image.new("RGB", (32, 32), (value, 0, 0)))
+
+
+def encoded(image: Image.Image, format_: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format_, **options)
+    return file.getvalue()
+
+
+# Two classes with an image each in either split, told apart by their red.
+PLAIN = {f"{split}/{name}/0.png": png(value) for value, (split, name) in
+         enumerate([("test", "a"), ("test", "b"), ("train", "a"), ("train", "b")])}  # fmt: skip
+
+
+def as_folder(root: Path, content: dict[str, bytes]) -> Path:
+    for name, file in content.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file)
+    return root
+
+
+def as_zip(path: Path, content: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, file in content.items():
+            archive.writestr(zipfile.ZipInfo(name), file)
+    return path
+
+
+def as_tar(path: Path, content: dict[str, bytes], mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, file in content.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(file)
+            archive.addfile(entry, io.BytesIO(file))
+    return path
+
+
+def reds(path: Path) -> list[int]:
+    """The red of each test image, then of each training image, after a look at the classes."""
+    data = open_data(str(path))
+    assert data.classes == ["a", "b"]
+    return [*data.test_images[:, 0, 0, 0].tolist(), *data.train_images[:, 0, 0, 0].tolist()]
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        open_data(str(path))
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+# ---- what is passed over
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_hidden_folders_and_what_lies_beside_the_splits_are_passed_over_and_said(
+    make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    junk = {
+        "train/.ipynb_checkpoints/0-checkpoint.png": png(),
+        "test/.ipynb_checkpoints/0-checkpoint.png": png(),
+        "train/a/.ipynb_checkpoints/0-checkpoint.png": png(),
+        ".git/train/a/0.png": png(),
+        "__MACOSX/train/a/._0.png": b"x",
+        "readme.txt": b"x",
+        "val/a/0.png": png(),
+        "large.bin": bytes(2 << 20),
+    }
+    path = make(tmp_path / "data", {**junk, **PLAIN})
+    assert reds(path) == [0, 1, 2, 3]
+    hidden, outside = ".git, __MACOSX, test/.ipynb_checkpoints, ...", "large.bin, readme.txt, val/a/0.png"
+    said = f"{path}: passed over 5 hidden ({hidden}), 3 outside train/ and test/ ({outside})\n"
+    assert capsys.readouterr().out == said
+    open_data(str(path))
+    assert capsys.readouterr().out == ""
+
+
+def test_class_folders_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    (root / "train" / "empty").mkdir()
+    assert reds(root) == [0, 1, 2, 3]
+    assert "passed over 1 class folders without images (train/empty)" in capsys.readouterr().out
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_a_folder_around_train_and_test_is_accepted(
+    make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(tmp_path / "data", {"readme.txt": b"x", **{f"photos/mine/{name}": PLAIN[name] for name in PLAIN}})
+    assert reds(path) == [0, 1, 2, 3]
+    assert open_data(str(path)).files("train") == ["photos/mine/train/a/0.png", "photos/mine/train/b/0.png"]
+    assert "1 outside photos/mine/train/ and photos/mine/test/ (readme.txt)" in capsys.readouterr().out
+
+
+def test_two_folders_around_train_and_test_are_named(tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "x.zip", {f"{around}/{name}": PLAIN[name] for around in "vw" for name in PLAIN})
+    assert "has images under v/, w/, each with train/ or test/; give one of them" in refused(path)
+
+
+@pytest.mark.parametrize("make", [as_zip, as_tar])
+def test_dots_and_doubled_separators_in_an_archive_are_no_part_of_a_name(
+    make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    content = {"./": b"", "./train/": b"", **{f".//{name}": PLAIN[name] for name in PLAIN}}
+    if make is as_tar:
+        content = {name: file for name, file in content.items() if file}
+    path = make(tmp_path / "data", content)
+    assert reds(path) == [0, 1, 2, 3]
+    assert open_data(str(path)).files("test") == ["test/a/0.png", "test/b/0.png"]
+
+
+def test_backslashes_in_a_zip_separate_folders(tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "x.zip", {"train\\": b"", **{name.replace("/", "\\"): PLAIN[name] for name in PLAIN}})
+    assert reds(path) == [0, 1, 2, 3]
+    evil = as_zip(tmp_path / "y.zip", {**PLAIN, "train\\..\\..\\0.png": png()})
+    assert "leaves the archive" in refused(evil)
+
+
+def zip_with_raw_names(path: Path, encoding: str, system: int, *, unicode_path: bool = False) -> Path:
+    """As programs write it that know nothing of the mark for UTF-8: class a is called '猫' in some encoding."""
+
+    class Entry(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802
+            return self.filename.encode(encoding), self.flag_bits & ~0x800
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, file in PLAIN.items():
+            entry = Entry(name.replace("/a/", "/猫/"))
+            entry.create_system = system
+            if unicode_path:
+                raw, text = entry.filename.encode(encoding), entry.filename.encode()
+                entry.extra = struct.pack("<HHBL", 0x7075, 5 + len(text), 1, zlib.crc32(raw)) + text
+            archive.writestr(entry, file)
+    return path
+
+
+DOS, UNIX = 0, 3
+
+
+@pytest.mark.parametrize(
+    ("encoding", "system", "unicode_path"), [("utf-8", UNIX, False), ("gbk", DOS, True), ("shift-jis", DOS, True)]
+)
+def test_names_of_a_zip_are_read_as_it_declares_them(
+    encoding: str, system: int, unicode_path: bool, tmp_path: Path
+) -> None:
+    path = zip_with_raw_names(tmp_path / "x.zip", encoding, system, unicode_path=unicode_path)
+    assert open_data(str(path)).classes == ["b", "猫"]
+
+
+@pytest.mark.parametrize(("encoding", "system"), [("gbk", DOS), ("shift-jis", DOS), ("shift-jis", UNIX)])
+def test_names_of_a_zip_in_an_undeclared_encoding_are_refused(encoding: str, system: int, tmp_path: Path) -> None:
+    line = refused(zip_with_raw_names(tmp_path / "x.zip", encoding, system))
+    assert "in an encoding that the zip does not declare; make the zip anew with names in UTF-8" in line
+
+
+def test_accents_that_are_taken_apart_make_no_other_class(tmp_path: Path) -> None:
+    """As macOS writes them: the letter, then its accent."""
+    apart = unicodedata.normalize("NFD", "é")
+    content = {name.replace("/a/", f"/{apart if 'train' in name else 'é'}/"): file for name, file in PLAIN.items()}
+    assert open_data(str(as_zip(tmp_path / "x.zip", content))).classes == ["b", "é"]
+
+
+def test_classes_that_differ_in_case_are_named(tmp_path: Path) -> None:
+    content = {name.replace("train/a", "train/A"): file for name, file in PLAIN.items()}
+    line = refused(as_zip(tmp_path / "x.zip", content))
+    assert "class 'A' has images under train/ but none under test/" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"train/a/caf\xe9.png", r"'train/a/caf\udce9.png'"),
+        (b"train/a/two\nlines.png", r"'train/a/two\nlines.png'"),
+        (b"train/a\x1b[31m/0.png", r"'train/a\x1b[31m/0.png'"),
+    ],
+)
+def test_names_that_no_line_can_show_are_refused(name: bytes, shown: str, tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    path = os.fsencode(root) + b"/" + name
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+    with open(path, "wb") as file:  # noqa: PTH123
+        file.write(png())
+    assert f"{shown} has a line break, a control character or bytes that are not UTF-8 in its name" in refused(root)
+
+
+def test_an_archive_with_two_entries_of_one_name_is_refused(tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "x.zip", PLAIN)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("train/a/0.png", png(9))
+    assert "train/a/0.png is there twice; make the zip anew" in refused(path)
+
+
+# ---- files that are none
+
+
+def special(path: Path, kind: str) -> None:
+    if kind == "dangling link":
+        path.symlink_to("nowhere.png")
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        here = Path.cwd()
+        os.chdir(path.parent)  # a socket's path is short
+        socket.socket(socket.AF_UNIX).bind(path.name)
+        os.chdir(here)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("dangling link", "is a symbolic link to 'nowhere.png', and that cannot be read (No such file or directory)"),
+        ("link to itself", "is a symbolic link to 'x.png', and that cannot be read (Too many levels of symbolic"),
+        ("pipe", "is a pipe, socket or device"),
+        ("device", "is a pipe, socket or device"),
+        ("socket", "is a pipe, socket or device"),
+    ],
+)
+def test_what_is_no_file_is_named_and_never_waited_for(kind: str, wrong: str, tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    special(root / "x.png", kind)  # beside train/ and test/ it disturbs nobody
+    assert reds(root) == [0, 1, 2, 3]
+    special(root / "train" / "b" / "x.png", kind)
+    line = refused(root)
+    assert f"train/b/x.png {wrong}" in line
+    assert "remove it" in line
+
+
+def test_a_link_round_in_a_circle_is_named(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    for name in ("x", "y"):  # two of them, followed blindly, would be walked through for years
+        (root / "train" / "a" / name).symlink_to(root)
+    assert "is a symbolic link to a folder that it lies in; remove it" in refused(root)
+
+
+def test_links_to_images_and_folders_are_followed(tmp_path: Path) -> None:
+    there = as_folder(tmp_path / "there", PLAIN)
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "train").symlink_to(there / "train")
+    (root / "test" / "a").mkdir(parents=True)
+    (root / "test" / "a" / "0.png").symlink_to(there / "test" / "a" / "0.png")
+    (root / "test" / "b").symlink_to(there / "test" / "b")
+    assert reds(root) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_data_that_is_neither_file_nor_folder_is_named(kind: str, tmp_path: Path) -> None:
+    special(tmp_path / "x.zip", kind)
+    assert "is neither a file nor a folder" in refused(tmp_path / "x.zip")
+
+
+def test_a_path_that_is_too_long_is_one_line() -> None:
+    assert "cannot be read (File name too long)" in refused(Path("/tmp/" + "x" * 5000))
+
+
+def test_a_large_file_in_a_class_folder_is_refused_unread(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    with (root / "train" / "a" / "x.png").open("wb") as file:
+        file.truncate(1 << 40)
+    assert f"train/a/x.png has {1 << 40} bytes; give 32x32 images" in refused(root)
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    decode = image_files.decode_image
+
+    def slow_copy(content: bytes, name: str) -> object:
+        as_folder(root, {"train/a/1.png": png()})
+        return decode(content, name)
+
+    monkeypatch.setattr(image_files, "decode_image", slow_copy)
+    assert "changed while it was being read; start again when it is complete" in refused(root)
+    monkeypatch.undo()
+    assert len(open_data(str(root)).train_labels) == 3
+
+
+# ---- archives
+
+
+def patched(path: Path, change: Callable[[bytearray], None]) -> Path:
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+    return path
+
+
+def all_methods(content: bytearray, method: int) -> None:
+    for mark, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        place = content.find(mark)
+        while place >= 0:
+            content[place + at : place + at + 2] = struct.pack("<H", method)
+            place = content.find(mark, place + 1)
+
+
+def test_a_compression_that_python_lacks_is_named(tmp_path: Path) -> None:
+    path = patched(as_zip(tmp_path / "x.zip", PLAIN), lambda content: all_methods(content, 9))  # Deflate64
+    assert "train/a/0.png cannot be read (That compression method is not supported)" in refused(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_data_that_is_none_is_named(method: int, tmp_path: Path) -> None:
+    path = patched(as_zip(tmp_path / "x.zip", PLAIN), lambda content: all_methods(content, method))
+    assert "train/a/0.png cannot be read" in refused(path)
+
+
+def test_an_encrypted_zip_is_named(tmp_path: Path) -> None:
+    def encrypt(content: bytearray) -> None:
+        content[content.find(b"PK\1\2") + 8] |= 1
+
+    assert "is encrypted; make the zip without a password" in refused(
+        patched(as_zip(tmp_path / "x.zip", PLAIN), encrypt)
+    )
+
+
+def test_a_zip_with_a_damaged_directory_is_one_line(tmp_path: Path) -> None:
+    def damage(content: bytearray) -> None:
+        content[content.find(b"PK\1\2") + 8 + 1] |= 8  # marks the name as UTF-8
+        content[content.find(b"PK\1\2") + 46] = 0xFF  # which it is not
+
+    assert "cannot be read as a zip" in refused(patched(as_zip(tmp_path / "x.zip", PLAIN), damage))
+
+
+def test_a_zip_that_was_written_to_a_pipe_is_read(tmp_path: Path) -> None:
+    """With sizes behind the data (data descriptors), and in the 64-bit format."""
+
+    class Pipe(io.RawIOBase):
+        def __init__(self, path: Path) -> None:
+            self.file = path.open("wb")
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content: object) -> int:
+            return self.file.write(content)  # type: ignore[arg-type]
+
+    pipe = Pipe(tmp_path / "x.zip")
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, file in PLAIN.items():
+            with archive.open(name, "w", force_zip64=True) as entry:
+                entry.write(file)
+    pipe.file.close()
+    assert reds(tmp_path / "x.zip") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_of_images_is_the_same_data_as_their_folder(mode: str, tmp_path: Path) -> None:
+    tar = open_data(str(as_tar(tmp_path / "x.tar", {f"./{name}": PLAIN[name] for name in reversed(PLAIN)}, mode)))
+    folder = open_data(str(as_folder(tmp_path / "data", PLAIN)))
+    assert tar.fingerprint == folder.fingerprint
+    assert tar.files("test") == folder.files("test")
+
+
+def truncated(content: bytearray) -> None:
+    half = len(content) // 2
+    del content[half // 512 * 512 or half :]  # between two headers, where a plain tar looks whole
+
+
+def flipped(content: bytearray) -> None:
+    content[content.index(b"train/a/0.png")] ^= 1  # a header, so that reading ends there
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("spoil", [truncated, flipped])
+def test_a_damaged_tar_never_loses_images_without_a_word(
+    spoil: Callable[[bytearray], None], mode: str, tmp_path: Path
+) -> None:
+    content = {f"train/{name}/{number}.png": png(number) for name in "ab" for number in range(20)}
+    path = as_tar(tmp_path / "x.tar", {"test/a/0.png": png(), "test/b/0.png": png(), **content}, mode)
+    if spoil is flipped and mode != "w":
+        spoil = lambda content: content.__setitem__(len(content) // 2, content[len(content) // 2] ^ 1)  # noqa: E731
+    assert "damaged or cut short" in refused(patched(path, spoil))
+
+
+def test_a_link_in_a_tar_is_named(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    (root / "train" / "a" / "1.png").symlink_to("0.png")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(root, ".")
+    line = refused(tmp_path / "x.tar.gz")
+    assert "train/a/1.png is no file but a link or device; pack with tar --dereference --hard-dereference" in line
+
+
+def test_an_archive_in_a_class_folder_is_named(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    as_zip(root / "train" / "a" / "more.zip", PLAIN)
+    assert "train/a/more.zip is not an image" in refused(root)
+
+
+# ---- images
+
+ORIENTED = np.random.default_rng(1).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_upright_as_their_exif_orientation_says_and_the_app_agrees(
+    format_: str, orientation: int, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    content = encoded(Image.fromarray(ORIENTED), format_, exif=exif)
+    with Image.open(io.BytesIO(content)) as stored:
+        plain = np.asarray(stored.convert("RGB"))
+    upright = {
+        2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.transpose(1, 0, 2),
+        6: np.rot90(plain, -1), 7: plain[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(plain),
+    }.get(orientation, plain)  # fmt: skip
+    assert np.array_equal(image_files.decode_image(content, "x"), upright)
+    (tmp_path / "x").write_bytes(content)
+    assert np.array_equal(pictures.read(tmp_path / "x"), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b""])
+def test_broken_exif_is_no_reason_to_refuse_an_image(exif: bytes) -> None:
+    content = encoded(Image.fromarray(ORIENTED), "JPEG", exif=exif)
+    assert image_files.decode_image(content, "x").shape == (32, 32, 3)
+
+
+def opaque_palette() -> bytes:
+    image = Image.fromarray(ORIENTED).quantize(16)
+    return encoded(image, transparency=bytes([255] * 16))
+
+
+def test_a_palette_with_opaque_alpha_is_taken_without_a_warning() -> None:
+    content = opaque_palette()
+    with Image.open(io.BytesIO(content)) as image:
+        assert np.array_equal(image_files.decode_image(content, "x"), np.asarray(image.convert("RGBA"))[..., :3])
+
+
+def animation() -> bytes:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def comment_of_two_gigabytes() -> bytes:
+    """A PNG with a compressed text that would unpack to much more than it has bytes."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * (70 << 20), zip=True)
+    return encoded(Image.new("RGB", (32, 32)), pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (animation, "is animated"),
+        (lambda: encoded(Image.new("1", (11_000, 11_000))), "has far too many pixels"),
+        (comment_of_two_gigabytes, "is damaged"),
+    ],
+    ids=["animated", "large enough for a warning", "text that unpacks to a flood"],
+)
+def test_images_that_are_more_than_an_image_are_refused(content: Callable[[], bytes], wrong: str) -> None:
+    with pytest.raises(UserError, match=wrong):
+        image_files.decode_image(content(), "x")
+
+
+# ---- being asked to stop
+
+LOOK = """
+import sys
+from cifar import stop
+stop.catch()
+from cifar.data.cache import open_data
+from cifar.errors import UserError
+print("ready", flush=True)
+try:
+    open_data(sys.argv[1])
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_a_stop_request_is_heard_while_images_are_decoded(
+    make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    content = {f"{split}/{name}/{number}.png": png() for split in ("test", "train") for name in "ab"
+               for number in range(10_000)}  # fmt: skip
+    path = make(tmp_path / "data", content)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    looking = subprocess.Popen(
+        [sys.executable, "-c", LOOK, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert looking.stdout
+    assert looking.stdout.readline() == "ready\n"
+    looking.terminate()
+    _, said = looking.communicate(timeout=60)
+    assert looking.returncode == 1
+    assert said.startswith("SIGTERM asked to stop while ")
+    assert said.endswith("nothing was kept\n")
+    assert said.count("\n") == 1
+    assert not list((tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize("silent", [True, False], ids=["no answer", "a byte now and then"])
+def test_a_stop_request_is_heard_while_a_download_waits(silent: bool, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                if not silent:
+                    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                asked.set()
+                while not over.is_set():
+                    if not silent:
+                        connection.sendall(b"x")
+                    time.sleep(0.1)
+
+        asked, over = threading.Event(), threading.Event()
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz"
+        program = LOOK.replace("open_data(sys.argv[1])", "download(sys.argv[1], Path(sys.argv[2]), '')").replace(
+            "from cifar.data.cache import open_data",
+            "from pathlib import Path; from cifar.data.sources import download",
+        )
+        loading = subprocess.Popen(
+            [sys.executable, "-c", program, url, str(tmp_path / "there" / "cifar.tar.gz")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert asked.wait(60)
+        loading.terminate()
+        _, said = loading.communicate(timeout=30)
+        over.set()
+    assert loading.returncode == 1
+    assert said == f"SIGTERM asked to stop while downloading {url}; nothing was kept\n"
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_wait_for_a_disk_that_never_answers_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    read = Path.read_bytes
+    monkeypatch.setattr(image_files, "PART_SECONDS", 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: time.sleep(60) if "train/b" in str(path) else read(path))
+    assert "takes more than 1 s; look at the disk or network" in refused(root)
+
+
+def test_two_downloads_at_once_both_end_well_and_leave_nothing_else(tmp_path: Path) -> None:
+    """Also of two containers, whose processes have the same number."""
+    there = tmp_path / "there"
+    there.mkdir()
+    abandoned = there / ".cifar.tar.gz.0123.part"
+    abandoned.write_bytes(b"x")
+    os.utime(abandoned, (0, 0))
+    everyone = threading.Barrier(2)
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 6\r\n\r\nabc")
+            everyone.wait(60)  # both have begun
+            connection.sendall(b"def")
+
+    url_md5 = "e80b5017098950fc58aad83c8c14978e"
+    program = (
+        "import os, sys; from pathlib import Path; from cifar.data.sources import download; os.getpid = lambda: 1; "
+        f"download(sys.argv[1], Path(sys.argv[2]), '{url_md5}')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz"
+        threads = [threading.Thread(target=answer, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        command = [sys.executable, "-c", program, url, str(there / "cifar.tar.gz")]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+        assert [(process.communicate(timeout=60)[0].count(b"\n"), process.returncode) for process in both] == [
+            (1, 0)
+        ] * 2
+    assert [path.name for path in there.iterdir()] == ["cifar.tar.gz"]
+    assert (there / "cifar.tar.gz").read_bytes() == b"abcdef"
+
+
+def test_an_official_archive_that_is_cut_short_is_never_told_to_be_deleted(tmp_path: Path) -> None:
+    path = as_tar(tmp_path / "cifar-10-python.tar.gz", {f"{sources.OFFICIAL_FOLDER}/data_batch_1": bytes(1 << 21)})
+    line = refused(path)
+    assert "data_batch_1 is not that of the official CIFAR-10 archive" in line
+    assert "delete" not in line
+    patched(path, lambda content: content.__delitem__(slice(len(content) // 2, None)))
+    line = refused(path)
+    assert "is damaged or cut short" in line
+    assert "delete" not in line
+
+
+def test_a_copy_of_the_images_elsewhere_is_the_same_data(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "data", PLAIN)
+    shutil.copytree(root, tmp_path / "copy")
+    assert open_data(str(root)).fingerprint == open_data(str(tmp_path / "copy")).fingerprint
