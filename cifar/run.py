@@ -248,7 +248,7 @@ def failure_recorded(directory: Path, attempt: Attempt | None, number: int, prog
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             where = error.filename or "the run directory"
             full = f"{where}: {error.strerror}; make room there and start the same command again"

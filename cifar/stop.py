@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGINT, SIGUSR1 and SIGHUP set a number, and the training loop looks at it between steps.
+"""Stop requests: SIGTERM, SIGINT and others set a number, and the training loop looks at it between steps.
 
 A handler does nothing else. The process may be inside a collective operation when the signal comes, and a survivor of
 a crashed peer gets SIGTERM too: saving or talking to other ranks from a handler would hang. Imported first by the
@@ -12,7 +12,9 @@ import sys
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Beside what a person sends: a job script's warning (SIGUSR1 here, SIGUSR2 from submitit), the end of a terminal, and a
+# limit on CPU time, the hard one of which may lie a little later.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 INSISTING = (signal.SIGTERM, signal.SIGINT)  # what a person sends again; job scripts repeat SIGUSR1
 _received = 0
 _wakeup: int | None = None  # the end of a pipe into which Python writes each signal's number

@@ -13,6 +13,11 @@ from PIL import Image
 
 # Threads that wait for work would spin, and take the processors from other tests' processes.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# Tests are of what a program does on CPUs, on a machine with GPUs, too; those marked `gpu` start theirs with this.
+GPU_ENVIRONMENT = dict(os.environ)
+REHEARSAL = "REHEARSE_GPU_TESTS" in os.environ  # the gpu tests on CPUs
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ.pop("CIFAR_DEVICE", None)
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ("disc", "ring", "square", "stripes")
@@ -33,9 +38,26 @@ def draw(shape: str, generator: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def gpus() -> int:
+    """How many GPUs torch can use here, asked of a process of its own: this one is not to see them."""
+    script = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=GPU_ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    return int(done.stdout or 0)
+
+
+@pytest.hookimpl(trylast=True)  # once -m has left out what was not asked for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cluster's tests take longest and mostly wait: first, while another process goes through the others."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    marked = {name: [item for item in items if item.get_closest_marker(name)] for name in ("gpu", "multigpu")}
+    if any(marked.values()) and not REHEARSAL:
+        found = gpus()
+        for name, needed in (("gpu", 1), ("multigpu", 2)):
+            if found < needed:
+                for item in marked[name]:
+                    item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), and torch finds {found} here"))
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +91,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(path))
         patch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         patch.setenv("HF_HOME", str(path))  # no configuration of the user's own
+        GPU_ENVIRONMENT.update(XDG_CACHE_HOME=str(path), HF_HOME=str(path))
         yield path
 
 

@@ -274,7 +274,9 @@ def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
     newest, _ = checkpoint.newest(run / "checkpoints")
     assert newest is not None
     assert checkpoint.step_of(newest) == last_step
-    assert not (run / "metrics.jsonl").read_text()  # the first epoch's end is step 6: its evaluation is not half recorded
+    assert not (
+        run / "metrics.jsonl"
+    ).read_text()  # the first epoch's end is step 6: its evaluation is not half recorded
 
 
 def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(

@@ -157,7 +157,9 @@ images = normalize(torch.from_numpy(data.test_images[:8].copy()), data.mean, dat
 class Two:
     """Two launchers of one rank each: NCCL takes them for two machines, and does not mind that they share a GPU."""
 
-    def __init__(self, run: Path, *more: object, precision: str, hang_seconds: int = 60, script: Path | None = None) -> None:
+    def __init__(
+        self, run: Path, *more: object, precision: str, hang_seconds: int = 60, script: Path | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
