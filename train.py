@@ -217,7 +217,7 @@ def main() -> None:
     except UserError as error:
         if speaks:
             print(f"train.py: error: {error}", file=sys.stderr)
-        failure.leave(2)
+        failure.leave(error.status)
     failure.leave(0)
 
 

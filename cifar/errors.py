@@ -11,6 +11,14 @@ from typing import Any, TextIO
 class UserError(Exception):
     """Bad input. The message is one line: the thing, what is wrong with it, the mend. The scripts exit with 2."""
 
+    status = 2
+
+
+class LostError(UserError):
+    """Nothing that was asked for is wrong, but something that the run needs is gone. The scripts exit with 1."""
+
+    status = 1
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as UserErrors: one line and no usage in front of it."""

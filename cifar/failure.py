@@ -385,8 +385,9 @@ def leave(status: int) -> NoReturn:
 
 def cause(error: BaseException) -> End:
     """Why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
-    own = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    status = USER_ERROR if isinstance(error, UserError) else 1
+    own, status = f"{type(error).__name__}: {error}", 1
+    if isinstance(error, UserError):
+        own, status = str(error), error.status
     watch = _watch
     if watch is None:
         return End(own, status)
@@ -400,7 +401,7 @@ def cause(error: BaseException) -> End:
                 reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
                 end = peers.roll_call(reason) or peers.where_all_are(reason)
             else:
-                end = End(own if status == USER_ERROR else f"{peers.name(peers.rank)}: {own}", status)
+                end = End(own if isinstance(error, UserError) else f"{peers.name(peers.rank)}: {own}", status)
             watch.failed = peers.settle(end)
         assert watch.failed is not None
         return watch.failed
@@ -425,7 +426,7 @@ def shared() -> Iterator[None]:
         line, status = cause(error)
         if status == USER_ERROR:
             raise UserError(line) from None
-        if not _of_the_network(error):
+        if not _of_the_network(error) and not isinstance(error, UserError):
             traceback.print_exception(error)
         _say_and_exit(line, status)
 

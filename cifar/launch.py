@@ -1,4 +1,4 @@
-"""The processes of a job: starting them right, and agreeing between them. All that depends on the device is here."""
+"""The processes of a job: starting them right, and agreeing between them."""
 
 import ctypes
 import os
@@ -6,15 +6,25 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DynamoBackend, gather_object
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+)
 from torch import nn
+from torch.distributed import is_nccl_available
 
-from cifar import failure
+from cifar import device, failure
 from cifar.errors import UserError
 
 T = TypeVar("T")
@@ -23,23 +33,51 @@ T = TypeVar("T")
 # own 25 the 6.6 M network's last part is 16.8 MB, with 5 it is 1.5 MB, and more parts would mean more messages.
 BUCKET_MB = 5
 
+# What a launch may ask for, often by a configuration that another project left, and this job has no use for.
+UNUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # by which processes meet
 
-def start(gradient_compression: str = "none") -> Accelerator:
+
+def start(gradient_compression: str = "none", deterministic: bool = False) -> Accelerator:
     """The Accelerator of this process, after the checks that keep a misconfigured launch from running on.
 
     With `gradient_compression` "bf16" DDP sends gradients in that precision, whatever they were computed in.
-    Precision comes from the launcher alone. Without an accelerator in the machine it is a job on CPUs (gloo), with
-    every core in use. Raises UserError where the processes do not know of each other or cannot do the precision.
+    Precision comes from the launcher alone, the device from device.py. On CPUs every core is in use. `deterministic`
+    asks for operations that give the same bits each time. Raises UserError where the processes do not know of each
+    other, have different devices or cannot do the precision.
     """
-    has_accelerator = torch.accelerator.is_available()
-    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted not in ("no", "bf16") and not has_accelerator:
-        raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
-    failure.start(on_cpu=not has_accelerator)  # before the ranks meet: one that does not come is named
-    _rejoin("nccl" if has_accelerator else "gloo")
+    _check_numbers()
+    decided = device.decide(local_processes())
+    on_cpu = decided.kind == "cpu"
+    _check_settings(on_cpu)
+    failure.start(on_cpu)  # before the ranks meet: one that does not come is named
+    machines = failure.exchange("device", f"{socket.gethostname()} {decided.kind}")
+    device.compare(dict(words.split() for words in machines))
+    if deterministic:
+        _make_deterministic()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what precision `no` says; bf16 is for speed
+    # Above the limits of failure.py, which names the rank that is missing: this one would name nobody.
+    limit = timedelta(seconds=2 * max(failure.SETUP_SECONDS, failure.hang_seconds()))
+    _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
-    distributed = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook)
-    accelerator = Accelerator(cpu=not has_accelerator, kwargs_handlers=[distributed])
+    handlers = [
+        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook),
+        InitProcessGroupKwargs(backend=decided.backend, timeout=limit),
+    ]
+    # By its own default it would take a number from the environment, and divide gradients by it.
+    accumulation = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers)
+    if accelerator.num_processes > 1 and gradient_compression != "none" and not is_nccl_available():
+        raise UserError(
+            f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as those for CPUs "
+            "alone are; leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         # Seen with use_cpu in a MULTI_GPU configuration: processes that each believe to be alone, and all write.
@@ -48,13 +86,50 @@ def start(gradient_compression: str = "none") -> Accelerator:
             "launch with one of accelerate_configs/, or with --multi_gpu --num_processes N"
         )
     failure.introduce(_gathered(accelerator, socket.gethostname()))
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() // local_processes()))
+    # The launcher leaves a process on a machine with GPUs one thread, however many cores there are.
+    torch.set_num_threads(_threads_asked_for() or max(1, _cores() // local_processes()))
+    if on_cpu:
         _keep_freed_memory()
     return accelerator
 
 
-def _rejoin(backend: str) -> None:
+def _make_deterministic() -> None:
+    """Before CUDA and NCCL start: what they must be told, and torch, which then refuses an operation that is not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # which adds up in another order each time
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # or the fastest convolution of the day is taken
+
+
+def _check_numbers() -> None:
+    """Raises UserError for variables by which processes meet, but not in this way."""
+    given = {name: os.environ[name] for name in NUMBERS if name in os.environ}
+    odd = next((f"{name}={value} is not a number" for name, value in given.items() if not value.isdecimal()), "")
+    if not odd and given.get("WORLD_SIZE", "1") != "1" and len(given) < len(NUMBERS):
+        odd = f"WORLD_SIZE={given['WORLD_SIZE']} without {min(set(NUMBERS) - set(given))}"
+    if odd:
+        raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set what processes meet by")
+
+
+def _check_settings(on_cpu: bool) -> None:
+    """Raises UserError for what was launched and is not to be had here."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    config = ("cpu_2proc" if several else "cpu") if on_cpu else ("multi_gpu" if several else "single_gpu")
+    instead = f"launch with --config_file accelerate_configs/{config}.yaml"
+    for name, what in UNUSED.items():
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes", "on"):
+            raise UserError(
+                f"the launch asks for {what} (a flag, a --config_file, or a default_config.yaml that is left under "
+                f"~/.cache/huggingface/accelerate), and this job does not use it; {instead}"
+            )
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16", "fp16"):
+        raise UserError(f"precision {wanted} is none that this job trains in; {instead}")
+    if wanted == "fp16" and on_cpu:
+        raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
+
+
+def _rejoin(backend: str, limit: timedelta) -> None:
     """After a restart in place (--max_restarts), meets the other ranks where the dead ones have left nothing.
 
     The launcher's store outlives its workers, and with static rendezvous, Accelerate's default, torch 2.14 does not
@@ -67,7 +142,8 @@ def _rejoin(backend: str) -> None:
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    init_process_group(backend, store=PrefixStore(f"restart/{count}", store), rank=rank, world_size=ranks)
+    own = PrefixStore(f"restart/{count}", store)
+    init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=limit)
 
 
 def data_is_open(accelerator: Accelerator) -> None:
@@ -87,7 +163,7 @@ def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_s
 
 def local_processes() -> int:
     """How many of the job's processes run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def loader_workers() -> int:
@@ -96,7 +172,30 @@ def loader_workers() -> int:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: those that it may run on, or fewer where a container has a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limit = int(quota) // int(period)
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        return len(os.sched_getaffinity(0))
+    return min(len(os.sched_getaffinity(0)), max(1, limit))
+
+
+def _threads_asked_for() -> int:
+    """The CPU threads that somebody gave by OMP_NUM_THREADS or --num_cpu_threads_per_process, 0 where nobody did.
+
+    Launchers set the variable to 1 where nobody has said anything, which would leave all cores but one idle; what was
+    there before them is seen in their own environment.
+    """
+    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # by nesting depth
+    try:
+        launcher = psutil.Process().parent()
+        before, words = launcher.environ(), " ".join(launcher.cmdline())
+    except (psutil.Error, AttributeError):  # it is gone, or another user's
+        before, words = {}, ""
+    launched = any(name in os.environ and name not in before for name in SET_BY_LAUNCHERS)
+    asked = not launched or "OMP_NUM_THREADS" in before or "num_cpu_threads_per_process" in words.replace("-", "_")
+    return int(number) if asked and number.isdecimal() else 0
 
 
 def _keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cifar.errors import UserError
 from cifar.recipes import Recipe
 
 WARMUP_START = 1 / 25  # of the peak rate, at step 0
@@ -14,13 +15,22 @@ ITERATIONS = 3  # of Newton-Schulz: 2 cost 1.8 points in airbench's runs
 
 
 def build(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Each group of parameters has a share of the learning rate, see set_lr."""
+    """The recipe's optimizer. Each group of parameters has a share of the learning rate, see set_lr.
+
+    Raises UserError for a parameter that muon has no rule for.
+    """
     named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     if recipe.optimizer == "adam":
         # An L2 penalty; fused: one kernel for all parameters, on CPUs and GPUs alike.
         parameters = [parameter for _, parameter in named]
         group = {"params": parameters, "share": 1.0}
         return torch.optim.Adam([group], lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    for name, parameter in named:
+        if parameter.ndim not in (1, 2, 4):
+            raise UserError(
+                f"--optimizer muon has rules for parameters of 1, 2 and 4 dimensions, and {name} has {parameter.ndim}; "
+                "add one to cifar/optim.py, or use --optimizer adam"
+            )
     filters = [parameter for _, parameter in named if parameter.ndim == 4]
     heads = [parameter for _, parameter in named if parameter.ndim == 2]
     others = [parameter for _, parameter in named if parameter.ndim == 1]
@@ -39,6 +49,12 @@ class Muon(torch.optim.SGD):
     torch.optim.Muon takes two-dimensional parameters alone and always computes in bf16, which processors without
     native bf16 only emulate: here the precision is that of the autocast around the step.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
+        super().__init__(groups, **defaults)
+        # float16's loss scaler leaves it to torch's fused optimizers to divide gradients by its factor and to skip a
+        # step that overflowed. It has to do both for this one, since the filters are stepped here.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -7,7 +7,10 @@ from the fields' types. Nothing here imports torch, so that `train.py --help` an
 
 import argparse
 import inspect
+import json
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -30,7 +33,12 @@ class Recipe(BaseModel):
         int, Field(ge=1, le=1_000_000, description="images per optimizer step, over all processes together")
     ] = 512
     gradient_accumulation_steps: Annotated[
-        int, Field(ge=1, description="parts that a process cuts its share of the batch into, to save memory")
+        int,
+        Field(
+            ge=1,
+            description="parts that a process cuts its share of the batch into, to save memory; each part has its own "
+            "batch-norm statistics, so other numbers give other weights",
+        ),
     ] = 1
     gradient_compression: Annotated[
         Literal["none", "bf16"], Field(description="what processes send each other: bf16 is half the bytes")
@@ -59,7 +67,12 @@ class Recipe(BaseModel):
         float, Field(gt=0, le=100, description="the same for the linear layer, where the optimizer is muon")
     ] = 0.1
     peak_epoch: Annotated[
-        float, Field(ge=0, description="epoch at which the learning rate peaks; it falls to zero from there")
+        float,
+        Field(
+            ge=0,
+            description="epoch at which the learning rate peaks, to fall to zero from there; other --epochs move it "
+            "along where it is not given",
+        ),
     ] = 5.0
     freeze_at: Annotated[
         float, Field(gt=0, le=1, description="part of the steps after which the network's beginning no longer learns")
@@ -254,10 +267,26 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     arguments = vars(parser.parse_args(argv))
     overrides = {field: arguments[field] for field in Recipe.model_fields if field in arguments}
     every = arguments["checkpoint_every"]
-    if not every.isdecimal() or int(every) < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,17}", every):
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
     options = Options(arguments["run"] or Path("runs", name), arguments["resume"], int(every), name)
+    if "epochs" in overrides and "peak_epoch" not in overrides:
+        overrides["peak_epoch"] = _moved_peak(defaults, overrides["epochs"], options)
     return override(defaults, overrides), options
+
+
+def _moved_peak(defaults: Recipe, epochs: str, options: Options) -> float:
+    """The recipe's peak at the same part of another number of epochs, so that the schedule keeps its shape.
+
+    A run or checkpoint that this goes on from, made when the peak did not move along yet, keeps its own.
+    """
+    chosen = override(defaults.model_copy(update={"peak_epoch": 0.0}), {"epochs": epochs}).epochs
+    for path in (options.run / "recipe.json", Path(options.resume, "state.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            recorded = json.loads(path.read_bytes())["recipe"]
+            if recorded["epochs"] == chosen and recorded["peak_epoch"] == defaults.peak_epoch:
+                return defaults.peak_epoch
+    return defaults.peak_epoch * chosen / defaults.epochs
 
 
 def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:

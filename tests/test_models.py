@@ -119,6 +119,26 @@ def test_a_pool_before_the_relu_changes_no_bit() -> None:
     assert all(torch.equal(a, b.grad) for a, b in zip(gradients, network.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("cells", [(4, 4), (3, 3), (2, 2), (1, 1), (8, 5)])
+def test_the_global_pool_is_that_of_torch_to_the_bit_and_ties_go_to_the_same_cell(
+    cells: tuple[int, int], layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    coarse = torch.randint(0, 3, (16, 40, *cells)).float()  # many cells share a map's maximum
+    coarse[:, 0], coarse[0, 1], coarse[1, 2] = 0, float("nan"), -float("inf")
+    for maps in (coarse, torch.randn(16, 40, *cells), coarse.bfloat16()):
+        results = []
+        for pool in (torch.nn.AdaptiveMaxPool2d(1), resnet.GlobalMaxPool2d()):
+            x = maps.contiguous(memory_format=layout).requires_grad_()
+            y = pool(x)
+            y.backward(torch.randn(16, 40, 1, 1, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+            results.append((y.detach(), x.grad))
+        for expected, actual in zip(*results, strict=True):
+            assert actual.shape == expected.shape
+            assert torch.equal(actual.nan_to_num(9), expected.nan_to_num(9))
+
+
 @pytest.mark.parametrize("size", [32, 28, 24, 20])
 def test_rows_that_a_pool_throws_away_change_nothing(size: int) -> None:
     network = models.build("whitened", classes=10, dropout=0).double().eval()

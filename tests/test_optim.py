@@ -1,9 +1,12 @@
 """The learning rate is a function of the step; the optimizer follows it."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from cifar import optim
+from cifar import models, optim
+from cifar.errors import UserError
 from cifar.recipes import Recipe
 
 
@@ -104,3 +107,56 @@ def test_the_optimizer_takes_one_step_of_adam_at_the_given_rate() -> None:
     optimizer.step()
     # Adam's first step is the rate times the gradient's sign, and every gradient here is +1.
     torch.testing.assert_close(layer.weight.detach(), before - 0.125)
+
+
+OPTIMIZERS = get_args(Recipe.model_fields["optimizer"].annotation)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("network", models.names())
+def test_every_parameter_that_learns_is_in_one_group(network: str, name: str) -> None:
+    built = models.build(network, classes=10, dropout=0)
+    groups = optim.build(built, Recipe(optimizer=name)).param_groups
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in grouped} == {id(p) for p in built.parameters() if p.requires_grad}
+    assert len(grouped) == len({id(parameter) for parameter in grouped})
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3, 4), (2, 3, 4, 5, 6)])
+def test_a_parameter_without_a_rule_is_refused_by_name_and_not_passed_over(shape: tuple[int, ...]) -> None:
+    network = convolutional()
+    network.register_parameter("extra", torch.nn.Parameter(torch.ones(shape)))
+    with pytest.raises(UserError, match=rf"dimensions, and extra has {len(shape)}; .* or use --optimizer adam"):
+        optim.build(network, MUON)
+    optim.build(network, Recipe())
+
+
+@pytest.mark.parametrize("overflows", [(), (0,), (2,), (0, 1, 3)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_under_a_loss_scaler_steps_are_those_of_an_unscaled_run_without_those_that_overflowed(
+    name: str, overflows: tuple[int, ...]
+) -> None:
+    def trained(scaled: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        network = convolutional()
+        optimizer = optim.build(network, MUON.model_copy(update={"optimizer": name}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(5):
+            optim.set_lr(optimizer, 0.1)
+            logits = network(torch.randn(8, 3, 4, 4, generator=generator))
+            loss = torch.nn.functional.cross_entropy(logits, torch.arange(8) % 5)
+            if step not in overflows or scaled:
+                scaler.scale(loss).backward()
+                if step in overflows:
+                    network[0].weight.grad[0, 0, 0, 0] = float("inf")
+                if step % 2:
+                    scaler.unscale_(optimizer)  # as for the logs of the gradients' norm
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        state = [value for p in network.parameters() for value in optimizer.state[p].values()]
+        return list(network.state_dict().values()), state
+
+    for expected, actual in zip(trained(scaled=False), trained(scaled=True), strict=True):
+        assert len(actual) == len(expected) > 0
+        assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -1,5 +1,6 @@
 """Recipes and the command line made from them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pydantic
 import pytest
 from conftest import ROOT, Train
 
-from cifar import recipes
+from cifar import optim, recipes
 from cifar.errors import UserError
 from cifar.recipes import RECIPES, Recipe, parse_command_line
 
@@ -44,9 +45,37 @@ def test_a_recipe_is_frozen() -> None:
 
 def test_flags_change_the_fields_they_name() -> None:
     recipe, options = parse_command_line(["--recipe", "digits", "--epochs", "9", "--dropout=0.5", "--run", "somewhere"])
-    assert recipe == RECIPES["digits"]().model_copy(update={"epochs": 9, "dropout": 0.5})
-    assert options.run == Path("somewhere")
-    assert parse_command_line([])[1].run == Path("runs/resnet")
+    assert recipe == RECIPES["digits"]().model_copy(update={"epochs": 9, "peak_epoch": 3.0, "dropout": 0.5})
+    assert (options.run, options.recipe_name) == (Path("somewhere"), "digits")
+    assert parse_command_line([])[1] == (Path("runs/resnet"), "auto", 500, "resnet")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_with_other_epochs_alone_the_schedule_keeps_its_shape(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert parse_command_line(["--recipe", name, "--epochs", str(recipe.epochs)])[0] == recipe
+    rates = [optim.lr_at(step, 1000, recipe) for step in range(1001)]
+    for epochs in (1, 2, 3, 7, 100_000):
+        shorter = parse_command_line(["--recipe", name, "--epochs", str(epochs)])[0]
+        assert [optim.lr_at(step, 1000, shorter) for step in range(1001)] == pytest.approx(rates)
+        assert shorter.model_copy(update={"epochs": recipe.epochs, "peak_epoch": recipe.peak_epoch}) == recipe
+    assert parse_command_line(["--epochs", "8", "--peak-epoch", "5"])[0].peak_epoch == 5
+
+
+def test_a_run_from_before_the_peak_moved_along_goes_on_with_its_own(tmp_path: Path) -> None:
+    arguments = ["--recipe", "digits", "--epochs", "9"]
+    before = {**RECIPES["digits"]().model_dump(), "epochs": 9}
+    assert before["peak_epoch"] == 2
+    for place, more in (("run/recipe.json", ["--run", f"{tmp_path}/run"]), ("step-0000009/state.json", [])):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_text(json.dumps({"recipe": before}))
+        named = more or ["--run", f"{tmp_path}/new", "--resume", f"{tmp_path}/step-0000009"]
+        recipe, _ = parse_command_line([*arguments, *named])
+        assert recipes.differences(recipe, before) == []
+        assert parse_command_line([*arguments[:2], "--epochs", "12", *named])[0].peak_epoch == 4
+    moved = {**before, "peak_epoch": 3.0}
+    (tmp_path / "run/recipe.json").write_text(json.dumps({"recipe": moved}))
+    assert recipes.differences(parse_command_line([*arguments, "--run", f"{tmp_path}/run"])[0], moved) == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +86,8 @@ def test_flags_change_the_fields_they_name() -> None:
         (["--no-such-flag"], "--no-such-flag"),
         (["--epochs", "0"], "--epochs 0"),
         (["--epochs", "many"], "--epochs many"),
-        (["--epochs", "4"], "peak_epoch 5"),
+        (["--epochs", "1e3"], "--epochs 1e3"),
+        (["--epochs", "4", "--peak-epoch", "4"], "peak_epoch 4"),
         (["--epochs"], "--epochs"),
         (["--dropout", "1"], "--dropout 1"),
         (["--dropout", "nan"], "--dropout nan"),
@@ -65,6 +95,8 @@ def test_flags_change_the_fields_they_name() -> None:
         (["--peak-learning-rate", "inf"], "--peak-learning-rate inf"),
         (["--global-batch-size", "-512"], "--global-batch-size -512"),
         (["--seed", "1.5"], "--seed 1.5"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--image-sizes", "32,"], "--image-sizes 32,"),
         (["--image-sizes", "24,8"], "--image-sizes 24,8: each side must be from 16 to 64"),
         (["--image-sizes", "big"], "--image-sizes big: string should match"),
         (["--optimizer", "sgd"], "--optimizer sgd: input should be 'adam' or 'muon'"),
@@ -72,6 +104,7 @@ def test_flags_change_the_fields_they_name() -> None:
         (["--augment", "foo"], "--augment foo: input should be 'albumentations' or 'device'"),
         (["--checkpoint-every", "0"], "--checkpoint-every 0"),
         (["--checkpoint-every", "often"], "--checkpoint-every often"),
+        (["--checkpoint-every", "9" * 5000], "--checkpoint-every 999"),
         (["stray"], "stray"),
     ],
 )

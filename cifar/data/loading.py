@@ -1,32 +1,40 @@
 """From the cache to batches of training images, augmented ahead by other processes or at once on the device."""
 
 import atexit
+import itertools
 import multiprocessing
+import os
 import signal
+import socket
+import traceback
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from cifar import stop
+from cifar import failure, stop
 from cifar.data import augment, augment_device
 from cifar.data.augment import Pipeline
 from cifar.data.cache import Data, open_cache
 from cifar.data.order import RankBatches, Sample
+from cifar.data.sources import SIZE
+from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
+
+LONGEST = 2_000_000  # seconds: what poll() takes, some 24 days
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 [n, 3, 32, 32] (channels-last), labels int64 [n]
 
 
-class WorkerImages(Dataset[Batch]):
+class WorkerImages:
     """Training images that Albumentations augments, fetched a batch at a time by (epoch, index)."""
 
     def __init__(self, data: Data, pipeline: Pipeline, seed: int) -> None:
         from cifar.data.augment_albumentations import Augmentation  # half a second to import, and only needed here
 
-        # Only the path: a pickled memory map would be a copy of all the images in every worker that is spawned.
+        # Only the path: each worker maps the images for itself, and the process that trains does not touch them.
         self.path, self.augmentation = data.path, Augmentation(pipeline, data.mean, data.std, seed)
         self.data: Data | None = None
 
@@ -72,35 +80,133 @@ def training_images(recipe: Recipe, data: Data, device: torch.device) -> Trainin
 def training_batches(
     images: TrainingImages, batches: RankBatches, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Goes through `batches`: with `workers` processes, each a few batches ahead, or here where images are resident."""
-    if isinstance(images, ResidentImages):
+    """Goes through `batches`: with `workers` processes, each two batches ahead, or here where images are resident.
+
+    Raises UserError where a worker cannot be started, fails, is killed or hangs.
+    """
+    if isinstance(images, ResidentImages) or not workers:
         return map(images.__getitems__, batches)
-    loader = DataLoader(
-        images,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        pin_memory=device.type == "cuda",  # so that the copy to the device does not wait
+    started: list[_Worker] = []
+    atexit.register(_end, started)
+    started.extend(
+        _Worker(images, batches.every(workers, number), f"loader worker {number + 1} of {workers}")
+        for number in range(workers)
     )
-    started = iter(loader)
-    atexit.register(_end_workers)  # only now, so that it comes before the loader's own waiting for them
-    return started
+    return _received(started, batches, device)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _received(workers: "list[_Worker]", batches: RankBatches, device: torch.device) -> Iterator[Batch]:
+    seconds = failure.hang_seconds()
+    limit = max(failure.HANG_SECONDS, seconds)  # for the first one, as for a job's first step
+    pinned = device.type == "cuda"  # so that the copy to the device does not wait
+    try:
+        for _, worker in zip(batches.steps, itertools.cycle(workers), strict=False):
+            images = torch.empty((batches.size, SIZE, SIZE, 3), pin_memory=pinned)
+            labels = torch.empty(batches.size, dtype=torch.int64, pin_memory=pinned)
+            worker.receive(limit, images, labels)
+            yield images.permute(0, 3, 1, 2), labels
+            limit = seconds
+    finally:
+        _end(workers)
 
 
-def _start_worker(_: int) -> None:
+class _Worker:
+    """A process that makes batches and hands them over, one after the other, through a pair of sockets.
+
+    torch's DataLoader sends tensors through shared memory and semaphores, for which a container's /dev/shm or a long
+    TMPDIR may leave no room; it notices the death of a worker in a signal handler, which may strike in the middle of
+    a checkpoint; and it waits for one that hangs for ever.
+    """
+
+    def __init__(self, images: WorkerImages, batches: RankBatches, name: str) -> None:
+        try:
+            self.connection, theirs = socket.socketpair()
+            with theirs:  # only the worker may hold it open: that is how its death is seen
+                make = multiprocessing.get_context("fork").Process
+                self.process = make(target=_work, args=(theirs, images, batches, os.getpid()), daemon=True)
+                self.process.start()
+        except OSError as error:
+            raise UserError(
+                f"{name} cannot be started ({error.strerror}); raise the limit (ulimit -n, ulimit -u, memory), or do "
+                "without such processes: --augment device, in a new --run"
+            ) from None
+        self.name = f"{name} (process {self.process.pid} on {socket.gethostname()})"
+
+    def receive(self, limit: int, *tensors: torch.Tensor) -> None:
+        """Fills the tensors with the next batch. Raises UserError where none comes, or none within `limit` seconds."""
+        self.connection.settimeout(min(limit, LONGEST))
+        status = bytearray(1)
+        try:
+            self._fill(memoryview(status))
+            if status != _MADE:
+                words = bytearray()
+                while part := self.connection.recv(4096):
+                    words += part
+                raise (UserError if status == _REFUSED else LostError)(f"{self.name}: {words.decode()}")
+            for tensor in tensors:
+                self._fill(tensor.numpy().data.cast("B"))
+        except TimeoutError:
+            raise LostError(
+                f"no batch from {self.name} for {limit} s: it hangs, perhaps in a file system that does not answer; "
+                "look there, then start the same command again"
+            ) from None
+
+    def _fill(self, buffer: memoryview) -> None:
+        while buffer:
+            received = self.connection.recv_into(buffer)
+            if not received:
+                self.process.join(1)
+                code = self.process.exitcode
+                how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
+                why = ", most likely for want of memory: give the job more" if code == -signal.SIGKILL else ""
+                raise LostError(
+                    f"{self.name} {how}{why}; the same command goes on from the last checkpoint, and --augment device, "
+                    "in a new --run, needs no such processes"
+                )
+            buffer = buffer[received:]
+
+
+_MADE, _FAILED, _REFUSED = b"0", b"1", b"2"
+
+
+def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches, parent: int) -> None:
     import cv2
 
     stop.obey_parent()  # a stop request is for the training process, which still wants its batches
+    if os.getppid() != parent:
+        return  # it was gone before this one could ask to end with it
+    torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    try:
+        _make(connection, images, batches)
+    except UserError as error:
+        connection.sendall(_REFUSED + str(error).encode())
+    except ConnectionError:
+        pass  # nobody wants batches any more
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        words = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        connection.sendall(_FAILED + " ".join(words.split()).encode())
 
 
-def _end_workers() -> None:
-    """After a crash Python would send them SIGTERM, which they ignore, and then wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash of theirs
-    for process in multiprocessing.active_children():
-        process.kill()
+def _make(connection: socket.socket, images: WorkerImages, batches: RankBatches) -> None:
+    """Makes a batch while the one before is on its way."""
+
+    def send(made: torch.Tensor, labels: torch.Tensor) -> None:
+        for content in (_MADE, made.permute(0, 2, 3, 1).numpy().data, labels.numpy().data):
+            connection.sendall(content)
+
+    with ThreadPoolExecutor(1) as sender:
+        before: Future[None] | None = None
+        for samples in batches:
+            batch = images.__getitems__(samples)
+            if before:
+                before.result()
+            before = sender.submit(send, *batch)
+
+
+def _end(workers: list[_Worker]) -> None:
+    """At exit, before Python sends them SIGTERM, which they ignore, and waits for them."""
+    for worker in workers:
+        worker.process.kill()
+        worker.connection.close()

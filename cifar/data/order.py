@@ -5,6 +5,7 @@ k-th slice of `global_batch_size` images. Every image is drawn once per epoch, e
 end within a batch.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -64,6 +65,17 @@ class RankBatches:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def size(self) -> int:
+        """Images in each of the batches."""
+        return self.share.stop - self.share.start
+
+    def every(self, n: int, first: int) -> "RankBatches":
+        """Each n-th of these batches, beginning with the one at place `first`."""
+        part = copy.copy(self)
+        part.steps = self.steps[first::n]
+        return part
 
 
 def image_size_at(step: int, total_steps: int, recipe: Recipe) -> int:

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -51,6 +52,13 @@ def conv_block(
     )
 
 
+class GlobalMaxPool2d(nn.Module):
+    """The maximum of each map: nn.AdaptiveMaxPool2d(1), whose backward pass on CUDA is not deterministic by name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(x, x.shape[-2:])
+
+
 class Residual(nn.Module):
     """Two convolution blocks whose output is added to their input."""
 
@@ -77,7 +85,7 @@ class ResNet(nn.Module):
         self.layer1 = nn.Sequential(conv_block(64, 128, pool=True), Residual(128))
         self.layer2 = conv_block(128, 256, pool=True)
         self.layer3 = nn.Sequential(conv_block(256, 512, pool=True), Residual(512, SmallMapConv2d))
-        self.pool = nn.AdaptiveMaxPool2d(1)  # of 4x4 cells; smaller images leave fewer
+        self.pool = GlobalMaxPool2d()  # of 4x4 cells; smaller images leave fewer
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(512, classes)
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cifar.models.resnet import GlobalMaxPool2d
+
 WHITENED = 12  # principal directions of 2x2 patches in three channels
 
 
@@ -72,7 +74,7 @@ class Whitened(nn.Module):
         self.whitening = nn.Conv2d(3, 2 * WHITENED, kernel_size=2, bias=False).requires_grad_(False)
         self.activation = nn.GELU()
         self.stage1, self.stage2, self.stage3 = Stage(2 * WHITENED, 64), Stage(64, 256), Stage(256, 256)
-        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.pool = GlobalMaxPool2d()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(256, classes, bias=False)
         nn.init.normal_(self.linear.weight, std=1 / 256)

@@ -1,0 +1,196 @@
+"""Loader workers: they need nothing but processes and sockets, and whatever becomes of one is told in a line."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, Train, command
+
+from cifar.data import loading, order
+from cifar.data.augment_albumentations import Augmentation
+from cifar.data.cache import open_data
+from cifar.errors import LostError, UserError
+from cifar.recipes import Recipe
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(global_batch_size=16)
+NAME = rf"loader worker 1 of 2 \(process \d+ on {re.escape(os.uname().nodename)}\)"
+
+
+def batches(data: object, workers: int, steps: int = 9) -> Iterator[loading.Batch]:
+    images = loading.training_images(RECIPE, open_data(str(data)), CPU)
+    return loading.training_batches(images, order.RankBatches(RECIPE, 64, 0, steps, 0, 1), workers, CPU)
+
+
+def workers() -> list[psutil.Process]:
+    """The worker processes of this one, in the order in which they were started."""
+    running = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return sorted(running, key=lambda p: p.pid)
+
+
+SCRIPT = f"""
+import hashlib, sys
+sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
+import test_loading
+made = [b"".join(t.contiguous().numpy().tobytes() for t in batch) for batch in test_loading.batches(sys.argv[1], 2)]
+print(hashlib.sha256(b"".join(made)).hexdigest())
+"""
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        "mount -t tmpfs -o size=4k tmpfs /dev/shm",
+        "mount -t tmpfs -o ro tmpfs /dev/shm",
+        "export TMPDIR=$PWD/$(printf %0100d 0) && mkdir $TMPDIR",
+        "export TMPDIR=/no/such/folder",
+    ],
+    ids=["little shared memory", "none", "a long TMPDIR", "a missing one"],
+)
+def test_batches_need_no_shared_memory_and_no_temporary_folder(prepared: str, shapes: Path, tmp_path: Path) -> None:
+    shell = ["sh", "-c", f"{prepared} && exec {sys.executable} -c '{SCRIPT}' {shapes}"]
+    if "mount" in prepared:
+        shell = ["unshare", "-m", *shell]
+        if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+            pytest.skip("only root can mount a file system, and not in every container")
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    here = [b"".join(t.contiguous().numpy().tobytes() for t in batch) for batch in batches(shapes, workers=0)]
+    assert done.stdout.strip() == hashlib.sha256(b"".join(here)).hexdigest(), done.stderr
+
+
+def test_a_killed_worker_ends_the_run_in_one_line_and_the_run_goes_on(
+    shapes: Path, tmp_path: Path, train: Train
+) -> None:
+    arguments = ["--data", shapes, "--run", tmp_path / "run", "--network", "whitened", "--peak-epoch", 1,
+                 "--epochs", 100_000, "--global-batch-size", 16, "--checkpoint-every", 5]  # fmt: skip
+    process = subprocess.Popen(
+        command(ROOT / "train.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run/checkpoints/step-0000005").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for worker in psutil.Process(process.pid).children():
+        worker.kill()
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 1, errors
+    assert re.fullmatch(
+        r"train.py: error: loader worker \d of \d \(process \d+ on \S+\) was ended by SIGKILL, most likely for want of "
+        r"memory: give the job more; the same command goes on .*\n",
+        errors,
+    )
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", errors.removeprefix("train.py: error: ").strip())
+    shown = train(*arguments, "--resume", "no/such/one")  # any start that ends soon: the run is in order
+    assert "no/such/one" in shown.stderr
+
+
+@pytest.fixture
+def running(shapes: Path) -> Iterator[Iterator[loading.Batch]]:
+    """Batches of two workers, the first one of which has been taken."""
+    made = batches(shapes, 2, steps=100)
+    next(made)
+    yield made
+    for worker in workers():
+        worker.kill()
+
+
+def test_a_worker_that_was_killed_is_named(running: Iterator[loading.Batch]) -> None:
+    workers()[0].kill()
+    with pytest.raises(LostError, match=f"^{NAME} was ended by SIGKILL, most likely for want of memory"):
+        list(running)
+
+
+@pytest.mark.parametrize("seconds", ["1", "2"])
+def test_a_worker_that_hangs_is_named_after_the_hang_limit(
+    seconds: str, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_HANG_SECONDS", seconds)
+    made = batches(shapes, 2, steps=100)
+    next(made)
+    workers()[0].suspend()  # with a part of a batch on its way
+    with pytest.raises(LostError, match=f"^no batch from {NAME} for {seconds} s: it hangs"):
+        list(made)
+    assert psutil.wait_procs(workers(), timeout=60)[1] == []  # the others end as well
+
+
+def test_an_error_in_a_worker_is_told_with_its_place(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Augmentation, image: object, epoch: int, index: int) -> None:
+        raise ValueError("boom\nand more")
+
+    monkeypatch.setattr(Augmentation, "__call__", fail)
+    with pytest.raises(LostError, match=rf"^{NAME}: ValueError: boom and more \(test_loading.py:\d+\)$"):
+        list(batches(shapes, 2))
+
+
+def test_a_users_error_in_a_worker_stays_one(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise UserError(f"{path} is damaged; delete it")
+
+    monkeypatch.setattr(loading, "open_cache", refuse)
+    with pytest.raises(UserError, match=rf"^{NAME}: /.* is damaged; delete it$") as raised:
+        list(batches(shapes, 2))
+    assert raised.value.status == 2
+
+
+LIMITED = f"""
+import os, resource, sys
+sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
+import test_loading
+from cifar.errors import UserError
+from cifar.data import loading
+images = loading.training_images(test_loading.RECIPE, test_loading.open_data(sys.argv[1]), test_loading.CPU)
+shares = test_loading.order.RankBatches(test_loading.RECIPE, 64, 0, 9, 0, 1)
+free = os.dup(0)
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + int(sys.argv[2]), free + int(sys.argv[2])))
+try: loading.training_batches(images, shares, 4, test_loading.CPU)
+except UserError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "which"),
+    [(1, 1), (10, 3)],  # each keeps three, and six are open while one starts
+)
+def test_a_worker_that_cannot_be_started_is_one_line_and_the_others_end(files: int, which: int, shapes: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, shapes, str(files)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.startswith(
+        f"loader worker {which} of 4 cannot be started (Too many open files); raise the limit"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+ORPHANS = f"""
+import os, signal, sys
+sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
+import test_loading
+batches = test_loading.batches(sys.argv[1], 2, steps=1000)
+next(batches)
+print(*(worker.pid for worker in test_loading.workers()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_do_not_outlive_the_process_that_trains(shapes: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHANS, shapes], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
