@@ -31,11 +31,10 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--host",
-        default=server.HOST,
         metavar="ADDRESS",
-        help=f"who can reach it; 0.0.0.0: every machine around ({server.HOST})",
+        help=f"who can reach it; 0.0.0.0: every machine around ($GRADIO_SERVER_NAME, else {server.HOST})",
     )
-    add("--port", type=int, default=server.PORT, metavar="N", help=f"({server.PORT})")
+    add("--port", type=int, metavar="N", help=f"($GRADIO_SERVER_PORT, else {server.PORT})")
     return parser.parse_args(argv)
 
 
@@ -50,7 +49,7 @@ def start(asked: argparse.Namespace) -> None:
     if asked.export_space:
         check_new(asked.export_space)
     else:
-        server.check_port(asked.host, asked.port)
+        host, port = server.address(asked.host, asked.port)
 
     from cifar.app import material
     from cifar.app.engine import Engine
@@ -62,7 +61,7 @@ def start(asked: argparse.Namespace) -> None:
         space.export(engine, shown, asked.export_space)
         print(f"{asked.export_space} is a complete Space; try it with: python {asked.export_space / 'app.py'}")
     else:
-        server.serve(engine, shown, asked.host, asked.port)
+        server.serve(engine, shown, host, port)
 
 
 def check_new(folder: Path) -> None:

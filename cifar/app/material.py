@@ -14,9 +14,10 @@ from PIL import Image
 
 from cifar import files
 from cifar.errors import UserError
-from cifar.explain import calibration, figures, mistakes, runs
+from cifar.explain import calibration, mistakes, runs
 from cifar.explain.findings import Float, Int64, UInt8
 from cifar.explain.runs import Run
+from cifar.figures import png
 
 LIST = "pictures.json"
 
@@ -120,7 +121,7 @@ def save(material: Material, folder: Path) -> None:
         listed[name] = []
         for index, pixels, label, row in zip(*vars(judged).values(), strict=True):
             file = f"{name}/{index:05}.png"
-            files.write(folder / file, figures.png(pixels))
+            files.write(folder / file, png(pixels))
             facts = {"file": file, "index": int(index), "true": int(label), "probabilities": row.tolist()}
             listed[name].append(facts)
     files.write(folder / LIST, json.dumps(listed, indent=1).encode())

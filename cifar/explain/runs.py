@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cifar import models
+from cifar import formats, models, names
 from cifar.errors import UserError
 from cifar.explain.findings import Int64, UInt8
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # a wrong --run is refused before torch has loaded
     from torch import nn
 
     from cifar.data.cache import Data
-
-FORMAT = 1  # as in checkpoint.py, which imports torch
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Run:
     sha256: str  # of model.safetensors
     test_accuracy: float | None  # a fraction, as the finished run measured it
     step: int  # optimizer steps taken
+    precision: str | None  # that it was trained in; None: the version that wrote it did not say
 
     @property
     def directory(self) -> Path:
@@ -70,8 +69,8 @@ def open_run(path: Path) -> Run:
         raise _nothing_to_explain(path)
     try:
         config = json.loads((path / ("config.json" if finished else "state.json")).read_bytes())
-        if config["format"] > FORMAT:
-            raise UserError(f"{path} has format {config['format']}, this version reads up to {FORMAT}; update it")
+        if config["format"] > formats.RUN:
+            raise UserError(f"{path} has format {config['format']}, this version reads up to {formats.RUN}; update it")
         run = Run(
             path=path,
             finished=finished,
@@ -84,6 +83,7 @@ def open_run(path: Path) -> Run:
             sha256=config["sha256"] if finished else config["sha256"]["model.safetensors"],
             test_accuracy=config["test_accuracy"] if finished else None,
             step=json.loads((path / "result.json").read_bytes())["steps"] if finished else config["progress"]["step"],
+            precision=config.get("precision"),
         )
         with (path / "model.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,20 +158,38 @@ def as_trained(data: "Data", run: Run) -> "Data":
     return replace(data, mean=run.mean, std=run.std)
 
 
+def recipe_name(run: Run) -> str:
+    """The recipe's name, or '' where the version that trained the run did not keep it."""
+    try:
+        name = json.loads((run.directory / "recipe.json").read_bytes()).get("name")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else ""
+
+
+def own_accuracy(run: Run, precision: str) -> str:
+    """What a finished run measured itself, and in which precision if that is not the one here; '' for a checkpoint."""
+    if run.test_accuracy is None:
+        return ""
+    other = "" if run.precision in {None, precision} else f" in precision {run.precision}, here {precision}"
+    return f"{run.test_accuracy:.2%}{other}"
+
+
 def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
     """The lines about the run that stand above a report."""
     recipe = run.recipe
     trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
-    own = "" if run.test_accuracy is None else f"; {run.test_accuracy:.2%} when it finished"
+    lengths = f"{recipe['epochs']} epochs, global batch {recipe['global_batch_size']}, seed {recipe['seed']}"
+    own = own_accuracy(run, precision)
     return {
-        "run": str(run.path),
-        "recipe": f"{run.network}, {recipe['epochs']} epochs, global batch {recipe['global_batch_size']}, "
-        f"seed {recipe['seed']}",
+        "run": names.one_line(str(run.path)),
+        "recipe": ", ".join(filter(None, (recipe_name(run), lengths))),
+        "network": run.network,
         "trained": f"{trained:%Y-%m-%d %H:%M} UTC, {run.step:,} steps",
         "weights": f"sha256 {run.sha256}",
         "test images": f"{len(data.test_labels):,}"
         + ("" if data.fingerprint == run.data_fingerprint else ", not those of the run"),
-        "accuracy": f"{accuracy:.2%} in precision {precision}{own}",
+        "accuracy": f"{accuracy:.2%} in precision {precision}" + (f"; the run's own: {own}" if own else ""),
     }
 
 
