@@ -97,7 +97,7 @@ def of_run(run: Run, source: str) -> Material:
 
 
 def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities: Float) -> dict[str, str]:
-    result = json.loads((run.path / "result.json").read_bytes())
+    result = _result(run)
     low, high = calibration.wilson(np.array([correct.mean()]), np.array([len(correct)]))
     trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
     hours, minutes = divmod(round(result["seconds"] / 60), 60)
@@ -111,6 +111,15 @@ def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities
         "finished": f"{trained:%Y-%m-%d %H:%M} UTC",
         "weights": f"sha256 {run.sha256}",
     }
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """What the run wrote at its end. Raises UserError where something of it is missing."""
+    path = run.path / "result.json"
+    result: dict[str, Any] = json.loads(path.read_bytes())  # it could be read when the run was opened
+    if missing := [name for name in ("seconds", "world_size", "parameters", "precision") if name not in result]:
+        raise UserError(f"{path} does not say: {', '.join(missing)}; choose another --run")
+    return result
 
 
 def save(material: Material, folder: Path) -> None:

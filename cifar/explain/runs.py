@@ -99,8 +99,11 @@ def open_run(path: Path) -> Run:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether this is the directory of a finished run."""
-    return all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
+    """Whether this is the directory of a finished run. Raises UserError where that cannot be seen."""
+    try:
+        return all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
+    except OSError as error:  # it is not for this user to read, or its name is too long for any file
+        raise UserError(f"--run {path}: {error.strerror}; choose another --run") from None
 
 
 def _nothing_to_explain(path: Path) -> UserError:
@@ -116,11 +119,19 @@ def _nothing_to_explain(path: Path) -> UserError:
 
 def check_output(folder: Path) -> None:
     """Raises UserError where files could not be written into a folder, which need not exist yet."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not can_be_written(folder):
         raise UserError(f"output folder {folder} is not writable; choose another --output")
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files could be written into a folder, which need not exist yet."""
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except OSError:  # a name that is too long, or a folder that cannot be looked into
+        return False
 
 
 @contextmanager
@@ -196,8 +207,9 @@ def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, 
 def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     """The epochs [E] that the run evaluated, and the class [E, n] it predicted then; none where it judged other images.
 
-    Of a checkpoint, the epochs that it had completed.
+    Of a checkpoint, the epochs that it had completed. Raises UserError for a file that is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from cifar.data import order
@@ -205,10 +217,16 @@ def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     path = run.directory / "predictions.safetensors"
     if run.data_fingerprint != data.fingerprint or not path.is_file():
         return np.empty(0, np.int64), np.empty((0, len(data.test_labels)), np.uint8)
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+        judged, predictions = tensors["epochs"], tensors["predictions"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); choose another --run, or delete it to do without the epochs"
+        ) from None
     epochs = order.epochs_completed(run.step, len(data.train_labels), run.recipe["global_batch_size"])
-    kept = tensors["epochs"] <= epochs
-    return tensors["epochs"][kept], tensors["predictions"][kept]
+    kept = judged <= epochs
+    return judged[kept], predictions[kept]
 
 
 def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:
