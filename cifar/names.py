@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are empty by design
+SEEN, MOST = 12, 40  # letters of a name that are seen on the narrowest tile of a page, and in all
 JOINERS = "\u200c\u200d"  # format characters that change the letters beside them
 
 
@@ -24,13 +25,30 @@ def readable(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def isolated(classes: Sequence[str]) -> list[str]:
-    """The same for HTML, where a name that is written from right to left would take its neighbours with it."""
-    return [f"\u2068{name}\u2069" if _from_the_right(name) else name for name in readable(classes)]
+def on_pages(classes: Sequence[str]) -> list[str]:
+    """The same for HTML, where a page cuts long names, and who looks at it may have other fonts than who made it.
+
+    The number also stands before a name that begins as another does, and before one in letters that not every machine
+    has. What is written from right to left is kept from taking its neighbours with it.
+    """
+    readable_names = readable(classes)
+    beginnings = Counter(name[:SEEN] for name in readable_names)
+    shown = []
+    for number, name in enumerate(readable_names):
+        cut = name if len(name) <= MOST else f"{name[:MOST]}\u2026"
+        isolated = f"\u2068{cut}\u2069" if any(map(_from_the_right, cut)) else cut
+        needs_number = beginnings[name[:SEEN]] > 1 or not all(map(_is_everywhere, cut))
+        shown.append(f"#{number} {isolated}" if needs_number and not name.startswith("#") else isolated)
+    return shown
 
 
-def _from_the_right(name: str) -> bool:
-    return any(unicodedata.bidirectional(letter) in {"R", "AL", "AN"} for letter in name)
+def _from_the_right(letter: str) -> bool:
+    return unicodedata.bidirectional(letter) in {"R", "AL", "AN"}
+
+
+def _is_everywhere(letter: str) -> bool:
+    """Whether it is Latin, Greek, Cyrillic or one of their signs."""
+    return letter < "\u0530" or "\u1e00" <= letter < "\u2200"
 
 
 def one_line(name: str) -> str:

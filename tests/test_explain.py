@@ -441,21 +441,26 @@ def test_maps_of_images_beyond_the_first_hundred_thousand_are_replaced_too(tmp_p
 # ---- bad input
 
 
-def test_a_run_of_a_strange_name_and_an_output_that_nobody_reads_are_no_reason_to_fail(
-    run: Path, tmp_path: Path
-) -> None:
-    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9sultat \xe7\x8c\xab"))
-    shutil.copytree(run, strange, ignore=shutil.ignore_patterns("checkpoints", "explain"))
+def test_a_name_that_a_terminal_cannot_show_is_no_reason_to_fail(run: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "\u732b"
+    shutil.copytree(run, foreign, ignore=shutil.ignore_patterns("checkpoints", "explain"))
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     with Path("/dev/full").open("w") as full:
         for stdout in (subprocess.PIPE, full):
             done = subprocess.run(
-                command(ROOT / "explain.py", "--run", strange), env=environment, stdout=stdout, stderr=subprocess.PIPE,
+                command(ROOT / "explain.py", "--run", foreign), env=environment, stdout=stdout, stderr=subprocess.PIPE,
                 text=True, check=False,
             )  # fmt: skip
             assert (done.returncode, done.stderr) == (0, "")
-            assert stdout is full or "report.html" in done.stdout
-    assert "r\\udce9sultat" in (strange / "explain" / "report.html").read_text(encoding="utf-8")
+            assert stdout is full or "\\u732b/explain/report.html" in done.stdout
+
+
+def test_a_run_whose_name_is_not_utf_8_is_one_line(run: Path, tmp_path: Path) -> None:
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9sultat"))
+    shutil.copytree(run, strange, ignore=shutil.ignore_patterns("checkpoints", "explain"))
+    done = explain("--run", strange)
+    assert done.returncode == 2
+    assert done.stderr.endswith("r\\udce9sultat has a name that is not UTF-8; rename the folder\n")
 
 
 def test_a_damaged_history_is_one_line(run: Path, tmp_path: Path) -> None:

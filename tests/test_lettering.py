@@ -44,8 +44,14 @@ def test_ordinary_names_stay_as_they_are() -> None:
     assert Labels(classes).advice() == ""
 
 
-def test_names_from_right_to_left_keep_to_themselves_in_html() -> None:
-    assert names.isolated(["\u05e9\u05dc\u05d5\u05dd", "cat"]) == ["\u2068\u05e9\u05dc\u05d5\u05dd\u2069", "cat"]
+def test_pages_show_names_that_nobody_takes_for_each_other() -> None:
+    hebrew = "\u05e9\u05dc\u05d5\u05dd"
+    assert names.on_pages(["cat", hebrew, CAT, "Caf\u00e9", "\u041a\u043e\u0442"]) == [
+        "cat", f"#1 \u2068{hebrew}\u2069", f"#2 {CAT}", "Caf\u00e9", "\u041a\u043e\u0442"
+    ]  # fmt: skip
+    shown = names.on_pages(CONFUSING)
+    assert len({name[: names.SEEN] for name in shown}) == len(CONFUSING)
+    assert max(map(len, shown)) < 50
 
 
 def test_classes_that_no_font_can_show_have_their_numbers_and_a_line_names_a_font(

@@ -74,7 +74,7 @@ class Handlers:
         of_true, of_predicted = (None if name == ANY else classes.index(name) for name in (true, predicted))
         found = mistakes.select(wrong.labels, wrong.predictions, of_true, of_predicted, order, seed)
         shown = self._mistakes(found[:count], map_for, method, layer)
-        names_shown = names.isolated(classes)
+        names_shown = names.on_pages(classes)
         chosen = (("true", of_true), ("predicted", of_predicted))
         kind = "".join(f", {word} {names_shown[number]}" for word, number in chosen if number is not None)
         noun = "mistake" if len(found) == 1 else "mistakes"

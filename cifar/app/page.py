@@ -45,7 +45,7 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
     """The page of a network; `uploads` is the only folder whose files are read."""
     handlers, wrong = Handlers(engine, material, uploads), len(material.mistakes.indices)
     classes, methods = engine.run.classes, list(METHODS)
-    choices = list(zip(names.isolated(classes), classes, strict=True))  # what is shown, and what is sent
+    choices = list(zip(names.on_pages(classes), classes, strict=True))  # what is shown, and what is sent
     layers = [(f"{name} ({cells}x{cells})", name) for name, cells in engine.layers.items()]
     right = material.facts["accuracy"].partition(" (")[0]
     name = f"{engine.run.network}: {len(classes)} classes, {right} right"

@@ -86,18 +86,18 @@ def problem(text: str) -> str:
 
 def examples(judged: Judged, classes: list[str]) -> str:
     """A button with each picture and its class."""
-    rows, shown = zip(judged.indices, judged.pixels, judged.labels, strict=True), names.isolated(classes)
+    rows, shown = zip(judged.indices, judged.pixels, judged.labels, strict=True), names.on_pages(classes)
     return str(_macros.tiles([{"index": int(i), "pixels": p, "name": shown[label]} for i, p, label in rows]))
 
 
 def answer(given: Answer, engine: Engine, top: int) -> str:
     """The picture as the network sees it, bars of its `top` classes, maps and votes."""
-    return str(_macros.answer(given, names.isolated(engine.run.classes), top, engine.layers))
+    return str(_macros.answer(given, names.on_pages(engine.run.classes), top, engine.layers))
 
 
 def mistakes(rows: list[Mistake], classes: list[str], sentence: str) -> str:
     """A button with each mistake, its map over it, true and predicted class."""
-    return str(_macros.mistakes(rows, names.isolated(classes), sentence))
+    return str(_macros.mistakes(rows, names.on_pages(classes), sentence))
 
 
 def about(material: Material, engine: Engine) -> str:
@@ -105,7 +105,7 @@ def about(material: Material, engine: Engine) -> str:
     run = engine.run
     described = {name: field.description for name, field in recipes.Recipe.model_fields.items()}
     rows = summary.rows(engine.network)
-    classes = names.isolated(run.classes)
+    classes = names.on_pages(run.classes)
     return str(_macros.about(material.facts, classes, material.right, rows, run.recipe, described))
 
 

@@ -448,7 +448,8 @@ function prepareMatrix() {
   array("labels").forEach((label, index) => (correct[label] += label === array("predictions")[index] ? 1 : 0));
   const header = (label, changes, words) => {
     const button = chooser(`${words} ${named[label]}`, changes);
-    button.textContent = button.title = named[label];
+    button.textContent = named[label];
+    button.title = classes[label];
     return button;
   };
   cells.push(null, ...shown.map((label) => header(label, { predicted: label }, "Predicted class")));
@@ -870,7 +871,7 @@ function drawProbabilities(row) {
     const bar = make("div", { className: "bar" });
     bar.style.setProperty("--share", values[label]);
     const name = make("div", { className: "named" }, make("span", { textContent: named[label] }), make("b", { textContent: part }));
-    return make("tr", { className: part }, make("th", { scope: "row", title: named[label] }, name), make("td", {}, bar), make("td", { textContent: percent(values[label], 2) }));
+    return make("tr", { className: part }, make("th", { scope: "row", title: classes[label] }, name), make("td", {}, bar), make("td", { textContent: percent(values[label], 2) }));
   });
   if (shown.length < classes.length) {
     const rest = sorted.filter((label) => !shown.includes(label)).reduce((sum, label) => sum + values[label], 0);

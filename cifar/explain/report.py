@@ -106,7 +106,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
     }
     return {
         "classes": findings.classes,
-        "names": names.isolated(findings.classes),
+        "names": names.on_pages(findings.classes),
         "matrixClasses": sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist()),
         "mistakes": mistakes,
         "mapped": mapped,
@@ -214,7 +214,7 @@ def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:most]
     cells = [(int(cell) // len(matrix), int(cell) % len(matrix)) for cell in order]
-    shown = names.isolated(findings.classes)
+    shown = names.on_pages(findings.classes)
     pairs = [(shown[row], shown[column], int(matrix[row, column])) for row, column in cells]
     return [pair for pair in pairs if pair[2]]
 

@@ -64,6 +64,8 @@ class Run:
 
 def open_run(path: Path) -> Run:
     """Raises UserError where there is no run, it is not finished, or its files are not what was saved."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):  # how Python keeps other bytes
+        raise UserError(f"--run {names.one_line(str(path))} has a name that is not UTF-8; rename the folder")
     finished = is_finished(path)
     if not finished and not (path / "state.json").is_file():
         raise _nothing_to_explain(path)
