@@ -24,7 +24,6 @@ def explain(run: Run, asked: Options) -> None:
     """Predicts with all processes; the first one writes pictures, tables and report."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import numpy as np
-    from torch.utils.tensorboard import SummaryWriter
 
     from cifar import launch, loop
     from cifar.data.cache import open_data
@@ -116,9 +115,7 @@ def explain(run: Run, asked: Options) -> None:
 
     with runs.written_to(folder):
         output.publish(folder, contents())
-        with SummaryWriter(str(run.events(folder))) as writer:
-            for name, picture in pictures.items():
-                writer.add_image(f"explain/{name}", picture, run.step, dataformats="HWC")
+        output.write_events(run.events(folder), pictures, run.step)
     own = runs.own_accuracy(run, accelerator.mixed_precision)
     compared = f" (the run's own: {own})" if own else ""
     say(

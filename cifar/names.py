@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are empty by design
-SEEN, MOST = 12, 40  # letters of a name that are seen on the narrowest tile of a page, and in all
+SEEN, MOST = 12, 60  # letters of a name that are seen on the narrowest tile of a page, and in all
 JOINERS = "\u200c\u200d"  # format characters that change the letters beside them
 
 

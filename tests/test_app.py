@@ -757,6 +757,7 @@ server.serve(Engine(run), material.of_run(run, run.recipe["data"]), "127.0.0.1",
 def test_it_ends_though_an_import_never_does(run: Path, tmp_path: Path) -> None:
     port = free_port()
     app = App([sys.executable, "-c", HANGS, str(run), str(port)], port, tmp_path / "tmp", cwd=ROOT)
+    assert app.http("GET", "/")[0] == 200  # by now the import has begun
     output = app.end()
     assert app.process.returncode == 0
     assert output == "cifar.app: ended, though grad-cam has not been imported after 1 s\n"

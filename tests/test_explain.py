@@ -395,6 +395,25 @@ def test_an_explanation_that_cannot_be_written_leaves_the_one_before(disk: Disk)
     }  # fmt: skip
 
 
+WRITE_EVENTS = """
+import sys
+from pathlib import Path
+import numpy as np
+from cifar.explain import output, runs
+picture = np.random.default_rng(0).integers(0, 256, (800, 800, 3)).astype(np.uint8)
+with runs.written_to(Path(sys.argv[1])):
+    output.write_events(Path(sys.argv[1]), {"gallery": picture}, 7)
+"""
+
+
+def test_pictures_for_tensorboard_that_find_no_room_are_one_error(disk: Disk) -> None:
+    disk.remount("size=1m")
+    done = subprocess.run([sys.executable, "-c", WRITE_EVENTS, disk.path], cwd=ROOT, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.stderr.count("Traceback") == 1  # of the UserError, which explain.py prints as one line
+    assert "UserError" in done.stderr.splitlines()[-1]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

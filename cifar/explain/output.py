@@ -2,17 +2,20 @@
 
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cifar import files
 from cifar.errors import UserError
+from cifar.explain.findings import UInt8
 
 LOCK_SECONDS = 60  # for another explanation to be put in the same folder, which takes as long as renaming its files
 MAPS = "maps"
@@ -48,6 +51,25 @@ def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
+
+
+def write_events(directory: Path, pictures: Mapping[str, UInt8], step: int) -> None:
+    """Writes pictures [h, w, 3] for TensorBoard, in a file of their own. Raises OSError.
+
+    A SummaryWriter would write in a thread, which prints a traceback where the disk is full.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import image
+
+    now, content = time.time(), io.BytesIO()
+    records = RecordWriter(content)
+    records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for name, picture in pictures.items():
+        summary = image(f"explain/{name}", picture, dataformats="HWC")  # type: ignore[no-untyped-call]
+        records.write(Event(wall_time=now, step=step, summary=summary).SerializeToString())
+    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.explain"
+    files.write(directory / name, content.getvalue())
 
 
 @contextmanager
