@@ -10,8 +10,9 @@ All processes predict, then the first one goes on alone. Everything is written t
 import json
 import os
 import sys
+from collections.abc import Iterator
 
-from cifar import failure, files
+from cifar import failure
 from cifar.errors import UserError, outlive_readers
 from cifar.explain import layers, options, runs
 from cifar.explain.options import Options
@@ -22,12 +23,13 @@ def explain(run: Run, asked: Options) -> None:
     """Predicts with all processes; the first one writes pictures, tables and report."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import numpy as np
-    from torch.utils.tensorboard import SummaryWriter
 
     from cifar import launch, loop
     from cifar.data.cache import open_data
-    from cifar.explain import checks, evidence, figures, mistakes, neighbours, report
+    from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, report
     from cifar.explain.findings import Findings
+    from cifar.figures import below, png
+    from cifar.lettering import Labels
 
     accelerator = launch.start()
     source = asked.data or run.recipe["data"]
@@ -64,7 +66,10 @@ def explain(run: Run, asked: Options) -> None:
     epochs, epoch_predictions = runs.judgements(run, data)
     of_mistakes, of_companions = np.stack((predictions[wrong], labels[wrong]), axis=1), ranking[companions, :2]
     findings = Findings(
-        facts=runs.facts(run, data, evaluation.accuracy, accelerator.mixed_precision),
+        facts={
+            **runs.facts(run, data, evaluation.accuracy, accelerator.mixed_precision),
+            **({"flip test": checks.square(run.recipe.get("augmentation"))} if asked.check else {}),
+        },
         classes=data.classes,
         labels=labels,
         probabilities=probabilities,
@@ -85,7 +90,7 @@ def explain(run: Run, asked: Options) -> None:
     title = figures.map_title(findings, asked.opacity)
     pictures = {
         "gallery": figures.gallery(findings, chosen, asked),
-        "cam": figures.below(title, strips),
+        "cam": below(title, strips),
         "confusion": figures.confusion(findings),
         "calibration": figures.reliability(findings),
     }
@@ -97,23 +102,27 @@ def explain(run: Run, asked: Options) -> None:
         "layer": findings.layer,
         **({"checks": findings.checks} if asked.check else {}),
     }
-    with runs.written_to(folder):
-        (folder / "maps").mkdir(parents=True, exist_ok=True)
+
+    def contents() -> Iterator[tuple[str, bytes]]:
         for name, picture in pictures.items():
-            files.replace(folder / f"{name}.png", figures.png(picture))
-        for old in (folder / "maps").glob("[0-9][0-9][0-9][0-9][0-9].png"):
-            old.unlink()
+            yield f"{name}.png", png(picture)
         for row, strip in zip(chosen, strips, strict=True):
-            files.replace(folder / "maps" / f"{wrong[row]:05}.png", figures.png(figures.below(title, [strip])))
-        files.replace(folder / "misclassified.csv", mistakes.table(findings))
-        report.write(folder / "report.html", findings)
-        with SummaryWriter(str(run.events(folder))) as writer:
-            for name, picture in pictures.items():
-                writer.add_image(f"explain/{name}", picture, run.step, dataformats="HWC")
-        files.replace(folder / "result.json", json.dumps(result, indent=1))
-    own = "" if run.test_accuracy is None else f" (the run's own: {run.test_accuracy:.2%})"
-    print(f"{len(labels):,} test images, {len(wrong):,} mistakes, accuracy {findings.accuracy:.2%}{own}")
-    print(f"see {folder / 'report.html'}")
+            yield f"{output.MAPS}/{wrong[row]:05}.png", png(below(title, [strip]))
+        yield "misclassified.csv", mistakes.table(findings)
+        yield "report.html", report.render(findings).encode()
+        yield "result.json", json.dumps(result, indent=1).encode()
+
+    with runs.written_to(folder):
+        output.publish(folder, contents())
+        output.write_events(run.events(folder), pictures, run.step)
+    own = runs.own_accuracy(run, accelerator.mixed_precision)
+    compared = f" (the run's own: {own})" if own else ""
+    print(
+        f"{len(labels):,} test images, {len(wrong):,} mistakes, accuracy {findings.accuracy:.2%}{compared}",
+        *filter(None, [Labels(data.classes).advice()]),
+        f"see {folder / 'report.html'}",
+        sep="\n",
+    )
 
 
 def main() -> None:
@@ -129,8 +138,8 @@ def main() -> None:
             explain(run, asked)
     except UserError as error:
         if speaks:
-            print(f"explain.py: error: {error}", file=sys.stderr)
-        failure.leave(2)
+            print(f"explain.py: {error.prefix}{error}", file=sys.stderr)
+        failure.leave(error.status)
     failure.leave(0)
 
 

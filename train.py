@@ -216,7 +216,7 @@ def main() -> None:
         stop.ignore()
     except UserError as error:
         if speaks:
-            print(f"train.py: error: {error}", file=sys.stderr)
+            print(f"train.py: {error.prefix}{error}", file=sys.stderr)
         failure.leave(error.status)
     failure.leave(0)
 

@@ -28,9 +28,9 @@ from torch import nn
 from cifar import failure, files, recipes
 from cifar.attempt import Attempt
 from cifar.errors import UserError
+from cifar.formats import RUN as FORMAT
 from cifar.recipes import Recipe
 
-FORMAT = 1
 KEEP = 3  # checkpoints of a run; one is enough to go on, the others are for a disk that lies
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?")

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from contextlib import suppress
@@ -9,15 +10,23 @@ from typing import Any, TextIO
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the thing, what is wrong with it, the mend. The scripts exit with 2."""
+    """Bad input. The message is one line: what, what is wrong with it, how to fix it. The scripts exit with 2."""
 
-    status = 2
+    def __init__(self, line: str, status: int = 2) -> None:
+        super().__init__(line)
+        self.status = status
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the line; a stop request that was heard (status 0) is no error."""
+        return "error: " if self.status else ""
 
 
 class LostError(UserError):
     """Nothing that was asked for is wrong, but something that the run needs is gone. The scripts exit with 1."""
 
-    status = 1
+    def __init__(self, line: str) -> None:
+        super().__init__(line, 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,5 +68,8 @@ class _Output:
 
 
 def outlive_readers() -> None:
-    """From now on nothing fails because nobody reads stdout and stderr any more, e.g. after `| head`."""
+    """From now on nothing fails because of stdout and stderr: nobody reads them any more, or they know ASCII alone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)

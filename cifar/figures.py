@@ -1,88 +1,160 @@
-"""Pictures of a run: sample images, learning curves, the confusion matrix."""
+"""Pictures of a run: sample images, learning curves, the confusion matrix. And panels, of which pictures are made."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
+from PIL import Image
 
+from cifar import lettering, plotting
+from cifar.lettering import LINE, Labels, Line
 from cifar.run import EpochMetrics
 
-mpl.use("agg")  # files only: there may be no screen
+UInt8 = npt.NDArray[np.uint8]
+
+GAP = 12  # pixels between panels
+SMALL = 3  # times that a sample is enlarged
+MOST_NUMBERS = 20  # classes; of more, the cells of a confusion matrix have no number in them
+SIDE = 1000  # pixels of a confusion matrix of many classes
 
 
-def samples(rows: dict[str, tuple[npt.NDArray[np.uint8], Sequence[str]]]) -> Figure:
-    """One strip per entry of `rows`: its title, then its images uint8 [n, height, width, 3] with their class names."""
-    # One picture and some words for each strip: with axes for each image matplotlib takes seconds.
-    across = min(10, max(len(images) for images, _ in rows.values()))
-    strips = {title: _strip(images, across) for title, (images, _) in rows.items()}
-    pixel, head = 3 / 100, 0.4  # inches
-    inches = {title: head + pixel * strip.shape[0] for title, (strip, _) in strips.items()}
-    top = height = sum(inches.values())
-    figure = Figure(figsize=(pixel * max(strip.shape[1] for strip, _ in strips.values()), height), dpi=100)
-    for title, (_, names) in rows.items():
-        strip, places = strips[title]
-        figure.text(0.5, (top - head / 2) / height, title, fontsize=11, ha="center", va="center")
-        axes = figure.add_axes((0, (top - inches[title]) / height, 1, (inches[title] - head) / height))
-        axes.axis("off")
-        axes.imshow(strip, interpolation="nearest", aspect="auto")
-        for (x, y), name in zip(places, names, strict=True):
-            axes.text(x, y, name, fontsize=8, ha="center", va="bottom")
-        top -= inches[title]
-    return figure
+# ---- panels: pictures under their lines of text, on white
 
 
-def _strip(images: npt.NDArray[np.uint8], across: int) -> tuple[npt.NDArray[np.uint8], list[tuple[float, float]]]:
-    """The images side by side on white, and where the middle of each one's name goes, above it."""
-    high, wide = images.shape[1:3]
-    right, down = wide + 4, high + 12
-    strip = np.full((-(-len(images) // across) * down, across * right, 3), 255, dtype=np.uint8)
-    places = []
-    for number, image in enumerate(images):
-        x, y = number % across * right + 2, number // across * down + 10
-        strip[y : y + high, x : x + wide] = image
-        places.append((x + wide / 2 - 0.5, y - 2.0))
-    return strip, places
+def enlarged(array: UInt8, factor: int) -> UInt8:
+    """[h, w, 3] with every pixel as a square of factor x factor."""
+    return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def curves(epochs: Sequence[EpochMetrics]) -> Figure:
-    """Loss, accuracy and learning rate over the epochs."""
-    figure = Figure(figsize=(12, 3.6), dpi=100)
-    # Drawn after every epoch: a layout that matplotlib finds by itself takes as long as the drawing.
-    loss, accuracy, rate = figure.subplots(1, 3, gridspec_kw={"left": 0.045, "right": 0.99, "bottom": 0.14, "top": 0.9})
-    x = [metrics.epoch for metrics in epochs]
-    for axes, field, title, percent in ((loss, "loss", "loss", 1), (accuracy, "accuracy", "accuracy, %", 100)):
-        for split, style in (("train", "--"), ("test", "-")):
-            values = [percent * getattr(metrics, f"{split}_{field}") for metrics in epochs]
-            axes.plot(x, values, style, marker="o", markersize=3, label=split)
-        axes.set_title(title)
-        axes.legend(frameon=False)
-    rate.plot(x, [metrics.learning_rate for metrics in epochs], marker="o", markersize=3)
-    rate.set_title("learning rate")
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    if epochs:
-        accuracy.set_title(f"accuracy, % (test {100 * epochs[-1].test_accuracy:.2f} at the end)")
-    return figure
+def panel(picture: UInt8, lines: Sequence[Line]) -> UInt8:
+    """A picture under lines that are cut where they are wider than it."""
+    height, width = picture.shape[:2]
+    image = Image.new("RGB", (width, LINE * len(lines) + 3 + height), "white")
+    for number, line in enumerate(lines):
+        lettering.write(image, (0, LINE * number), lettering.fitting(line, width))
+    image.paste(Image.fromarray(picture), (0, LINE * len(lines) + 3))
+    return np.asarray(image)
 
 
-def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Counts by true class (rows) and predicted class (columns); the colour scale is that of the mistakes."""
+def beside(panels: Sequence[UInt8]) -> UInt8:
+    """Panels in a row, their lower edges level."""
+    height = max(len(panel) for panel in panels)
+    parts = [np.full((height, GAP, 3), 255, np.uint8)]
+    for panel in panels:
+        above = np.full((height - len(panel), panel.shape[1], 3), 255, np.uint8)
+        parts += [np.concatenate((above, panel)), parts[0]]
+    return np.concatenate(parts, axis=1)
+
+
+def below(title: Line, rows: Sequence[UInt8]) -> UInt8:
+    """Rows under each other, under a title."""
+    width = max([lettering.length(title) + 2 * GAP, *(row.shape[1] for row in rows)])
+    head = Image.new("RGB", (width, LINE + 2 * GAP), "white")
+    lettering.write(head, (GAP, GAP), title)
+    padded = [np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate([np.asarray(head), *padded])
+
+
+def png(picture: UInt8) -> bytes:
+    """A picture [h, w, 3] as a file."""
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG", dpi=(plotting.DPI, plotting.DPI))
+    return content.getvalue()
+
+
+# ---- pictures
+
+
+def samples(strips: Mapping[str, tuple[UInt8, Sequence[int]]], classes: Sequence[str]) -> UInt8:
+    """One strip per entry of `strips`: its title, then its images uint8 [n, height, width, 3] with their classes."""
+    labels, rows = Labels(classes), []
+    for title, (images, numbers) in strips.items():
+        names = labels.fitted(SMALL * images.shape[2])
+        panels = [panel(enlarged(image, SMALL), [names[number]]) for image, number in zip(images, numbers, strict=True)]
+        lines = [beside(panels[start : start + 10]) for start in range(0, len(panels), 10)]
+        rows.append(below(lettering.of(title), lines))
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate(
+        [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    )
+
+
+def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
+    """Loss, accuracy and learning rate over the epochs; the training loss alone may be one with smoothed labels."""
+    with plotting.own_style():
+        figure = plotting.Figure(figsize=(12, 3.6), dpi=plotting.DPI)
+        # Drawn after every epoch: a layout that matplotlib finds by itself takes as long as the drawing.
+        loss, accuracy, rate = figure.subplots(
+            1, 3, gridspec_kw={"left": 0.045, "right": 0.99, "bottom": 0.14, "top": 0.9}
+        )
+        x = [metrics.epoch for metrics in epochs]
+        smoothed = {"train": f", label smoothing {label_smoothing:g}", "test": ", without"} if label_smoothing else {}
+        for axes, field, title, percent in ((loss, "loss", "loss", 1), (accuracy, "accuracy", "accuracy, %", 100)):
+            for split, style in (("train", "--"), ("test", "-")):
+                values = [percent * getattr(metrics, f"{split}_{field}") for metrics in epochs]
+                label = split + (smoothed.get(split, "") if axes is loss else "")
+                axes.plot(x, values, style, marker="o", markersize=3, label=label)
+            axes.set_title(title)
+            axes.legend(frameon=False)
+        rate.plot(x, [metrics.learning_rate for metrics in epochs], marker="o", markersize=3)
+        rate.set_title("learning rate")
+        for axes in (loss, accuracy, rate):
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+        if epochs:
+            accuracy.set_title(f"accuracy, % (test {100 * epochs[-1].test_accuracy:.2f} at the end)")
+        return plotting.pixels(figure)
+
+
+def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:
+    """Counts by true class (rows) and predicted class (columns); the colour scale is that of the mistakes.
+
+    Few classes have their numbers in the cells. Of many, a cell is a few pixels, and where a line of text is taller
+    than those, every second, fifth, ... class has its name beside them: the picture does not grow with the classes.
+    """
     count = len(classes)
-    side = max(4.0, 0.62 * count + 1.8)
-    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
-    axes = figure.subplots()
     mistakes = np.where(np.eye(count, dtype=bool), 0, matrix)
-    axes.imshow(np.ma.masked_array(mistakes, np.eye(count, dtype=bool)), cmap="cividis")
-    for (row, column), number in np.ndenumerate(matrix):
-        dark = row != column and number < mistakes.max() / 2
-        axes.text(column, row, str(number), ha="center", va="center", fontsize=9,
-                  color="white" if dark else "black", weight="bold" if row == column else "normal")  # fmt: skip
-    axes.set_xticks(range(count), classes, rotation=45, ha="right")
-    axes.set_yticks(range(count), classes)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    return figure
+    most = int(mistakes.max())
+    coloured = plotting.colours("cividis", (mistakes / max(1, most)).astype(np.float32))
+    coloured[np.eye(count, dtype=bool)] = 255
+    cell = 56 if count <= MOST_NUMBERS else max(1, SIDE // count)
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell >= LINE)
+    names = Labels(classes).fitted(160)[::every]
+    margin = GAP + LINE + GAP + max(map(lettering.length, names))  # an axis' title, and the names
+
+    side, top = cell * count, LINE + GAP
+    scale = lettering.of(f"dark blue: no mistake, yellow: {most:,}; no colour: right" if most else "no mistakes")
+    width = max(margin + side + GAP, lettering.length(scale) + 2 * GAP)
+    image = Image.new("RGB", (width, top + side + margin), "white")
+    lettering.write(image, (GAP, 4), scale)
+    image.paste(Image.fromarray(enlarged(coloured, cell)), (margin, top))
+    if count <= MOST_NUMBERS:
+        for (row, column), number in np.ndenumerate(matrix):
+            middle = margin + (column + 0.5) * cell, top + (row + 0.5) * cell
+            dark = coloured[row, column] @ (0.299, 0.587, 0.114) < 128
+            lettering.write_centred(image, middle, str(number), "white" if dark else "black")
+    ticks = _tick_labels(names, every * cell, (margin - GAP - LINE, side + LINE))
+    over = (LINE - cell) // 2  # a cell may be less tall than its name
+    image.paste(ticks, (GAP + LINE, top - over))
+    image.paste(ticks.transpose(Image.Transpose.ROTATE_90), (margin - over, top + side))
+    title = _axis_title("true class")
+    image.paste(title.transpose(Image.Transpose.ROTATE_90), (GAP, max(0, top + (side - title.width) // 2)))
+    title = _axis_title("predicted class")
+    image.paste(title, (max(0, margin + (side - title.width) // 2), top + side + margin - GAP - LINE))
+    return np.asarray(image)
+
+
+def _tick_labels(names: Sequence[Line], step: int, size: tuple[int, int]) -> Image.Image:
+    """Names under each other, so many pixels apart, that end at the right."""
+    image = Image.new("RGB", size, "white")
+    for number, name in enumerate(names):
+        lettering.write(image, (image.width - 4 - lettering.length(name), number * step), name)
+    return image
+
+
+def _axis_title(text: str) -> Image.Image:
+    image = Image.new("RGB", (lettering.length(lettering.of(text)), LINE), "white")
+    lettering.write(image, (0, 0), lettering.of(text))
+    return image

@@ -1,6 +1,7 @@
 """Writing files so that a crash, or a full disk, leaves the old content or the new and nothing between."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -13,8 +14,11 @@ def write(path: Path, content: bytes) -> None:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes under a temporary name, syncs and renames: readers see the old file or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes under a temporary name, syncs and renames: readers see the old file or the new one. Raises OSError.
+
+    The temporary name is this call's own: of two processes that write the same file, the last one's stays, whole.
+    """
+    temporary = path.with_name(f".{path.name}.by-{secrets.token_hex(8)}.tmp")
     try:
         write(temporary, content.encode() if isinstance(content, str) else content)
         temporary.replace(path)

@@ -306,10 +306,10 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        mine = str(error)
+        mine = str(error), error.status
     errors = [error for error in _gathered(accelerator, mine) if error is not None]
     if errors:
-        raise UserError(errors[0])
+        raise UserError(*errors[0])
 
 
 def _gathered(accelerator: Accelerator, value: T) -> list[T]:

@@ -1,6 +1,5 @@
 """What a person watches: TensorBoard, the pictures beside it, and the lines on the terminal. Rank 0 alone."""
 
-import io
 import json
 import os
 import sys
@@ -9,24 +8,24 @@ from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from cifar import figures
+from cifar import figures, names
 from cifar.attempt import Attempt
 from cifar.checkpoint import Progress
 from cifar.data import order
 from cifar.data.cache import Data
 from cifar.data.loading import TrainingImages
+from cifar.lettering import Labels
 from cifar.loop import Evaluation, Totals
 from cifar.recipes import Recipe
 from cifar.run import EpochMetrics, History
 
 LINE_EVERY = 30  # seconds between lines where there is no progress bar
 NARROWEST = 20  # columns of a terminal
+PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them from all that it is given
 
 
 class Tracker:
@@ -49,32 +48,28 @@ class Tracker:
         """Says what is trained where; at a run's first start also recipe, network and samples to TensorBoard."""
         self.say(topology)
         self.say(table)
+        if advice := Labels(self.data.classes).advice():
+            self.say(advice)
         if self.first_step:
             return
         self.writer.add_text("recipe", f"```json\n{json.dumps(self.recipe.model_dump(), indent=1)}\n```")
         self.writer.add_text("network", f"```\n{table}\n```")
-        self.writer.add_image("samples", self._draw("samples.png", self._samples(training_images)), dataformats="HWC")
+        samples = self._samples(training_images)
+        self.attempt.replace(self.attempt.run / "samples.png", figures.png(samples))
+        self.writer.add_image("samples", samples, dataformats="HWC")
 
-    def _draw(self, name: str, figure: Figure) -> npt.NDArray[np.uint8]:
-        """Writes a picture into the run directory and returns its pixels, uint8 [height, width, 3]."""
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png")
-        self.attempt.replace(self.attempt.run / name, drawn.getvalue())
-        with Image.open(drawn) as image:
-            return np.asarray(image.convert("RGB"))
-
-    def _samples(self, training_images: TrainingImages) -> Figure:
+    def _samples(self, training_images: TrainingImages) -> npt.NDArray[np.uint8]:
         first = order.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
         tensors, labels = training_images.__getitems__(first)
         seen = tensors.cpu().permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
         test = np.random.default_rng(0).permutation(len(self.data.test_labels))[:20]
-        names = self.data.classes
-        return figures.samples({
+        strips = {
             f"training images, augmented ({self.recipe.augmentation}, {self.recipe.augment})":
-                ((seen.clip(0, 1) * 255).round().astype(np.uint8), [names[label] for label in labels]),
+                ((seen.clip(0, 1) * 255).round().astype(np.uint8), [int(label) for label in labels]),
             "test images":
-                (self.data.test_images[test], [names[label] for label in self.data.test_labels[test]]),
-        })  # fmt: skip
+                (self.data.test_images[test], self.data.test_labels[test].tolist()),
+        }  # fmt: skip
+        return figures.samples(strips, self.data.classes)
 
     def count(self, images: int, seconds: float) -> None:
         """Takes note of one step's images and time, the wait for its input included."""
@@ -119,10 +114,13 @@ class Tracker:
                 value = getattr(metrics, f"{split}_{kind}")
                 self.writer.add_scalar(f"epoch/{split}_{kind}", value, progress.step)
         confusion = self._confusion(evaluation)
-        for number, (name, row) in enumerate(zip(self.data.classes, confusion, strict=True)):
+        for number, (name, row) in enumerate(zip(names.readable(self.data.classes), confusion, strict=True)):
             self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), progress.step)
-        self.writer.add_figure("confusion", figures.confusion(confusion, self.data.classes), progress.step)
-        self._draw("curves.png", figures.curves(self.history.epochs))
+        if epoch % -(-self.recipe.epochs // PICTURES_SHOWN) == 0 or epoch == self.recipe.epochs:
+            picture = figures.confusion(confusion, self.data.classes)
+            self.writer.add_image("confusion", picture, progress.step, dataformats="HWC")
+        curves = figures.curves(self.history.epochs, self.recipe.label_smoothing)
+        self.attempt.replace(self.attempt.run / "curves.png", figures.png(curves))
         self.writer.flush()
         self.say(
             f"epoch {epoch}/{self.recipe.epochs}  "

@@ -26,10 +26,11 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cifar.app import material
+from cifar.app import engine, material, server
 from cifar.app.engine import Engine
 from cifar.app.gate import Gate
 from cifar.data.cache import Data, open_data
+from cifar.errors import UserError
 from cifar.explain import evidence, figures, maps, mistakes, options, runs
 from cifar.explain.runs import Run
 
@@ -700,6 +701,67 @@ def test_a_wrong_address_flag_or_folder_is_refused(run: Path, app: App, tmp_path
     assert "is not an empty folder" in refused("--run", run, "--export-space", tmp_path / "full" / "mine")
     assert "cannot be written" in refused("--run", run, "--export-space", tmp_path / "full" / "mine" / "below")
     assert (tmp_path / "full" / "mine").read_text() == "mine"
+
+
+def test_the_environment_says_where_to_listen_unless_a_flag_does(run: Path, tmp_path: Path) -> None:
+    port, other = free_port(), free_port()
+    env = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    app = App(command("--run", run), port, tmp_path / "tmp", cwd=ROOT, env=env)
+    assert app.first_line == f"open http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+    app.end()
+    assert server.address("localhost", other) == ("localhost", other)
+
+
+def test_a_wrong_address_in_the_environment_is_refused(run: Path) -> None:
+    for name, value, words in (
+        ("GRADIO_SERVER_PORT", "http", "GRADIO_SERVER_PORT=http is no port; give a number from 1 to 65535"),
+        ("GRADIO_SERVER_PORT", "70000", "GRADIO_SERVER_PORT=70000 is no port"),
+        ("GRADIO_SERVER_NAME", "192.0.2.1", "no server can listen at 192.0.2.1 port"),
+    ):
+        assert words in refused("--run", run, env={**os.environ, name: value})
+
+
+def test_a_run_without_its_figures_is_refused(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    result = json.loads((copy / "result.json").read_text())
+    (copy / "result.json").write_text(json.dumps({name: result[name] for name in ("steps", "test_accuracy")}))
+    assert "result.json does not say: seconds, world_size, " in refused("--run", copy)
+    assert "--run " in refused("--run", "x" * 300)
+    assert "cannot be written" in refused("--run", run, "--export-space", tmp_path / ("x" * 300))
+
+
+def test_a_visitor_is_told_when_the_network_does_not_come_free(
+    opened: Run, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "BUSY_SECONDS", 0.1)
+    one = Engine(opened)
+    with one._alone(), pytest.raises(UserError, match="the network has been busy for"):
+        one.answer(data.test_images[0], None, "gradcam", [])
+    assert one.answer(data.test_images[0], None, "gradcam", []).looks == []
+
+
+HANGS = """
+import sys, threading
+from pathlib import Path
+from cifar.app import server
+from cifar.app.engine import Engine
+server.ENDS_WITHIN = 1
+Engine.warm_up = lambda self: threading.Event().wait()
+from cifar.app import engine, material, server
+from cifar.explain import runs
+run = runs.open_run(Path(sys.argv[1]))
+server.serve(Engine(run), material.of_run(run, run.recipe["data"]), "127.0.0.1", int(sys.argv[2]))
+"""
+
+
+def test_it_ends_though_an_import_never_does(run: Path, tmp_path: Path) -> None:
+    port = free_port()
+    app = App([sys.executable, "-c", HANGS, str(run), str(port)], port, tmp_path / "tmp", cwd=ROOT)
+    assert app.http("GET", "/")[0] == 200  # by now the import has begun
+    output = app.end()
+    assert app.process.returncode == 0
+    assert output == "cifar.app: ended, though grad-cam has not been imported after 1 s\n"
+    assert left(app) == []
 
 
 def test_without_gradio_it_says_what_to_install(run: Path) -> None:

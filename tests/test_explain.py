@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHAPES, Train, command, draw
+from conftest import ROOT, SHAPES, Disk, Train, command, draw
 from PIL import Image
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,7 @@ from cifar.attempt import claim
 from cifar.data.augment import normalize
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
-from cifar.explain import calibration, mistakes, neighbours, runs
+from cifar.explain import calibration, checks, mistakes, neighbours, output, runs
 from cifar.explain.findings import Findings, Shown
 from cifar.explain.options import Options, parse_command_line
 
@@ -233,7 +233,287 @@ def test_a_network_without_a_mistake_has_a_page_that_says_so(tmp_path: Path) -> 
     assert "no mistake" in (folder / "report.html").read_text().lower()
 
 
+# ---- names
+
+SIGNS = ("\u732b", "\U0010fff0", "\U0010fff1")  # a cat in Chinese; for the others no font can be installed
+NAMES = [
+    "$0_$50",
+    "$50_$100",
+    "=1+1",
+    "-2",
+    "'@x",
+    "a\nb",
+    "<b>&amp;%",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "?",
+    "z" * 200,
+    *SIGNS,
+]
+
+
+@pytest.fixture(scope="module")
+def named(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on classes with names of every kind, made as a notebook would make it."""
+    data, generator = tmp_path_factory.mktemp("data") / "named", np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3)):
+        for name in NAMES:
+            (data / split / name).mkdir(parents=True)
+            for number in range(count):
+                draw(SHAPES[number], generator).save(data / split / name / f"+{number}.png")
+    directory = tmp_path_factory.mktemp("runs") / "named"
+    done = train("--data", data, "--run", directory, "--epochs", 1, "--peak-epoch", 0.5, "--global-batch-size", 13,
+                 env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "classes by number" in done.stdout
+    return directory
+
+
+def test_names_are_text_in_training_tables_and_page(named: Path) -> None:
+    tags = EventAccumulator(str(named)).Reload().Tags()
+    assert {"confusion", "samples"} <= set(tags["images"])
+    assert sum(tag.startswith("test_accuracy_of/") for tag in tags["scalars"]) == len(NAMES)
+    assert {"test_accuracy_of/$0_$50", "test_accuracy_of/$50_$100"} <= set(tags["scalars"])
+    done = explain("--run", named, "--true", "$0_$50")
+    assert (done.returncode, done.stderr) == (0, "")
+    [advice] = [line for line in done.stdout.splitlines() if "classes by number" in line]
+    assert "install one that has" in advice
+    lines = lines_of(named / "explain")
+    classes = sorted(NAMES)
+    tensors = load_file(named / "predictions.safetensors")
+    for line in lines:
+        for column in ("file", "true", "predicted", "top5"):
+            assert not line[column].startswith(("=", "+", "-", "@", "\t", "\r"))
+        read = {name: line[name].removeprefix("'") if mistakes.FORMULA.match(line[name]) else line[name]
+                for name in ("true", "predicted")}  # fmt: skip
+        index = int(line["index"])
+        assert read["true"] == classes[tensors["labels"][index]]
+        assert read["predicted"] == classes[tensors["predictions"][-1][index]]
+        assert line["file"].split("/")[1:2] == [read["true"]]
+    assert len({line["true"] for line in lines}) > 5
+    page = (named / "explain" / "report.html").read_text(encoding="utf-8")
+    assert "<b>&amp;%" not in page
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a", "\tx", "\rx", "'=1", "''=1", "\uff1d1"])
+def test_what_a_spreadsheet_would_run_is_text_and_can_be_read_back(name: str) -> None:
+    cell = mistakes.guarded(name)
+    assert cell == f"'{name}"
+    assert mistakes.FORMULA.match(cell)
+    assert cell.removeprefix("'") == name
+
+
+@pytest.mark.parametrize("name", ["cat", "a=b", "'cat", "1-2", "", "#1", " =1"])
+def test_other_cells_stay_as_they_are(name: str) -> None:
+    assert mistakes.guarded(name) == name
+    assert not mistakes.FORMULA.match(name)
+
+
+# ---- what is said of the run
+
+
+def test_an_accuracy_in_another_precision_says_so(run: Path) -> None:
+    opened = runs.open_run(run)
+    assert opened.precision == json.loads((run / "result.json").read_text())["precision"]
+    own = f"{opened.test_accuracy:.2%}"
+    assert runs.own_accuracy(opened, str(opened.precision)) == own
+    assert runs.own_accuracy(replace(opened, precision="fp16"), "no") == f"{own} in precision fp16, here no"
+    assert runs.own_accuracy(replace(opened, precision=None), "no") == own  # older runs do not say
+
+
+def test_the_line_recipe_names_the_recipe(run: Path, tmp_path: Path, mislabelled: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    opened, data = runs.open_run(copy), open_data(str(mislabelled))
+    for name, line in (
+        ("mine", "mine, 3 epochs, global batch 16, seed 0"),
+        (None, "3 epochs, global batch 16, seed 0"),
+    ):
+        content = json.loads((run / "recipe.json").read_text())
+        content.pop("name", None)
+        (copy / "recipe.json").write_text(json.dumps({**content, **({"name": name} if name else {})}))
+        facts = runs.facts(opened, data, 0.5, "no")
+        assert (facts["recipe"], facts["network"]) == (line, "resnet")
+    (copy / "recipe.json").unlink()
+    assert runs.facts(opened, data, 0.5, "no")["recipe"] == "3 epochs, global batch 16, seed 0"
+
+
+def test_the_square_of_the_flip_test_is_the_cutouts_only_where_there_is_one() -> None:
+    assert "shown the network such squares of 8x8 (crop_flip_cutout)" in checks.square("crop_flip_cutout")
+    assert "has never shown the network" in checks.square("crop_alternating_flip")
+    assert checks.square(None) == "a blank square of 8x8 pixels"
+
+
+# ---- two at once, and crashes
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_explanations_of_a_run_at_once_leave_one_whole(run: Path, tmp_path: Path) -> None:
+    orders = ("confident", "uncertain")
+    for order in orders:
+        assert explain("--run", run, "--order", order, "--count", 3, "--output", tmp_path / order).returncode == 0
+    alone = [everything(tmp_path / order) for order in orders]
+    assert len({tuple(sorted(found)) for found in alone}) == 2  # other maps
+    together = [
+        subprocess.Popen(
+            command(ROOT / "explain.py", "--run", run, "--order", order, "--count", 3, "--output", tmp_path / "both"),
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for order in orders
+    ]  # fmt: skip
+    for process in together:
+        assert (process.communicate(timeout=900)[1], process.returncode) == ("", 0)
+    left = everything(tmp_path / "both")
+    assert sorted(left) in [sorted(found) for found in alone]
+    gallery = {found["gallery.png"]: sorted(found) for found in alone}
+    assert gallery[left["gallery.png"]] == sorted(left)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_an_explanation_that_cannot_be_written_leaves_the_one_before(disk: Disk) -> None:
+    folder = disk.path / "explain"
+    output.publish(folder, [("gallery.png", b"old"), ("maps/00001.png", b"old"), ("result.json", b"old")])
+    (folder / "maps" / "mine.png").write_bytes(b"mine")
+    (folder / "verdicts.csv").write_bytes(b"mine")
+    before = everything(folder)
+    disk.remount("size=1m")
+    full = [("gallery.png", b"new"), ("maps/00002.png", bytes(2 << 20)), ("result.json", b"new")]
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"), runs.written_to(folder):
+        output.publish(folder, full)
+    assert everything(folder) == before
+    assert not list(folder.glob(".*"))
+    disk.remount("size=20m")
+    output.publish(folder, full)
+    assert everything(folder) == {
+        "gallery.png": b"new", "maps/00002.png": bytes(2 << 20), "result.json": b"new", "maps/mine.png": b"mine",
+        "verdicts.csv": b"mine",
+    }  # fmt: skip
+
+
+WRITE_EVENTS = """
+import sys
+from pathlib import Path
+import numpy as np
+from cifar.explain import output, runs
+picture = np.random.default_rng(0).integers(0, 256, (800, 800, 3)).astype(np.uint8)
+with runs.written_to(Path(sys.argv[1])):
+    output.write_events(Path(sys.argv[1]), {"gallery": picture}, 7)
+"""
+
+
+def test_pictures_for_tensorboard_that_find_no_room_are_one_error(disk: Disk) -> None:
+    disk.remount("size=1m")
+    done = subprocess.run([sys.executable, "-c", WRITE_EVENTS, disk.path], cwd=ROOT, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.stderr.count("Traceback") == 1  # of the UserError, which explain.py prints as one line
+    assert "UserError" in done.stderr.splitlines()[-1]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cifar.explain import output
+def contents():
+    yield "gallery.png", b"new"
+    yield "maps/00002.png", b"new"
+    if sys.argv[2] == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield "result.json", b"new"
+real, renamed = Path.rename, 0
+def rename(self, target):
+    global renamed
+    real(self, target)
+    renamed += 1
+    if renamed == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = rename
+output.publish(Path(sys.argv[1]), contents())
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_one_that_is_killed_leaves_no_mixture_and_the_next_clears_up(moment: str, tmp_path: Path) -> None:
+    folder = tmp_path / "explain"
+    old = [("gallery.png", b"old"), ("maps/00001.png", b"old"), ("result.json", b"old")]
+    output.publish(folder, old)
+    done = subprocess.run([sys.executable, "-c", KILLED, folder, moment], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    found = {path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".explain-" not in str(path)}
+    assert found == ({b"old"} if moment == "writing" else {b"new"})
+    assert (folder / "result.json").exists() == (moment == "writing")
+    assert list(folder.glob(".explain-*.tmp"))
+    output.publish(folder, old)
+    assert names_in(folder) == {"gallery.png", "maps", "maps/00001.png", "result.json"}
+
+
+def test_maps_of_images_beyond_the_first_hundred_thousand_are_replaced_too(tmp_path: Path) -> None:
+    output.publish(tmp_path, [("maps/123456.png", b"old")])
+    output.publish(tmp_path, [("maps/00001.png", b"new")])
+    assert names_in(tmp_path) == {"maps", "maps/00001.png"}
+
+
 # ---- bad input
+
+
+def test_a_name_that_a_terminal_cannot_show_is_no_reason_to_fail(run: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "\u732b"
+    shutil.copytree(run, foreign, ignore=shutil.ignore_patterns("checkpoints", "explain"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with Path("/dev/full").open("w") as full:
+        for stdout in (subprocess.PIPE, full):
+            done = subprocess.run(
+                command(ROOT / "explain.py", "--run", foreign), env=environment, stdout=stdout, stderr=subprocess.PIPE,
+                text=True, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (0, "")
+            assert stdout is full or "\\u732b/explain/report.html" in done.stdout
+
+
+def test_a_run_whose_name_is_not_utf_8_is_one_line(run: Path, tmp_path: Path) -> None:
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9sultat"))
+    shutil.copytree(run, strange, ignore=shutil.ignore_patterns("checkpoints", "explain"))
+    done = explain("--run", strange)
+    assert done.returncode == 2
+    assert done.stderr.endswith("r\\udce9sultat has a name that is not UTF-8; rename the folder\n")
+
+
+def test_a_damaged_history_is_one_line(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "explain")))
+    (copy / "predictions.safetensors").write_bytes(b"no")
+    (copy / "predictions.log").unlink()
+    done = explain("--run", copy)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "predictions.safetensors is damaged; choose another --run" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--run", "--output", "--compare"])
+def test_a_name_that_no_file_can_have_is_one_line(flag: str, run: Path) -> None:
+    done = explain(*(["--run", run] if flag != "--run" else []), flag, "x" * 300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(run: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    closed = tmp_path / "closed" / "run"
+    closed.mkdir(parents=True)
+    closed.parent.chmod(0o700)
+    code = f"""
+import os
+from pathlib import Path
+from cifar.explain import runs
+os.setuid(65534)
+runs.open_run(Path({str(closed)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "UserError: --run " in done.stderr
+    assert done.stderr.endswith("Permission denied; choose another --run\n")
 
 
 @pytest.mark.parametrize(

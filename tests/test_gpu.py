@@ -130,7 +130,8 @@ def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], 
     run = run_of("no")
     for kind in ("cpu", "cuda"):
         done = subprocess.run(
-            command(ROOT / "explain.py", "--run", run, "--output", tmp_path / kind, launcher=("--mixed_precision", "no")),
+            command(ROOT / "explain.py", "--run", run, "--output", tmp_path / kind,
+                    launcher=("--mixed_precision", "no")),
             env=environment(CIFAR_DEVICE="cpu") if kind == "cpu" else environment(),
             capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -138,17 +139,6 @@ def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], 
     ours, theirs = (json.loads((tmp_path / kind / "result.json").read_text()) for kind in ("cuda", "cpu"))
     # An image on the border between two classes may fall to either side.
     assert abs(ours["mistakes"] - theirs["mistakes"]) <= 1
-    maps = """
-import sys, torch, numpy as np
-from pathlib import Path
-from cifar.data.cache import open_data
-from cifar.explain import layers, maps, runs
-run = runs.open_run(Path(sys.argv[1]))
-data = runs.as_trained(open_data('digits'), run)
-from cifar.data.augment import normalize
-images = normalize(torch.from_numpy(data.test_images[:8].copy()), data.mean, data.std)
-"""
-    assert maps
 
 
 # ---- two ranks on one GPU, over NCCL

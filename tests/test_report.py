@@ -170,7 +170,7 @@ def opened(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
 
     def start(found: Findings, part: str = "", **options: Any) -> Opened:
         path = tmp_path / "report.html"
-        report.write(path, found)
+        path.write_text(report.render(found), encoding="utf-8")
         context = browser.new_context(viewport={"width": options.pop("width", 1280), "height": 900}, **options)
         context.set_default_timeout(20_000)
         contexts.append(context)
@@ -224,14 +224,6 @@ def confused(found: Findings, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
 
 
 # ---- without a browser ----------------------------------------------------------------------------------------------
-
-
-def test_page_replaces_the_old_one_whole(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("old")
-    report.write(path, findings(3))
-    assert path.read_text(encoding="utf-8").endswith("</html>")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_page_of_1500_mistakes_stays_under_15_mb() -> None:
@@ -575,7 +567,8 @@ def test_verdicts_go_out_and_in_again(opened: Open, tmp_path: Path) -> None:
     assert sorted(int(line["index"]) for line in lines) == sorted(rows[:4].tolist())
     for line in lines:
         index = int(line["index"])
-        assert (line["true"], line["predicted"]) == (HOSTILE[found.labels[index]], HOSTILE[found.predictions[index]])
+        cells = ["'=1+1" if name == "=1+1" else name for name in HOSTILE]  # no spreadsheet may run it
+        assert (line["true"], line["predicted"]) == (cells[found.labels[index]], cells[found.predictions[index]])
     by_index = {int(line["index"]): line for line in lines}
     assert [by_index[int(index)]["saw"] for index in rows[:4]] == [HOSTILE[2], HOSTILE[0], "?", HOSTILE[1]]
 
@@ -639,7 +632,7 @@ def test_class_names_are_only_text(opened: Open) -> None:
 def test_without_javascript_there_is_a_summary(browser: "Browser", tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     found = findings(50)
-    report.write(path, found)
+    path.write_text(report.render(found), encoding="utf-8")
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(path.as_uri())

@@ -6,9 +6,9 @@ python -m cifar.app --run runs/resnet --export-space DIR
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cifar.app import server
@@ -31,11 +31,10 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--host",
-        default=server.HOST,
         metavar="ADDRESS",
-        help=f"who can reach it; 0.0.0.0: every machine around ({server.HOST})",
+        help=f"who can reach it; 0.0.0.0: every machine around ($GRADIO_SERVER_NAME, else {server.HOST})",
     )
-    add("--port", type=int, default=server.PORT, metavar="N", help=f"({server.PORT})")
+    add("--port", type=int, metavar="N", help=f"($GRADIO_SERVER_PORT, else {server.PORT})")
     return parser.parse_args(argv)
 
 
@@ -43,14 +42,14 @@ def start(asked: argparse.Namespace) -> None:
     """Serves or exports what was asked for."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("gradio is not installed; install it with: pip install '.[app]'")
-    if asked.run.is_dir() and not runs.is_finished(asked.run):
+    if not runs.is_finished(asked.run) and asked.run.is_dir():
         raise UserError(f"{asked.run} is not a finished run; train it to its end first, or name another --run")
     run = runs.open_run(asked.run)
     # What takes seconds to import comes after all that can be refused without it.
     if asked.export_space:
         check_new(asked.export_space)
     else:
-        server.check_port(asked.host, asked.port)
+        host, port = server.address(asked.host, asked.port)
 
     from cifar.app import material
     from cifar.app.engine import Engine
@@ -62,17 +61,15 @@ def start(asked: argparse.Namespace) -> None:
         space.export(engine, shown, asked.export_space)
         print(f"{asked.export_space} is a complete Space; try it with: python {asked.export_space / 'app.py'}")
     else:
-        server.serve(engine, shown, asked.host, asked.port)
+        server.serve(engine, shown, host, port)
 
 
 def check_new(folder: Path) -> None:
     """Raises UserError for a folder that something is in, or that cannot be written."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--export-space {folder} is not an empty folder; name a new one")
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    with suppress(OSError):  # a name that is too long, say: it cannot be written either
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"--export-space {folder} is not an empty folder; name a new one")
+    if not runs.can_be_written(folder):
         raise UserError(f"--export-space {folder} cannot be written; name another folder")
 
 

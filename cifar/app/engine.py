@@ -1,5 +1,7 @@
 """One network in memory, asked by one visitor at a time, with the functions of the explanation pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
@@ -7,9 +9,12 @@ import numpy as np
 import torch
 
 from cifar.data.augment import normalize
+from cifar.errors import UserError
 from cifar.explain import layers, maps, runs, votes
 from cifar.explain.findings import Float, Int64, UInt8
 from cifar.explain.runs import Run
+
+BUSY_SECONDS = 120  # for the one before, or for grad-cam to be imported from a slow file system
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ class Engine:
         """Probabilities of a picture [32, 32, 3], its maps at the layers `at`, and its votes where there are any maps.
 
         They are for the class `target`, or the predicted one; votes count it against the predicted class, or, where it
-        is that, against the runner-up.
+        is that, against the runner-up. Raises UserError where it is not this visitor's turn for too long.
         """
-        with self._lock:
+        with self._alone():
             images = self._tensor(pixels[None])
             with torch.no_grad():
                 logits = self.network(images)[0]
@@ -92,10 +97,20 @@ class Engine:
 
     def looks(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Look], Float]:
         """The map of each picture [n, 32, 32, 3] for its class of `targets` [n], and the probabilities [n, C]."""
-        with self._lock:
+        with self._alone():
             objectives = maps.scores(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
             raw, logits = maps.compute(self.network, layer, method, self._tensor(pixels), objectives)
         return [_look(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises UserError where whoever has the network does not give it back."""
+        if not self._lock.acquire(timeout=BUSY_SECONDS):
+            raise UserError(f"the network has been busy for {BUSY_SECONDS} s; try again later")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _tensor(self, pixels: UInt8) -> torch.Tensor:
         return normalize(torch.from_numpy(pixels), self.run.mean, self.run.std)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cifar import names
 from cifar.app import asked, pictures, views
 from cifar.app.engine import Engine
 from cifar.app.gate import lies_in
@@ -16,6 +17,7 @@ from cifar.errors import UserError
 from cifar.explain import figures, mistakes
 from cifar.explain.findings import Int64, UInt8
 from cifar.explain.options import METHODS, ORDERS
+from cifar.figures import enlarged
 
 MOST = 60  # mistakes on the page at once
 PREDICTED, TRUE, NO_MAP, ANY = "(predicted)", "(true)", "(no map)", "(any)"
@@ -72,7 +74,9 @@ class Handlers:
         of_true, of_predicted = (None if name == ANY else classes.index(name) for name in (true, predicted))
         found = mistakes.select(wrong.labels, wrong.predictions, of_true, of_predicted, order, seed)
         shown = self._mistakes(found[:count], map_for, method, layer)
-        kind = "".join(f", {word} {name}" for word, name in (("true", true), ("predicted", predicted)) if name != ANY)
+        names_shown = names.on_pages(classes)
+        chosen = (("true", of_true), ("predicted", of_predicted))
+        kind = "".join(f", {word} {names_shown[number]}" for word, number in chosen if number is not None)
         noun = "mistake" if len(found) == 1 else "mistakes"
         sentence = f"{len(shown)} of {len(found):,} {noun}{kind}. Choose one to classify it."
         if map_for != NO_MAP:
@@ -86,7 +90,7 @@ class Handlers:
         """A test image that was clicked on, enlarged: so it is seen sharp, and averages back to what it was."""
         for judged in (self.material.examples, self.material.mistakes):
             for row in (judged.indices == index).nonzero()[0]:
-                return figures.enlarged(judged.pixels[row], figures.ENLARGED)
+                return enlarged(judged.pixels[row], figures.ENLARGED)
         raise UserError("that is no test image of this page")
 
     def _mistakes(self, rows: Int64, map_for: str, method: str, layer: str) -> list[Mistake]:

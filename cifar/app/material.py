@@ -14,9 +14,10 @@ from PIL import Image
 
 from cifar import files
 from cifar.errors import UserError
-from cifar.explain import calibration, figures, mistakes, runs
+from cifar.explain import calibration, mistakes, runs
 from cifar.explain.findings import Float, Int64, UInt8
 from cifar.explain.runs import Run
+from cifar.figures import png
 
 LIST = "pictures.json"
 
@@ -96,7 +97,7 @@ def of_run(run: Run, source: str) -> Material:
 
 
 def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities: Float) -> dict[str, str]:
-    result = json.loads((run.path / "result.json").read_bytes())
+    result = _result(run)
     low, high = calibration.wilson(np.array([correct.mean()]), np.array([len(correct)]))
     trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
     hours, minutes = divmod(round(result["seconds"] / 60), 60)
@@ -112,6 +113,15 @@ def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities
     }
 
 
+def _result(run: Run) -> dict[str, Any]:
+    """What the run wrote at its end. Raises UserError where something of it is missing."""
+    path = run.path / "result.json"
+    result: dict[str, Any] = json.loads(path.read_bytes())  # it could be read when the run was opened
+    if missing := [name for name in ("seconds", "world_size", "parameters", "precision") if name not in result]:
+        raise UserError(f"{path} does not say: {', '.join(missing)}; choose another --run")
+    return result
+
+
 def save(material: Material, folder: Path) -> None:
     """Writes a PNG of each picture, examples/ and mistakes/, and a list of them. Raises OSError."""
     listed: dict[str, Any] = {"images": material.images, "right": material.right, "facts": material.facts}
@@ -120,7 +130,7 @@ def save(material: Material, folder: Path) -> None:
         listed[name] = []
         for index, pixels, label, row in zip(*vars(judged).values(), strict=True):
             file = f"{name}/{index:05}.png"
-            files.write(folder / file, figures.png(pixels))
+            files.write(folder / file, png(pixels))
             facts = {"file": file, "index": int(index), "true": int(label), "probabilities": row.tolist()}
             listed[name].append(facts)
     files.write(folder / LIST, json.dumps(listed, indent=1).encode())

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from cifar import names
 from cifar.app import pictures, views
 from cifar.app.engine import Engine
 from cifar.app.handlers import ANY, HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Shown
@@ -44,6 +45,7 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
     """The page of a network; `uploads` is the only folder whose files are read."""
     handlers, wrong = Handlers(engine, material, uploads), len(material.mistakes.indices)
     classes, methods = engine.run.classes, list(METHODS)
+    choices = list(zip(names.on_pages(classes), classes, strict=True))  # what is shown, and what is sent
     layers = [(f"{name} ({cells}x{cells})", name) for name, cells in engine.layers.items()]
     right = material.facts["accuracy"].partition(" (")[0]
     name = f"{engine.run.network}: {len(classes)} classes, {right} right"
@@ -75,7 +77,7 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                     maps = gr.Checkbox(True, label="Show where it looked")
                     opacity = gr.Slider(0, 1, OPACITY, step=0.01, label="Map opacity")
                     at = gr.CheckboxGroup(layers, value=[engine.default_layer], label="Layers, side by side")
-                    map_for = gr.Dropdown([PREDICTED, *classes], value=PREDICTED, label="Map for class")
+                    map_for = gr.Dropdown([PREDICTED, *choices], value=PREDICTED, label="Map for class")
                     method = gr.Dropdown(methods, value=methods[0], label="Method")
             asks: Any = [picture, top, maps, map_for, method, at]
             gr.on([component.change for component in asks], _in_words(handlers.classify), asks, [answer, numbers],
@@ -89,8 +91,8 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                         show = gr.Checkbox(True, label="Show mistakes")
                         most = max(2, min(MOST, wrong))  # a slider wants two values at least
                         count = gr.Slider(1, most, min(COUNT, wrong), step=1, label="How many", visible=wrong > 1)
-                        true = gr.Dropdown([ANY, *classes], value=ANY, label="True class")
-                        predicted = gr.Dropdown([ANY, *classes], value=ANY, label="Predicted class")
+                        true = gr.Dropdown([ANY, *choices], value=ANY, label="True class")
+                        predicted = gr.Dropdown([ANY, *choices], value=ANY, label="Predicted class")
                         order = gr.Dropdown(list(ORDERS), value=ORDERS[0], label="Order")
                         seed = gr.Number(0, precision=0, minimum=0, label="Seed of the order", visible=False)
                         map_for = gr.Dropdown([PREDICTED, TRUE, NO_MAP], value=PREDICTED, label="Map for class")

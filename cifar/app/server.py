@@ -6,6 +6,8 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -17,18 +19,37 @@ if TYPE_CHECKING:  # a wrong address is refused before torch has loaded
     from cifar.app.material import Material
 
 HOST, PORT = "127.0.0.1", 7860
+ENDS_WITHIN = 20  # seconds, for an import that goes on
 OF_A_SPACE = {"GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH"}  # where Hugging Face wants the server
 
 
 def serve_folder(folder: Path) -> None:
-    """Serves a folder that `--export-space` wrote, at the address that the environment names (as a Space's does)."""
+    """Serves a folder that `--export-space` wrote; what is wrong is one line and exit status 2."""
     from cifar.app import material
     from cifar.app.engine import Engine
     from cifar.explain import runs
 
-    host, port = os.environ.get("GRADIO_SERVER_NAME", HOST), int(os.environ.get("GRADIO_SERVER_PORT", PORT))
+    try:
+        host, port = address(None, None)
+        serve(Engine(runs.open_run(folder)), material.read(folder), host, port)
+    except UserError as error:
+        print(f"app.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def address(host: str | None, port: int | None) -> tuple[str, int]:
+    """Where to listen: what was asked for, else what the environment names for every Gradio app, else HOST and PORT.
+
+    Raises UserError where no server can listen there.
+    """
+    named = os.environ.get("GRADIO_SERVER_PORT") or f"{PORT}"
+    if port is None:
+        if not (named.isascii() and named.isdecimal() and 0 < int(named) < 1 << 16):
+            raise UserError(f"GRADIO_SERVER_PORT={named} is no port; give a number from 1 to 65535, or --port")
+        port = int(named)
+    host = host or os.environ.get("GRADIO_SERVER_NAME") or HOST
     check_port(host, port)
-    serve(Engine(runs.open_run(folder)), material.read(folder), host, port)
+    return host, port
 
 
 def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
@@ -36,7 +57,7 @@ def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end, or its terminal was closed
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _stop)
-    with tempfile.TemporaryDirectory(prefix="cifar-app-", ignore_cleanup_errors=True) as uploads:
+    with _folder_for_uploads() as uploads:
         # Before Gradio is imported. What is set for other apps must not open this one, and where Gradio knows that it
         # is in a Space, it starts a second server, which takes new code.
         for name in [name for name in os.environ if name.startswith(("GRADIO_", "SPACE_")) and name not in OF_A_SPACE]:
@@ -78,15 +99,30 @@ def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
             # Not as `css`, whose rules Gradio rewrites, and breaks where a selector has a comma in brackets.
             head=f"<style>{Path(__file__).with_name('app.css').read_text()}</style>",
         )
-        print(f"open {address} (Ctrl-C ends it)", flush=True)
-        warming_up = threading.Thread(target=engine.warm_up)  # while the page is being loaded and looked at
+        with suppress(OSError):  # nobody may read it
+            print(f"open {address} (Ctrl-C ends it)", flush=True)
+        warming_up = threading.Thread(target=engine.warm_up, daemon=True)  # while the page is loaded and looked at
         warming_up.start()
         try:
-            threading.Event().wait()
+            threading.Event().wait()  # for as long as it is to serve: a signal ends it
         except KeyboardInterrupt:
             print()
         finally:
-            warming_up.join()  # a process that is ending cannot import
+            warming_up.join(ENDS_WITHIN)  # a process that is ending cannot import
+            if warming_up.is_alive():
+                print(f"cifar.app: ended, though grad-cam has not been imported after {ENDS_WITHIN} s", file=sys.stderr)
+
+
+@contextmanager
+def _folder_for_uploads() -> Iterator[str]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="cifar-app-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"there is no folder for uploads ({error.strerror}); set TMPDIR to one that can be written"
+        ) from None
+    with folder as uploads:
+        yield uploads
 
 
 def check_port(host: str, port: int) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
-from cifar import recipes, summary
+from cifar import names, recipes, summary
 from cifar.app.engine import Answer, Engine, Look, Votes
 from cifar.app.material import Judged, Material
 from cifar.explain import figures
 from cifar.explain.findings import Float, UInt8
+from cifar.figures import png
 
 DIGITS = 6  # decimals of the numbers; float32 has about as many
 
@@ -33,7 +34,7 @@ class Mistake:
 
 def _uri(pixels: UInt8) -> str:
     """A picture [h, w, 3] as a data: URI, lossless."""
-    return f"data:image/png;base64,{base64.b64encode(figures.png(pixels)).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
 
 
 def _vote_text(votes: Votes, vote: float) -> str:
@@ -85,18 +86,18 @@ def problem(text: str) -> str:
 
 def examples(judged: Judged, classes: list[str]) -> str:
     """A button with each picture and its class."""
-    rows = zip(judged.indices, judged.pixels, judged.labels, strict=True)
-    return str(_macros.tiles([{"index": int(i), "pixels": p, "name": classes[label]} for i, p, label in rows]))
+    rows, shown = zip(judged.indices, judged.pixels, judged.labels, strict=True), names.on_pages(classes)
+    return str(_macros.tiles([{"index": int(i), "pixels": p, "name": shown[label]} for i, p, label in rows]))
 
 
 def answer(given: Answer, engine: Engine, top: int) -> str:
     """The picture as the network sees it, bars of its `top` classes, maps and votes."""
-    return str(_macros.answer(given, engine.run.classes, top, engine.layers))
+    return str(_macros.answer(given, names.on_pages(engine.run.classes), top, engine.layers))
 
 
 def mistakes(rows: list[Mistake], classes: list[str], sentence: str) -> str:
     """A button with each mistake, its map over it, true and predicted class."""
-    return str(_macros.mistakes(rows, classes, sentence))
+    return str(_macros.mistakes(rows, names.on_pages(classes), sentence))
 
 
 def about(material: Material, engine: Engine) -> str:
@@ -104,7 +105,8 @@ def about(material: Material, engine: Engine) -> str:
     run = engine.run
     described = {name: field.description for name, field in recipes.Recipe.model_fields.items()}
     rows = summary.rows(engine.network)
-    return str(_macros.about(material.facts, run.classes, material.right, rows, run.recipe, described))
+    classes = names.on_pages(run.classes)
+    return str(_macros.about(material.facts, classes, material.right, rows, run.recipe, described))
 
 
 def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from cifar.explain.options import METHODS
 
 SIZE = (640, 480)  # of the pictures: a webcam's
 VISITORS = 20
+STARTS_WITHIN, ANSWERS_WITHIN, ENDS_WITHIN = 600, 300, 60  # seconds
 PARTS = 5  # of the requests, each followed by a look at the memory
 
 
@@ -47,13 +49,22 @@ class App:
         command = [sys.executable, "-m", "cifar.app", "--run", str(run), "--port", str(port)]
         began = time.perf_counter()
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        if not (opened := re.match(r"open (\S+)", self.process.stdout.readline())):
-            raise UserError(f"the app ended with exit status {self.process.wait()}")
+        if not (opened := re.match(r"open (\S+)", self._first_line())):
+            self.end()
+            raise UserError(f"the app ended with exit status {self.process.returncode}")
         self.address = opened[1]
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(self.address) as page:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.address, timeout=ANSWERS_WITHIN) as page:
             page.read()
         self.seconds = time.perf_counter() - began
+
+    def _first_line(self) -> str:
+        """Raises UserError where it says nothing for too long."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], STARTS_WITHIN)[0]:
+            self.end()
+            raise UserError(f"the app said nothing for {STARTS_WITHIN} s; start it by itself to see why")
+        return self.process.stdout.readline()
 
     def visitor(self) -> Any:
         """A client that has the page's functions."""
@@ -66,9 +77,13 @@ class App:
         return float(psutil.Process(self.process.pid).memory_info().rss / 1e6)
 
     def end(self) -> None:
-        """Asks it to end."""
+        """Asks it to end, and ends it if it does not."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.communicate()
+        try:
+            self.process.communicate(timeout=ENDS_WITHIN)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
 
 
 def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]:
@@ -101,7 +116,10 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]
 
         def ask(visitor: Any, question: list[Any]) -> tuple[float, str]:
             began = time.perf_counter()
-            _, answer = visitor.predict(*question, api_name="/classify")
+            try:
+                _, answer = visitor.submit(*question, api_name="/classify").result(timeout=ANSWERS_WITHIN)
+            except TimeoutError:
+                raise UserError(f"the app did not answer within {ANSWERS_WITHIN} s") from None
             if answer is None or "error" in answer:
                 raise UserError(f"the app answers {answer}")
             return time.perf_counter() - began, json.dumps(answer)

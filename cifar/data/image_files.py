@@ -358,7 +358,7 @@ def _some(names: Collection[str]) -> str:
 def raise_if_stopped(doing: str) -> None:
     """Raises UserError where the user or the machine has asked this process to stop."""
     if stop.requested():
-        raise UserError(f"{stop.name()} asked to stop while {doing}; nothing was kept")
+        raise UserError(f"{stop.name()} asked to stop while {doing}; nothing was kept", 0)
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:

@@ -1,10 +1,11 @@
 """Are the maps worth anything? Measured on mistakes and on as many correctly classified images.
 
-Flip test: hide the map's best cell behind the square that the recipe's cutout has shown the network in training; how
-often does the answer change? Deletion and insertion (arXiv 1806.07421): the mean probability of the predicted class
-while cells are blanked, or uncovered, from the highest down; a map that knows has a small area under deletion and a
-large one under insertion. Smooth maps do well in both whatever they show (arXiv 2304.13836), so each is repeated with
-the cells of the same map shuffled, and only the difference counts.
+Flip test: hide the map's best cell behind a blank square; how often does the answer change? A network whose training
+had a cutout has seen such squares; to another one the square itself is something new: see `square`. Deletion and
+insertion (arXiv 1806.07421): the mean probability of the predicted class while cells are blanked, or uncovered, from
+the highest down; a map that knows has a small area under deletion and a large one under insertion. Smooth maps do well
+in both whatever they show (arXiv 2304.13836), so each is repeated with the cells of the same map shuffled, and only
+the difference counts.
 Randomisation (arXiv 1810.03292): how alike the map stays when weights are drawn anew; one that stays the same does not
 depend on what was learned. Stability: how alike it stays when the image is mirrored, or moved by one pixel.
 """
@@ -15,14 +16,26 @@ import numpy as np
 import torch
 from torch import nn
 
+from cifar.data.augment import AUGMENTATIONS
 from cifar.data.cache import Data
 from cifar.explain import maps
 from cifar.explain.evidence import tensor
 from cifar.explain.findings import Float, Int64, UInt8
 
-CUTOUT = 8  # pixels, as in cifar/data/augment.py; zero is the data's mean
+SQUARE = 8  # pixels a side; zero is the data's mean
 STEPS = 8  # parts in which the cells are deleted or inserted
 BATCH = 500  # images of a forward pass
+
+
+def square(augmentation: str | None) -> str:
+    """What the flip test hides a cell behind, and what training with that augmentation has shown of it, in words."""
+    size = f"a blank square of {SQUARE}x{SQUARE} pixels"
+    if augmentation not in AUGMENTATIONS:  # the version that trained the run did not say
+        return size
+    side = AUGMENTATIONS[augmentation].cutout
+    if not side:
+        return f"{size}, which training without a cutout ({augmentation}) has never shown the network"
+    return f"{size}; training has shown the network such squares of {side}x{side} ({augmentation})"
 
 
 def measure(
@@ -88,8 +101,8 @@ def _hide_best_cell(images: torch.Tensor, ranked: Float) -> torch.Tensor:
     hidden, size, cells = images.clone(), images.shape[-1], ranked.shape[-1]
     for image, best in zip(hidden, ranked.reshape(len(ranked), -1).argmax(axis=1), strict=True):
         middles = ((place + 0.5) * size / cells for place in divmod(int(best), cells))
-        top, left = (min(max(round(middle - CUTOUT / 2), 0), size - CUTOUT) for middle in middles)
-        image[:, top : top + CUTOUT, left : left + CUTOUT] = 0
+        top, left = (min(max(round(middle - SQUARE / 2), 0), size - SQUARE) for middle in middles)
+        image[:, top : top + SQUARE, left : left + SQUARE] = 0
     return hidden
 
 

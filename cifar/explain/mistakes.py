@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from cifar.explain.options import COUNT, Options
 
 # Processes that judge another share of the images, and other processors, differ in a probability's last bits.
 DECIMALS = 4
+
+FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are the first four, as wide letters
 
 COLUMNS = ("index", "file", "true", "predicted", "confidence", "true_probability", "margin", "top5", "epochs_right")
 
@@ -69,10 +72,18 @@ def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64
     return positions, np.array([row.get(pair, -1) for pair in wanted], np.int64)
 
 
+def guarded(text: str) -> str:
+    """A text for a cell of a file that people open in a spreadsheet, which takes some beginnings for a formula.
+
+    Those get an apostrophe before them. Whoever reads the file takes it away where what follows is such a beginning.
+    """
+    return f"'{text}" if FORMULA.match(text) else text
+
+
 def table(findings: Findings) -> bytes:
     """misclassified.csv: a line for each mistake, the most confident first. The margin is one of logits.
 
-    `top5` and `epochs_right` are lists within a field, separated by spaces and semicolons.
+    `top5` and `epochs_right` are lists within a field, separated by spaces and semicolons. Names are `guarded`.
     """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -85,13 +96,13 @@ def table(findings: Findings) -> bytes:
         right = findings.epochs[findings.epoch_predictions[:, image] == true]
         lines.writerow([
             int(image),
-            shown.files[row] if shown.files else "",
-            names[true],
-            names[predicted],
+            guarded(shown.files[row]) if shown.files else "",
+            guarded(names[true]),
+            guarded(names[predicted]),
             f"{probabilities[predicted]:.{DECIMALS}f}",
             f"{probabilities[true]:.{DECIMALS}f}",
             f"{shown.margins[row]:.{DECIMALS}f}",
-            "; ".join(f"{names[number]} {probabilities[number]:.{DECIMALS}f}" for number in top),
+            guarded("; ".join(f"{names[number]} {probabilities[number]:.{DECIMALS}f}" for number in top)),
             " ".join(str(epoch) for epoch in right),
         ])  # fmt: skip
     return text.getvalue().encode(errors="backslashreplace")  # a file's name need not be UTF-8

@@ -8,6 +8,7 @@
 const byId = (id) => document.getElementById(id);
 const page = JSON.parse(byId("data").textContent);
 const { classes, mistakes, runs, epochs } = page;
+const named = page.names; // the classes as they are shown; `classes` are their true names, in addresses and in files
 
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -230,8 +231,8 @@ function rowsWithout(...ignored) {
 }
 
 const wordsOfFilter = {
-  true: () => `true: ${classes[state.true]}`,
-  predicted: () => `predicted: ${classes[state.predicted]}`,
+  true: () => `true: ${named[state.true]}`,
+  predicted: () => `predicted: ${named[state.predicted]}`,
   confidence: () => `confidence ${state.confidence[0]} to ${state.confidence[1]} %`,
   bin: () => `bin ${binRange(state.bin - 1)}`,
   learned: () => historyWords[state.learned],
@@ -248,7 +249,7 @@ function options(id, entries, name) {
 }
 
 function prepareFilters() {
-  const anyClass = [["", "any"], ...classes.map((name) => [name, name])];
+  const anyClass = [["", "any"], ...classes.map((name, label) => [name, named[label]])];
   options("true", anyClass, "true");
   options("predicted", anyClass, "predicted");
   options("learned", [["", "any history"], ...Object.entries(historyWords)], "learned");
@@ -366,11 +367,11 @@ function labelTile(row) {
     third.textContent = "not judged yet";
     tile.setAttribute("aria-label", `Image ${indices[row]}, not judged yet`);
   } else {
-    first.textContent = classes[truth(row)];
-    second.textContent = `→ ${classes[said(row)]}`;
+    first.textContent = named[truth(row)];
+    second.textContent = `→ ${named[said(row)]}`;
     third.textContent = percent(sure(row));
     if (verdict) tile.append(make("span", { className: "verdict-mark", textContent: { network: "F", unnameable: "U", other: "O" }[verdict] }));
-    tile.setAttribute("aria-label", `Image ${indices[row]}: true ${classes[truth(row)]}, predicted ${classes[said(row)]}, confidence ${percent(sure(row))}${verdict ? `, verdict: ${verdictWords[verdict]}` : ""}`);
+    tile.setAttribute("aria-label", `Image ${indices[row]}: true ${named[truth(row)]}, predicted ${named[said(row)]}, confidence ${percent(sure(row))}${verdict ? `, verdict: ${verdictWords[verdict]}` : ""}`);
   }
 }
 
@@ -446,8 +447,9 @@ function prepareMatrix() {
   const correct = new Array(classes.length).fill(0);
   array("labels").forEach((label, index) => (correct[label] += label === array("predictions")[index] ? 1 : 0));
   const header = (label, changes, words) => {
-    const button = chooser(`${words} ${classes[label]}`, changes);
-    button.textContent = button.title = classes[label];
+    const button = chooser(`${words} ${named[label]}`, changes);
+    button.textContent = named[label];
+    button.title = classes[label];
     return button;
   };
   cells.push(null, ...shown.map((label) => header(label, { predicted: label }, "Predicted class")));
@@ -469,7 +471,7 @@ function prepareMatrix() {
     return line;
   });
   byId("matrix").append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)));
-  byId("matrix").style.setProperty("--longest", Math.max(...shown.map((label) => classes[label].length)));
+  byId("matrix").style.setProperty("--longest", Math.max(...shown.map((label) => named[label].length)));
   byId("matrix").classList.toggle("many", shown.length > 12);
   settleMatrix = roving(byId("matrix"), () => cells, () => shown.length + 1);
 }
@@ -485,8 +487,8 @@ function drawMatrix() {
       const count = counts[actual * classes.length + predicted];
       cell.textContent = count || "";
       cell.style.setProperty("--share", count / most);
-      cell.setAttribute("aria-label", `True ${classes[actual]}, predicted ${classes[predicted]}: ${count}`);
-      cell.title = `true ${classes[actual]}, predicted ${classes[predicted]}: ${count}`;
+      cell.setAttribute("aria-label", `True ${named[actual]}, predicted ${named[predicted]}: ${count}`);
+      cell.title = `true ${named[actual]}, predicted ${named[predicted]}: ${count}`;
       cell.dataset.count = count;
     }
     const pressed = (state.true ?? undefined) === actual && (state.predicted ?? undefined) === predicted;
@@ -570,14 +572,22 @@ function drawBins() {
 // a file keep anything, and as CSV.
 
 const verdicts = new Map();
+let cannotTell = "?"; // in a file; never a class's name
+while (classes.includes(cannotTell)) cannotTell += "?";
+
+// A spreadsheet takes what begins with one of these for a formula: in the file an apostrophe stands before it.
+const formula = /^'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]/;
+const guarded = (text) => (formula.test(text) ? `'${text}` : text);
+const unguarded = (text) => (text.startsWith("'") && formula.test(text) ? text.slice(1) : text);
+
 const shelf = `cifar-verdicts-${page.identity}`;
 
 function csvOfVerdicts() {
   const quote = (text) => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   const lines = [["index", "true", "predicted", "saw", "verdict"]];
   for (const [row, { saw, verdict }] of [...verdicts].sort(([a], [b]) => indices[a] - indices[b])) {
-    const seen = saw === undefined ? "" : saw === null ? "?" : classes[saw];
-    lines.push([String(indices[row]), classes[truth(row)], classes[said(row)], seen, verdict ?? ""]);
+    const seen = saw === undefined ? "" : saw === null ? cannotTell : guarded(classes[saw]);
+    lines.push([String(indices[row]), guarded(classes[truth(row)]), guarded(classes[said(row)]), seen, verdict ?? ""]);
   }
   return lines.map((line) => line.map(quote).join(",") + "\r\n").join("");
 }
@@ -607,8 +617,8 @@ function readVerdicts(text) {
   for (const line of lines) {
     const row = /^\d+$/.test(line[column("index")]) ? rowOf.get(Number(line[column("index")])) : undefined;
     const seen = line[column("saw")] ?? "", verdict = line[column("verdict")] || undefined;
-    const saw = seen === "" ? undefined : seen === "?" ? null : classes.indexOf(seen);
-    const fits = row !== undefined && line[column("true")] === classes[truth(row)] && saw !== -1;
+    const saw = seen === "" ? undefined : seen === cannotTell ? null : classes.indexOf(unguarded(seen));
+    const fits = row !== undefined && unguarded(line[column("true")] ?? "") === classes[truth(row)] && saw !== -1;
     if (!fits || (verdict !== undefined && !Object.hasOwn(verdictWords, verdict))) continue;
     verdicts.set(row, { saw, verdict });
     taken++;
@@ -676,7 +686,7 @@ function prepareVerdicts() {
     show();
     tell(`${counted(result.taken, "verdict")} read from ${file.name}${result.refused ? `; ${counted(result.refused, "line")} ignored: no such mistake on this page` : ""}.`);
   });
-  classes.forEach((name, label) => {
+  named.forEach((name, label) => {
     const button = make("button", { type: "button", textContent: name });
     if (label < 10) button.prepend(make("kbd", { textContent: (label + 1) % 10 }), " ");
     button.addEventListener("click", () => judge(state.open, { saw: label }));
@@ -745,7 +755,7 @@ function mapsOf(row) {
 /** "raw maximum 0.31", or that nothing spoke for the class. */
 function peakWords(row, target) {
   const peak = array("peaks")[2 * row + target];
-  const name = classes[array("targets")[2 * row + target]];
+  const name = named[array("targets")[2 * row + target]];
   return peak > 0 ? `Raw maximum ${significant(peak)}.` : `No positive evidence for ${name} (raw maximum ${significant(peak)}).`;
 }
 
@@ -763,7 +773,7 @@ function drawMaps() {
   const limit = pageWide ? page.pageTop : Math.max(maps[0].top, maps[1].top);
   const difference = maps[0].values.map((value, cell) => value - maps[1].values[cell]);
   const reach = pageWide ? page.pageDifference : Math.max(...difference.map(Math.abs));
-  const names = [0, 1].map((target) => classes[array("targets")[2 * row + target]]);
+  const names = [0, 1].map((target) => named[array("targets")[2 * row + target]]);
   const panels = [
     ["map-predicted", { table: "unsigned", values: maps[0].values, limit }, `Raised the score of ${names[0]} (predicted). ${peakWords(row, 0)}`, ["0", significant(limit)]],
     ["map-true", { table: "unsigned", values: maps[1].values, limit }, `Raised the score of ${names[1]} (true). ${peakWords(row, 1)}`, ["0", significant(limit)]],
@@ -790,10 +800,10 @@ function drawCompanion(row, opacity, pageWide) {
     return;
   }
   const other = mistakes + companion;
-  const names = [0, 1].map((target) => classes[array("targets")[2 * other + target]]);
+  const names = [0, 1].map((target) => named[array("targets")[2 * other + target]]);
   const maps = mapsOf(other);
   const limit = pageWide ? page.pageTop : Math.max(maps[0].top, maps[1].top);
-  byId("companion-line").textContent = `Image ${indices[other]} is ${classes[truth(other)]}, and the network says ${classes[said(other)]} (${percent(sure(other))}). If its maps look like those above, they explain little. Colours go from 0 to ${significant(limit)}.`;
+  byId("companion-line").textContent = `Image ${indices[other]} is ${named[truth(other)]}, and the network says ${named[said(other)]} (${percent(sure(other))}). If its maps look like those above, they explain little. Colours go from 0 to ${significant(limit)}.`;
   const words = ["The picture.", ...[0, 1].map((target) => `Raised the score of ${names[target]}. ${peakWords(other, target)}`)];
   ["companion-picture", "companion-predicted", "companion-other"].forEach((id, at) => {
     const map = at ? { table: "unsigned", values: maps[at - 1].values, limit } : null;
@@ -840,7 +850,7 @@ function drawVotes(row) {
     }))));
   const sum = votes.reduce((total, vote) => total + vote, 0);
   const bias = array("bias")[row], margin = array("margins")[row];
-  const [predicted, actual] = [0, 1].map((target) => classes[array("targets")[2 * row + target]]);
+  const [predicted, actual] = [0, 1].map((target) => named[array("targets")[2 * row + target]]);
   const strong = make("b", { textContent: signed(margin, 3) });
   strong.id = "margin";
   byId("sum").replaceChildren(`cells ${signed(sum, 3)}, bias ${signed(bias, 3)}: margin `, strong);
@@ -860,7 +870,7 @@ function drawProbabilities(row) {
     const part = label === said(row) ? "predicted" : label === truth(row) ? "true" : "";
     const bar = make("div", { className: "bar" });
     bar.style.setProperty("--share", values[label]);
-    const name = make("div", { className: "named" }, make("span", { textContent: classes[label] }), make("b", { textContent: part }));
+    const name = make("div", { className: "named" }, make("span", { textContent: named[label] }), make("b", { textContent: part }));
     return make("tr", { className: part }, make("th", { scope: "row", title: classes[label] }, name), make("td", {}, bar), make("td", { textContent: percent(values[label], 2) }));
   });
   if (shown.length < classes.length) {
@@ -871,7 +881,7 @@ function drawProbabilities(row) {
 }
 
 // Three letters where they tell the classes apart, else the class's number; the whole name is in the title.
-const beginnings = classes.map((name) => name.slice(0, 3));
+const beginnings = named.map((name) => [...name.replace(/[\u2068\u2069]/g, "")].slice(0, 3).join(""));
 const shortNames = new Set(beginnings).size === classes.length ? beginnings : classes.map((_, label) => `#${label}`);
 
 function drawHistory(row) {
@@ -889,7 +899,7 @@ function drawHistory(row) {
   };
   byId("history-line").textContent = sentences[word];
   byId("history").replaceChildren(...seen.map((label, at) => {
-    const words = `Epoch ${epochs[at]}: ${right[at] ? "right" : classes[label]}`;
+    const words = `Epoch ${epochs[at]}: ${right[at] ? "right" : named[label]}`;
     const item = make("li", { className: right[at] ? "right" : "", title: words }, make("span", { textContent: epochs[at] }), right[at] ? "✓" : shortNames[label]);
     item.setAttribute("aria-label", words);
     return item;
@@ -915,14 +925,14 @@ function drawNeighbours(row) {
     const part = label === truth(row) ? " true-word" : label === said(row) ? " said-word" : "";
     return make("figure", { title: `training image ${at("index", place)}` },
       nearest.sprite.cut(at("slot", place)),
-      make("span", { className: part, textContent: classes[label] }),
+      make("span", { className: part, textContent: named[label] }),
       make("span", { className: "quiet", textContent: at("distances", place).toFixed(3) }));
   }));
   const labels = Array.from({ length: depth }, (_, place) => at("labels", place));
   const count = (label) => labels.filter((other) => other === label).length;
   const fewer = depth < page.nearest.found ? ` The page has room for ${depth} of ${page.nearest.found}.` : "";
   const twin = page.nearest.nearDuplicates.includes(indices[row]) ? " This image has a near-duplicate among the training images." : "";
-  byId("nearest-line").textContent = `Nearest first, with their labels and distances (1 − cosine) in the network’s feature space: ${count(truth(row))} of ${depth} are ${classes[truth(row)]}, ${count(said(row))} are ${classes[said(row)]}.${twin}${fewer}`;
+  byId("nearest-line").textContent = `Nearest first, with their labels and distances (1 − cosine) in the network’s feature space: ${count(truth(row))} of ${depth} are ${named[truth(row)]}, ${count(said(row))} are ${named[said(row)]}.${twin}${fewer}`;
 }
 
 function fillView(row) {
@@ -931,7 +941,7 @@ function fillView(row) {
   view.classList.toggle("judging", secret);
   const title = secret
     ? [`Image ${indices[row]}`]
-    : [`Image ${indices[row]}: true `, make("span", { className: "true-word", textContent: classes[truth(row)] }), ", predicted ", make("span", { className: "said-word", textContent: classes[said(row)] }), `, confidence ${percent(sure(row))}`];
+    : [`Image ${indices[row]}: true `, make("span", { className: "true-word", textContent: named[truth(row)] }), ", predicted ", make("span", { className: "said-word", textContent: named[said(row)] }), `, confidence ${percent(sure(row))}`];
   byId("view-title").replaceChildren(...title);
   const place = visible.indexOf(row);
   byId("place").textContent = place < 0 ? "outside the filters" : `${number(place + 1)} of ${number(visible.length)}`;
@@ -943,8 +953,8 @@ function fillView(row) {
   byId("origin").textContent = secret ? "" : `Test image ${indices[row]}${page.files[row] ? `, ${page.files[row]}` : ""}`;
   if (secret) return; // what would tell the class is neither drawn nor shown
   const mine = verdicts.get(row);
-  const saw = mine?.saw === undefined ? "" : mine.saw === null ? "You could not tell. " : `You saw ${classes[mine.saw]}. `;
-  byId("saw").textContent = saw && `${saw}The label says ${classes[truth(row)]}, the network ${classes[said(row)]}.`;
+  const saw = mine?.saw === undefined ? "" : mine.saw === null ? "You could not tell. " : `You saw ${named[mine.saw]}. `;
+  byId("saw").textContent = saw && `${saw}The label says ${named[truth(row)]}, the network ${named[said(row)]}.`;
   for (const button of byId("verdict-buttons").children) button.setAttribute("aria-pressed", mine?.verdict === button.dataset.verdict);
   drawProbabilities(row);
   drawNeighbours(row);

@@ -10,17 +10,15 @@ import hashlib
 import io
 import math
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from cifar import files
+from cifar import names, plotting
 from cifar.explain import calibration
 from cifar.explain.calibration import BINS, Reliability
 from cifar.explain.findings import Findings, Neighbours, Shown, UInt8
@@ -33,11 +31,6 @@ MAP_BYTES = 3_000_000  # maps of the most confident mistakes; the rest are left 
 NEIGHBOUR_PICTURES = 10_000  # different training pictures; fewer neighbours of each mistake are shown if there are more
 
 Array = npt.NDArray[Any]
-
-
-def write(path: Path, findings: Findings) -> None:
-    """Writes the page, whole or not at all. Raises OSError."""
-    files.replace(path, render(findings))
 
 
 def render(findings: Findings) -> str:
@@ -113,6 +106,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
     }
     return {
         "classes": findings.classes,
+        "names": names.on_pages(findings.classes),
         "matrixClasses": sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist()),
         "mistakes": mistakes,
         "mapped": mapped,
@@ -140,8 +134,8 @@ def _joined(mistakes: Array, companions: Array) -> Array:
 def _identity(findings: Findings, shown: Shown) -> str:
     """Names these mistakes, so that the verdicts a browser keeps for one page never turn up on another."""
     parts = (shown.indices, findings.labels[shown.indices], findings.predictions[shown.indices])
-    names = "/".join(findings.classes).encode()
-    return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts) + names).hexdigest()[:16]
+    classes = "/".join(findings.classes).encode(errors="surrogatepass")
+    return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts) + classes).hexdigest()[:16]
 
 
 def _neighbours(neighbours: Neighbours) -> dict[str, Any]:
@@ -204,9 +198,7 @@ def _packed(values: Array, kind: str) -> dict[str, str]:
 
 def _colours(name: str, count: int) -> UInt8:
     """[count, 3] colours of a matplotlib scale."""
-    colours = mpl.colormaps[name](np.linspace(0, 1, count))[:, :3]
-    table: UInt8 = np.rint(255 * colours).astype(np.uint8)
-    return table
+    return plotting.colours(name, np.linspace(0, 1, count, dtype=np.float32))
 
 
 def _confusion(findings: Findings) -> npt.NDArray[np.int64]:
@@ -222,7 +214,8 @@ def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:most]
     cells = [(int(cell) // len(matrix), int(cell) % len(matrix)) for cell in order]
-    pairs = [(findings.classes[row], findings.classes[column], int(matrix[row, column])) for row, column in cells]
+    shown = names.on_pages(findings.classes)
+    pairs = [(shown[row], shown[column], int(matrix[row, column])) for row, column in cells]
     return [pair for pair in pairs if pair[2]]
 
 

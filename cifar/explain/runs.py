@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cifar import models
+from cifar import formats, models, names
 from cifar.errors import UserError
 from cifar.explain.findings import Int64, UInt8
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # a wrong --run is refused before torch has loaded
     from torch import nn
 
     from cifar.data.cache import Data
-
-FORMAT = 1  # as in checkpoint.py, which imports torch
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Run:
     sha256: str  # of model.safetensors
     test_accuracy: float | None  # a fraction, as the finished run measured it
     step: int  # optimizer steps taken
+    precision: str | None  # that it was trained in; None: the version that wrote it did not say
 
     @property
     def directory(self) -> Path:
@@ -65,13 +64,15 @@ class Run:
 
 def open_run(path: Path) -> Run:
     """Raises UserError where there is no run, it is not finished, or its files are not what was saved."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):  # how Python keeps other bytes
+        raise UserError(f"--run {names.one_line(str(path))} has a name that is not UTF-8; rename the folder")
     finished = is_finished(path)
     if not finished and not (path / "state.json").is_file():
         raise _nothing_to_explain(path)
     try:
         config = json.loads((path / ("config.json" if finished else "state.json")).read_bytes())
-        if config["format"] > FORMAT:
-            raise UserError(f"{path} has format {config['format']}, this version reads up to {FORMAT}; update it")
+        if config["format"] > formats.RUN:
+            raise UserError(f"{path} has format {config['format']}, this version reads up to {formats.RUN}; update it")
         run = Run(
             path=path,
             finished=finished,
@@ -84,6 +85,7 @@ def open_run(path: Path) -> Run:
             sha256=config["sha256"] if finished else config["sha256"]["model.safetensors"],
             test_accuracy=config["test_accuracy"] if finished else None,
             step=json.loads((path / "result.json").read_bytes())["steps"] if finished else config["progress"]["step"],
+            precision=config.get("precision"),
         )
         with (path / "model.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,8 +101,11 @@ def open_run(path: Path) -> Run:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether this is the directory of a finished run."""
-    return all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
+    """Whether this is the directory of a finished run. Raises UserError where that cannot be seen."""
+    try:
+        return all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
+    except OSError as error:  # it is not for this user to read, or its name is too long for any file
+        raise UserError(f"--run {path}: {error.strerror}; choose another --run") from None
 
 
 def _nothing_to_explain(path: Path) -> UserError:
@@ -116,11 +121,19 @@ def _nothing_to_explain(path: Path) -> UserError:
 
 def check_output(folder: Path) -> None:
     """Raises UserError where files could not be written into a folder, which need not exist yet."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not can_be_written(folder):
         raise UserError(f"output folder {folder} is not writable; choose another --output")
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files could be written into a folder, which need not exist yet."""
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except OSError:  # a name that is too long, or a folder that cannot be looked into
+        return False
 
 
 @contextmanager
@@ -158,39 +171,59 @@ def as_trained(data: "Data", run: Run) -> "Data":
     return replace(data, mean=run.mean, std=run.std)
 
 
+def recipe_name(run: Run) -> str:
+    """The recipe's name, or '' where the version that trained the run did not keep it."""
+    try:
+        name = json.loads((run.directory / "recipe.json").read_bytes()).get("name")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else ""
+
+
+def own_accuracy(run: Run, precision: str) -> str:
+    """What a finished run measured itself, and in which precision if that is not the one here; '' for a checkpoint."""
+    if run.test_accuracy is None:
+        return ""
+    other = "" if run.precision in {None, precision} else f" in precision {run.precision}, here {precision}"
+    return f"{run.test_accuracy:.2%}{other}"
+
+
 def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
     """The lines about the run that stand above a report."""
     recipe = run.recipe
     trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
-    own = "" if run.test_accuracy is None else f"; {run.test_accuracy:.2%} when it finished"
+    lengths = f"{recipe['epochs']} epochs, global batch {recipe['global_batch_size']}, seed {recipe['seed']}"
+    own = own_accuracy(run, precision)
     return {
-        "run": str(run.path),
-        "recipe": f"{run.network}, {recipe['epochs']} epochs, global batch {recipe['global_batch_size']}, "
-        f"seed {recipe['seed']}",
+        "run": names.one_line(str(run.path)),
+        "recipe": ", ".join(filter(None, (recipe_name(run), lengths))),
+        "network": run.network,
         "trained": f"{trained:%Y-%m-%d %H:%M} UTC, {run.step:,} steps",
         "weights": f"sha256 {run.sha256}",
         "test images": f"{len(data.test_labels):,}"
         + ("" if data.fingerprint == run.data_fingerprint else ", not those of the run"),
-        "accuracy": f"{accuracy:.2%} in precision {precision}{own}",
+        "accuracy": f"{accuracy:.2%} in precision {precision}" + (f"; the run's own: {own}" if own else ""),
     }
 
 
 def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     """The epochs [E] that the run evaluated, and the class [E, n] it predicted then; none where it judged other images.
 
-    Of a checkpoint, the epochs that it had completed.
+    Of a checkpoint, the epochs that it had completed. Raises UserError for a file that is damaged.
     """
-    from safetensors.numpy import load_file
-
     from cifar.data import order
+    from cifar.run import read_predictions
 
+    none = np.empty(0, np.int64), np.empty((0, len(data.test_labels)), np.uint8)
     path = run.directory / "predictions.safetensors"
-    if run.data_fingerprint != data.fingerprint or not path.is_file():
-        return np.empty(0, np.int64), np.empty((0, len(data.test_labels)), np.uint8)
-    tensors = load_file(path)
+    if run.data_fingerprint != data.fingerprint:
+        return none
+    found, _ = read_predictions(run.directory, len(data.test_labels))
+    if not found and path.is_file():
+        raise UserError(f"{path} is damaged; choose another --run, or delete it to do without the epochs")
     epochs = order.epochs_completed(run.step, len(data.train_labels), run.recipe["global_batch_size"])
-    kept = tensors["epochs"] <= epochs
-    return tensors["epochs"][kept], tensors["predictions"][kept]
+    kept = {epoch: predictions for epoch, predictions in sorted(found.items()) if epoch <= epochs}
+    return (np.array(list(kept)), np.stack(list(kept.values()))) if kept else none
 
 
 def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:

@@ -1,0 +1,115 @@
+"""Putting an explanation in its folder: of two of them, or of a crash between them, nobody finds a part of each."""
+
+import errno
+import fcntl
+import io
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cifar import files
+from cifar.errors import UserError
+from cifar.explain.findings import UInt8
+
+LOCK_SECONDS = 60  # for another explanation to be put in the same folder, which takes as long as renaming its files
+MAPS = "maps"
+
+
+def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
+    """Replaces the explanation in a folder, which need not exist, by files with these names and contents.
+
+    All of them are written and synced beside the old ones, which stay as they are if that fails. Then the old ones are
+    removed and the new ones get their names, the last of `contents` last: where it is, the others belong to it. What
+    else is in the folder stays. Raises OSError, UserError.
+    """
+    (folder / MAPS).mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _clear_abandoned(folder)
+        staging = Path(tempfile.mkdtemp(prefix=".explain-", suffix=".tmp", dir=folder))
+        lock = _lock(staging)
+    try:
+        names = []
+        for name, content in contents:
+            (staging / name).parent.mkdir(exist_ok=True)
+            files.write(staging / name, content)
+            names.append(name)
+        with _locked(folder):
+            old = [folder / name for name in reversed(names)]
+            old += [path for path in (folder / MAPS).iterdir() if re.fullmatch(r"\d{5,}\.png", path.name)]
+            for path in old:
+                path.unlink(missing_ok=True)
+            for name in names:
+                (staging / name).rename(folder / name)
+            for place in (folder / MAPS, folder):
+                files.sync(place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def write_events(directory: Path, pictures: Mapping[str, UInt8], step: int) -> None:
+    """Writes pictures [h, w, 3] for TensorBoard, in a file of their own. Raises OSError.
+
+    A SummaryWriter would write in a thread, which prints a traceback where the disk is full.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import image
+
+    now, content = time.time(), io.BytesIO()
+    records = RecordWriter(content)
+    records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for name, picture in pictures.items():
+        summary = image(f"explain/{name}", picture, dataformats="HWC")  # type: ignore[no-untyped-call]
+        records.write(Event(wall_time=now, step=step, summary=summary).SerializeToString())
+    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.explain"
+    files.write(directory / name, content.getvalue())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, of those that put something in a folder. Raises UserError where another does not end."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        while not _taken(lock):
+            if time.monotonic() > deadline:
+                raise UserError(f"another process has been writing to {folder} for {LOCK_SECONDS} s; end it")
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that marks the folder as in use for as long as it is open, or its process lives."""
+    lock = os.open(folder, os.O_RDONLY)
+    _taken(lock)
+    return lock
+
+
+def _taken(lock: int) -> bool:
+    """Whether the lock is this process's now. Where the file system has no locks there is nothing to wait for."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Removes what killed processes have left: nobody holds its lock."""
+    for leftover in folder.glob(".explain-*.tmp"):
+        with suppress(OSError):  # another one has removed it, or it is somebody else's
+            lock = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)

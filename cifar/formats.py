@@ -1,0 +1,3 @@
+"""Versions of what is written to disk and read again by later versions of this project; nothing here loads torch."""
+
+RUN = 1  # config.json of a finished run and state.json of a checkpoint, with the weights beside them

@@ -1,0 +1,173 @@
+"""Text in pictures, drawn with Pillow: a class's name in a font that has its letters, or else the class's number.
+
+Nothing here reads markup (matplotlib takes what stands between two dollar signs for a formula), and no letter is drawn
+as an empty box: of two classes whose names no font can show, the numbers still differ.
+"""
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from cifar import names
+from cifar.plotting import mpl
+
+SIZE, LINE = 13, 17  # pixels: of letters, and from one line to the next
+OWN_FONT = str(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
+class Part(NamedTuple):
+    """A piece of text, and the file of a font that has its letters."""
+
+    text: str
+    font: str = OWN_FONT
+
+
+Line = tuple[Part, ...]
+ELLIPSIS = Part("\u2026")
+
+
+class Labels:
+    """How pictures show classes: by their names, or by their numbers where no font has a name's letters."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        readable = names.readable(classes)
+        fonts = _fonts_for(readable)
+        self._lines: list[Line] = [
+            (Part(f"#{number}") if font is None else Part(name, font),)
+            for number, (name, font) in enumerate(zip(readable, fonts, strict=True))
+        ]
+        self._unshown = [name for name, font in zip(readable, fonts, strict=True) if font is None]
+        self._fitted: dict[int, list[Line]] = {}
+
+    def fitted(self, width: int) -> list[Line]:
+        """All classes, each cut to so many pixels; where two would look alike then, their numbers stand before them."""
+        if width not in self._fitted:
+            cut = [fitting(line, width) for line in self._lines]
+            times = Counter(cut)
+            self._fitted[width] = [
+                fitting((Part(f"#{number} "), *self._lines[number]), width) if times[line] > 1 else line
+                for number, line in enumerate(cut)
+            ]
+        return self._fitted[width]
+
+    def advice(self) -> str:
+        """A line that names a font where one is missing, else ''."""
+        if not self._unshown:
+            return ""
+        scripts = {unicodedata.name(letter, "").partition(" ")[0] for name in self._unshown for letter in name}
+        asian = scripts & {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}
+        font = "Noto Sans CJK (fonts-noto-cjk)" if asian else "Noto (fonts-noto-core)"
+        return (
+            f"pictures show {len(self._unshown)} of {len(self._lines)} classes by number, the first class being #0: no "
+            f"font here has all letters of their names; install one that has, e.g. {font}"
+        )
+
+
+def of(*texts: str | Line) -> Line:
+    """A line of several pieces."""
+    return tuple(part for text in texts for part in ((Part(text),) if isinstance(text, str) else text))
+
+
+def length(line: Line) -> int:
+    """The width of a line in pixels."""
+    return math.ceil(sum(_opened(part.font).getlength(part.text) for part in line))
+
+
+def fitting(line: Line, width: int) -> Line:
+    """The line, its end cut off where it is wider than so many pixels."""
+    if length(line) <= width:
+        return line
+    # Names may have 255 letters, and there may be 256 of them: the place is found by halving.
+    fits, too_many = 0, sum(len(part.text) for part in line)
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if length((*_first(line, middle), ELLIPSIS)) <= width:
+            fits = middle
+        else:
+            too_many = middle
+    return (*_first(line, fits), ELLIPSIS)
+
+
+def _first(line: Line, count: int) -> Line:
+    """So many letters of a line."""
+    kept: list[Part] = []
+    for text, font in line:
+        kept.append(Part(text[:count], font))
+        count = max(0, count - len(text))
+    return tuple(part for part in kept if part.text)
+
+
+def write(image: Image.Image, place: tuple[int, int], line: Line, colour: str = "black") -> None:
+    """Draws a line whose top left corner is at `place`."""
+    draw, (across, down) = ImageDraw.Draw(image), place
+    x = float(across)
+    for part in line:
+        draw.text((x, down + SIZE), part.text, colour, _opened(part.font), anchor="ls")
+        x += _opened(part.font).getlength(part.text)
+
+
+def write_centred(image: Image.Image, middle: tuple[float, float], text: str, colour: str = "black") -> None:
+    """Draws plain text around a place."""
+    ImageDraw.Draw(image).text(middle, text, colour, _opened(OWN_FONT), anchor="mm")
+
+
+# ---- fonts
+
+
+@cache
+def _opened(path: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, SIZE)
+
+
+def _fonts_for(texts: Sequence[str]) -> list[str | None]:
+    """For each text the file of a font that has all of its letters: this project's own, or one that is installed."""
+    # Without this library letters would stand unjoined, and those from right to left in the wrong order.
+    left = [text for text in texts if features.check("raqm") or not _needs_shaping(text)]
+    found = _covered(OWN_FONT, left)
+    for path in _installed() if len(found) < len(left) else []:
+        found |= _covered(path, [text for text in left if text not in found])
+    return [found.get(text) for text in texts]
+
+
+def _covered(path: str, texts: Sequence[str]) -> dict[str, str]:
+    """Those texts of which a font has all letters, each with the font's file."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        letters = FT2Font(path)
+        candidates = [text for text in texts if all(map(letters.get_char_index, map(ord, _joined(text))))]
+        # Of pictures in colours, as emoji have them, nothing would be drawn.
+        return {text: path for text in candidates if letters.scalable and _opened(path).getmask(text).getbbox()}
+    except (OSError, RuntimeError):  # a file that is damaged, or that is not for everybody to read
+        return {}
+
+
+def _joined(text: str) -> str:
+    return "".join(letter for letter in text if letter not in names.JOINERS)
+
+
+def _needs_shaping(text: str) -> bool:
+    return any(
+        unicodedata.bidirectional(letter) in {"R", "AL", "AN"} or unicodedata.category(letter) in {"Mn", "Mc"}
+        for letter in text
+    )
+
+
+@cache
+def _installed() -> list[str]:
+    """Files of the fonts on this machine, plain ones first."""
+    from matplotlib import font_manager
+
+    def order(path: str) -> tuple[bool, bool, str]:
+        name = Path(path).stem.lower()
+        return "regular" not in name, "sans" not in name, path
+
+    # A font of last resort has every letter, as a box.
+    paths = [path for path in font_manager.findSystemFonts() if "lastresort" not in Path(path).name.lower()]
+    return sorted(paths, key=order)

@@ -1,0 +1,66 @@
+"""Class names for people. A name is a folder's: any text at all, and none of it is markup to whatever shows it."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are empty by design
+SEEN, MOST = 12, 60  # letters of a name that are seen on the narrowest tile of a page, and in all
+JOINERS = "\u200c\u200d"  # format characters that change the letters beside them
+
+
+def readable(classes: Sequence[str]) -> list[str]:
+    """Each class's name as one line of text that can be seen.
+
+    Where nothing of it can be seen, or another class's name looks the same, the class's number stands before it.
+    """
+    lines = [one_line(name) for name in classes]
+    # What differs in width or composition alone, and a name that looks like a number, could be taken for another.
+    looks = [unicodedata.normalize("NFKC", line) for line in lines]
+    times = Counter(looks)
+    return [
+        f"#{number} {line}".rstrip() if not line or times[look] > 1 or re.match(r"#\d", look) else line
+        for number, (line, look) in enumerate(zip(lines, looks, strict=True))
+    ]
+
+
+def on_pages(classes: Sequence[str]) -> list[str]:
+    """The same for HTML, where a page cuts long names, and who looks at it may have other fonts than who made it.
+
+    The number also stands before a name that begins as another does, and before one in letters that not every machine
+    has. What is written from right to left is kept from taking its neighbours with it.
+    """
+    readable_names = readable(classes)
+    beginnings = Counter(name[:SEEN] for name in readable_names)
+    shown = []
+    for number, name in enumerate(readable_names):
+        cut = name if len(name) <= MOST else f"{name[:MOST]}\u2026"
+        isolated = f"\u2068{cut}\u2069" if any(map(_from_the_right, cut)) else cut
+        needs_number = beginnings[name[:SEEN]] > 1 or not all(map(_is_everywhere, cut))
+        shown.append(f"#{number} {isolated}" if needs_number and not name.startswith("#") else isolated)
+    return shown
+
+
+def _from_the_right(letter: str) -> bool:
+    return unicodedata.bidirectional(letter) in {"R", "AL", "AN"}
+
+
+def _is_everywhere(letter: str) -> bool:
+    """Whether it is Latin, Greek, Cyrillic or one of their signs."""
+    return letter < "\u0530" or "\u1e00" <= letter < "\u2200"
+
+
+def one_line(name: str) -> str:
+    """A text without what breaks lines, cannot be seen, turns the direction of writing or cannot be encoded."""
+    # A file system's name need not be UTF-8: Python keeps such bytes as halves of surrogate pairs.
+    text = unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
+    kept = "".join(
+        letter if letter in JOINERS else "" if unicodedata.category(letter) == "Cf" else _visible(letter)
+        for letter in text
+    )
+    return " ".join(kept.split()) if kept.strip(JOINERS + " ") else ""
+
+
+def _visible(letter: str) -> str:
+    return " " if letter in BLANK or unicodedata.category(letter) in {"Cc", "Zl", "Zp", "Zs"} else letter

@@ -1,0 +1,43 @@
+"""matplotlib as this project uses it: into memory, whatever backend or style the user has set for other programs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+# Notebooks name a backend that only they have, and an old shell profile one that is gone: the import would refuse it.
+_backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib as mpl  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend  # for the programs that this one starts
+
+DPI = 100
+UInt8 = npt.NDArray[np.uint8]
+
+__all__ = ["DPI", "Figure", "colours", "mpl", "own_style", "pixels"]
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Figures made and drawn within look alike everywhere: a matplotlibrc may ask for LaTeX, or for large letters."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        yield
+
+
+def pixels(figure: Figure) -> UInt8:
+    """Draws a figure, [h, w, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+
+
+def colours(scale: str, values: npt.NDArray[np.float32]) -> UInt8:
+    """The colours [..., 3] of values in 0..1 on one of matplotlib's scales."""
+    found: UInt8 = np.rint(255 * np.asarray(mpl.colormaps[scale](values))[..., :3]).astype(np.uint8)
+    return found
