@@ -68,7 +68,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [
         DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook),
-        InitProcessGroupKwargs(backend=decided.backend, timeout=limit),
+        InitProcessGroupKwargs(timeout=limit),
     ]
     # By its own default it would take a number from the environment, and divide gradients by it.
     accumulation = GradientAccumulationPlugin(num_steps=1)
