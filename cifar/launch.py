@@ -24,7 +24,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed import is_nccl_available
 
-from cifar import device, failure
+from cifar import device, failure, stop
 from cifar.errors import UserError
 
 T = TypeVar("T")
@@ -40,7 +40,6 @@ UNUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # by which processes meet
 
 
@@ -193,7 +192,7 @@ def _threads_asked_for() -> int:
         before, words = launcher.environ(), " ".join(launcher.cmdline())
     except (psutil.Error, AttributeError):  # it is gone, or another user's
         before, words = {}, ""
-    launched = any(name in os.environ and name not in before for name in SET_BY_LAUNCHERS)
+    launched = any(name in os.environ and name not in before for name in stop.SET_BY_LAUNCHERS)
     asked = not launched or "OMP_NUM_THREADS" in before or "num_cpu_threads_per_process" in words.replace("-", "_")
     return int(number) if asked and number.isdecimal() else 0
 

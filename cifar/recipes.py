@@ -245,7 +245,8 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
         epilog="Processes and precision belong to the launcher: accelerate launch --mixed_precision bf16 train.py ...",
     )
     parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
-    parser.add_argument("--run", type=Path, default=None, metavar="DIR", help=f"run directory (runs/{name})")
+    # torchrun takes --run for the beginning of a flag of its own.
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=f"run directory (runs/{name})")
     parser.add_argument(
         "--resume",
         default="auto",

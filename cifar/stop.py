@@ -16,6 +16,7 @@ from types import FrameType
 # limit on CPU time, the hard one of which may lie a little later.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 INSISTING = (signal.SIGTERM, signal.SIGINT)  # what a person sends again; job scripts repeat SIGUSR1
+SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch; torchrun
 _received = 0
 _wakeup: int | None = None  # the end of a pipe into which Python writes each signal's number
 
@@ -61,7 +62,7 @@ def catch() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
             signal.signal(number, _remember)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets it
+    if any(name in os.environ for name in SET_BY_LAUNCHERS):
         _when_parent_dies(signal.SIGTERM)
 
 

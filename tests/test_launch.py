@@ -1,7 +1,9 @@
 """What a launch says about threads, devices and settings is taken up, or refused in one line."""
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,19 @@ def test_a_machine_without_a_launcher_has_one_process_with_a_loader(monkeypatch:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     assert launch.local_processes() == 1
     assert launch.loader_workers() >= 1
+
+
+def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:
+    # torchrun takes --run for the beginning of a flag of its own, and --run-dir for none.
+    run = tmp_path / "run"
+    for program, more in (
+        ("train.py", ("--data", shapes, "--epochs", 1, "--global-batch-size", 16)), ("explain.py", ()),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             ROOT / program, "--run-dir", run, *map(str, more)],
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["world_size"] == 2
+    assert (run / "explain" / "report.html").is_file()

@@ -53,6 +53,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add = parser.add_argument
     add(
         "--run",
+        "--run-dir",  # for torchrun, which takes --run for the beginning of a flag of its own
         type=Path,
         default=Path("runs", "resnet"),
         metavar="DIR",
