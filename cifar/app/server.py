@@ -6,11 +6,12 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from cifar.errors import UserError
 
@@ -54,9 +55,17 @@ def address(host: str | None, port: int | None) -> tuple[str, int]:
 
 def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
     """Serves until it is interrupted, terminated or hung up, then deletes what visitors have uploaded."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end, or its terminal was closed
+    asked_to_end = False
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked_to_end
+        if asked_to_end:  # and it has not ended: something may be in its way
+            sys.exit(0)
+        asked_to_end = True  # an exception might come up in the middle of Gradio, which swallows some
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last when its terminal is closed
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _stop)
+            signal.signal(number, end)
     with _folder_for_uploads() as uploads:
         # Before Gradio is imported. What is set for other apps must not open this one, and where Gradio knows that it
         # is in a Space, it starts a second server, which takes new code.
@@ -103,14 +112,11 @@ def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
             print(f"open {address} (Ctrl-C ends it)", flush=True)
         warming_up = threading.Thread(target=engine.warm_up, daemon=True)  # while the page is loaded and looked at
         warming_up.start()
-        try:
-            threading.Event().wait()  # for as long as it is to serve: a signal ends it
-        except KeyboardInterrupt:
-            print()
-        finally:
-            warming_up.join(ENDS_WITHIN)  # a process that is ending cannot import
-            if warming_up.is_alive():
-                print(f"cifar.app: ended, though grad-cam has not been imported after {ENDS_WITHIN} s", file=sys.stderr)
+        while not asked_to_end:
+            time.sleep(0.2)
+        warming_up.join(ENDS_WITHIN)  # a process that is ending cannot import
+        if warming_up.is_alive():
+            print(f"cifar.app: ended, though grad-cam has not been imported after {ENDS_WITHIN} s", file=sys.stderr)
 
 
 @contextmanager
@@ -139,7 +145,3 @@ def check_port(host: str, port: int) -> None:
         raise UserError(
             f"no server can listen at {host} port {port} ({error.strerror}); give another --port or --host"
         ) from None
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)
