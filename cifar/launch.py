@@ -74,8 +74,8 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers)
     if accelerator.num_processes > 1 and gradient_compression != "none" and not is_nccl_available():
         raise UserError(
-            f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as those for CPUs "
-            "alone are; leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
+            f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as one for CPUs is; "
+            "leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -102,10 +102,13 @@ def _make_deterministic() -> None:
 
 def _check_numbers() -> None:
     """Raises UserError for variables by which processes meet, but not in this way."""
-    given = {name: os.environ[name] for name in NUMBERS if name in os.environ}
+    given = {name: os.environ[name] for name in NUMBERS if os.environ.get(name, "-1") != "-1"}  # -1: as if unset
     odd = next((f"{name}={value} is not a number" for name, value in given.items() if not value.isdecimal()), "")
-    if not odd and given.get("WORLD_SIZE", "1") != "1" and len(given) < len(NUMBERS):
-        odd = f"WORLD_SIZE={given['WORLD_SIZE']} without {min(set(NUMBERS) - set(given))}"
+    several = given.get("WORLD_SIZE", "1") != "1"
+    missing = [name for name in (*NUMBERS, "MASTER_ADDR") if name not in os.environ]
+    if not odd and missing and (several or "LOCAL_RANK" in given):
+        what = "WORLD_SIZE" if several else "LOCAL_RANK"
+        odd = f"{what}={given[what]} without {missing[0]}"
     if odd:
         raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set what processes meet by")
 
