@@ -6,13 +6,21 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DynamoBackend, gather_object
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    gather_object,
+)
 from torch import nn
+from torch.distributed import is_nccl_available
 
 from cifar import failure
 from cifar.errors import UserError
@@ -23,6 +31,16 @@ T = TypeVar("T")
 # own 25 the 6.6 M network's last part is 16.8 MB, with 5 it is 1.5 MB, and more parts would mean more messages.
 BUCKET_MB = 5
 
+# What a launch may ask for, often by a configuration that another project left, and this job has no use for.
+UNUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # by which processes meet
+
 
 def start(gradient_compression: str = "none") -> Accelerator:
     """The Accelerator of this process, after the checks that keep a misconfigured launch from running on.
@@ -32,14 +50,19 @@ def start(gradient_compression: str = "none") -> Accelerator:
     every core in use. Raises UserError where the processes do not know of each other or cannot do the precision.
     """
     has_accelerator = torch.accelerator.is_available()
-    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted not in ("no", "bf16") and not has_accelerator:
-        raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
+    _check_launch(has_accelerator)
     failure.start()  # before the ranks meet: one that does not come is named
     _rejoin("nccl" if has_accelerator else "gloo")
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
-    distributed = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook)
-    accelerator = Accelerator(cpu=not has_accelerator, kwargs_handlers=[distributed])
+    ddp = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook)
+    # By its own default it would take a number from the environment, and divide gradients by it.
+    accumulation = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=not has_accelerator, gradient_accumulation_plugin=accumulation, kwargs_handlers=[ddp])
+    if accelerator.num_processes > 1 and gradient_compression != "none" and not is_nccl_available():
+        raise UserError(
+            f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as one for CPUs is; "
+            "leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         # Seen with use_cpu in a MULTI_GPU configuration: processes that each believe to be alone, and all write.
@@ -49,9 +72,33 @@ def start(gradient_compression: str = "none") -> Accelerator:
         )
     failure.introduce(_gathered(accelerator, socket.gethostname()))
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() // local_processes()))
+        torch.set_num_threads(_threads_asked_for() or max(1, _cores() // local_processes()))
         _keep_freed_memory()
     return accelerator
+
+
+def _check_launch(has_accelerator: bool) -> None:
+    """Raises UserError for what was launched and is not to be had here."""
+    given = {name: os.environ[name] for name in NUMBERS if name in os.environ}
+    odd = next((f"{name}={value} is not a number" for name, value in given.items() if not value.isdecimal()), "")
+    several = given.get("WORLD_SIZE", "1") != "1"
+    if several and not has_accelerator and len(given) < len(NUMBERS):
+        odd = odd or f"WORLD_SIZE={given['WORLD_SIZE']} without {min(set(NUMBERS) - set(given))}"
+    if odd:
+        raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set what processes meet by")
+    config = ("multi" if several else "single") + "_gpu" if has_accelerator else "cpu_2proc" if several else "cpu"
+    instead = f"launch with --config_file accelerate_configs/{config}.yaml"
+    for name, what in UNUSED.items():
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes", "on"):
+            raise UserError(
+                f"the launch asks for {what} (a flag, a --config_file, or a default_config.yaml that is left under "
+                f"~/.cache/huggingface/accelerate), and this job does not use it; {instead}"
+            )
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16", "fp16"):
+        raise UserError(f"precision {wanted} is none that this job trains in; {instead}")
+    if wanted == "fp16" and not has_accelerator:
+        raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
 
 
 def _rejoin(backend: str) -> None:
@@ -87,7 +134,7 @@ def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_s
 
 def local_processes() -> int:
     """How many of the job's processes run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def loader_workers() -> int:
@@ -96,7 +143,30 @@ def loader_workers() -> int:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: those that it may run on, or fewer where a container has a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limit = int(quota) // int(period)
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        return len(os.sched_getaffinity(0))
+    return min(len(os.sched_getaffinity(0)), max(1, limit))
+
+
+def _threads_asked_for() -> int:
+    """The CPU threads that somebody gave by OMP_NUM_THREADS or --num_cpu_threads_per_process, 0 where nobody did.
+
+    Launchers set the variable to 1 where nobody has said anything, which would leave all cores but one idle; what was
+    there before them is seen in their own environment.
+    """
+    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # by nesting depth
+    try:
+        launcher = psutil.Process().parent()
+        before, words = launcher.environ(), " ".join(launcher.cmdline())
+    except (psutil.Error, AttributeError):  # it is gone, or another user's
+        before, words = {}, ""
+    launched = any(name in os.environ and name not in before for name in SET_BY_LAUNCHERS)
+    asked = not launched or "OMP_NUM_THREADS" in before or "num_cpu_threads_per_process" in words.replace("-", "_")
+    return int(number) if asked and number.isdecimal() else 0
 
 
 def _keep_freed_memory() -> None:

@@ -1,0 +1,153 @@
+"""What a launch says about threads, devices and settings is taken up, or refused in one line."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Train, command
+
+from cifar import launch
+
+CORES = len(os.sched_getaffinity(0))
+TWO = ("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml"), "--main_process_port", "0")
+FLAG = "--num_cpu_threads_per_process"
+
+
+def output_of(
+    tmp_path: Path, code: str, launcher: tuple[str, ...] = (), before: tuple[str, ...] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
+    """What a program says that starts as train.py does."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\nfrom cifar import launch\n"
+        f"from cifar.errors import UserError\n{code}\n"
+    )
+    return subprocess.run(
+        [*before, *command(script, launcher=launcher)], env={**os.environ, **env},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+THREADS = "launch.start()\nprint('threads', torch.get_num_threads())"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env", "expected"),
+    [
+        ((), {}, CORES),
+        ((), {"OMP_NUM_THREADS": "3"}, 3),
+        (("--mixed_precision", "no"), {}, CORES),
+        (("--cpu",), {}, CORES),
+        (("--cpu", FLAG, "1"), {}, 1),
+        (("--mixed_precision", "no", f"{FLAG}=3"), {}, 3),
+        (("--mixed_precision", "no", FLAG.replace("_", "-"), "3"), {}, 3),
+        (("--mixed_precision", "no"), {"OMP_NUM_THREADS": "3"}, 3),
+        (TWO, {}, max(1, CORES // 2)),
+        ((*TWO, FLAG, "3"), {}, 3),
+    ],
+)
+def test_threads_are_all_cores_or_as_many_as_were_asked_for(
+    launcher: tuple[str, ...], env: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    done = output_of(tmp_path, THREADS, launcher, **env)
+    said = [line for line in done.stdout.splitlines() if line.startswith("threads")]
+    assert said == [f"threads {expected}"] * (2 if launcher[: len(TWO)] == TWO else 1), done.stderr
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", CORES)])
+def test_threads_keep_to_a_containers_limit(limit: str, expected: int, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("only root can mount a file system, and not in every container")
+    limited = f'mount -t tmpfs tmpfs /sys/fs/cgroup && echo {limit} >/sys/fs/cgroup/cpu.max && exec "$@"'
+    done = output_of(tmp_path, THREADS, before=("unshare", "-m", "sh", "-c", limited, "sh"))
+    assert done.stdout == f"threads {expected}\n", done.stderr
+
+
+MEGATRON = (
+    "distributed_type: MEGATRON_LM\nnum_processes: 2\nmegatron_lm_config: "
+    "{megatron_lm_tp_degree: 1, megatron_lm_pp_degree: 1, megatron_lm_gradient_clipping: 1.0}\n"
+)
+FSDP = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nnum_processes: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "what", "instead"),
+    [
+        (FSDP, "FSDP", "cpu_2proc"),
+        (f"{FSDP}parallelism_config: {{parallelism_config_dp_shard_size: 2}}\n", "FSDP", "cpu_2proc"),
+        (
+            MEGATRON,
+            "Megatron-LM",
+            "cpu_2proc",
+        ),
+    ],
+)
+def test_a_leftover_configuration_is_refused_in_one_line(
+    config: str, what: str, instead: str, train: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/default_config.yaml").write_text(f"{config}num_machines: 1\nmixed_precision: 'no'\n")
+    done = train("--recipe", "digits", "--run", tmp_path / "run", launcher=("--quiet",), env={
+        "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "train.py: error: " in line]
+    assert len(lines) == 1, done.stderr
+    assert f"the launch asks for {what} (a flag, a --config_file, or a default_config.yaml" in lines[0]
+    assert lines[0].endswith(f"launch with --config_file accelerate_configs/{instead}.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "the launch asks for DeepSpeed"),  # what its launcher sets
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "precision fp8 is none that this job trains in; launch with"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without LOCAL_RANK in the environment; unset it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number in the environment"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 is not a number"),
+        ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE=many is not a number"),
+    ],
+)
+def test_what_was_launched_wrongly_is_refused_in_one_line(
+    env: dict[str, str], words: str, train: Train, tmp_path: Path
+) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator, where processes meet in another way")
+    done = train("--recipe", "digits", "--run", tmp_path / "run", env=env)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+WITHOUT_NCCL = """
+from cifar import failure
+launch.is_nccl_available = lambda: False  # as in a build of torch for CPUs alone
+def main():
+    model = launch.start("bf16").prepare(torch.nn.Linear(3, 1))
+    print("prepared")
+try:
+    with failure.shared(): main()
+except UserError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"), [(TWO, "--gradient-compression bf16 is refused by a torch"), ((), "prepared")]
+)
+def test_what_cannot_compress_gradients_says_so(launcher: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = output_of(tmp_path, WITHOUT_NCCL, launcher)
+    assert done.stdout.count(words) == (2 if launcher else 1), done.stdout + done.stderr
+    assert done.returncode == 0
+
+
+def test_gradients_do_not_depend_on_the_launchers_number_of_accumulation_steps(tmp_path: Path) -> None:
+    code = "x = torch.ones((), requires_grad=True)\nlaunch.start().backward(x * 1)\nprint(x.grad)"
+    done = output_of(tmp_path, code, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert done.stdout == "tensor(1.)\n", done.stderr
+
+
+def test_a_machine_without_a_launcher_has_one_process_with_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert launch.local_processes() == 1
+    assert launch.loader_workers() >= 1
