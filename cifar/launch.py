@@ -79,11 +79,13 @@ def start(gradient_compression: str = "none") -> Accelerator:
 
 def _check_launch(has_accelerator: bool) -> None:
     """Raises UserError for what was launched and is not to be had here."""
-    given = {name: os.environ[name] for name in NUMBERS if name in os.environ}
+    given = {name: os.environ[name] for name in NUMBERS if os.environ.get(name, "-1") != "-1"}  # -1: as if unset
     odd = next((f"{name}={value} is not a number" for name, value in given.items() if not value.isdecimal()), "")
     several = given.get("WORLD_SIZE", "1") != "1"
-    if several and not has_accelerator and len(given) < len(NUMBERS):
-        odd = odd or f"WORLD_SIZE={given['WORLD_SIZE']} without {min(set(NUMBERS) - set(given))}"
+    missing = [name for name in (*NUMBERS, "MASTER_ADDR") if name not in os.environ]
+    if missing and not has_accelerator and (several or "LOCAL_RANK" in given):
+        what = "WORLD_SIZE" if several else "LOCAL_RANK"
+        odd = odd or f"{what}={given[what]} without {missing[0]}"
     if odd:
         raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set what processes meet by")
     config = ("multi" if several else "single") + "_gpu" if has_accelerator else "cpu_2proc" if several else "cpu"

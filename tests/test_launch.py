@@ -103,9 +103,9 @@ def test_a_leftover_configuration_is_refused_in_one_line(
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "the launch asks for DeepSpeed"),  # what its launcher sets
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "precision fp8 is none that this job trains in; launch with"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without LOCAL_RANK in the environment; unset it"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK in the environment; unset it"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number in the environment"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 is not a number"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without WORLD_SIZE in the environment; unset it"),
         ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE=many is not a number"),
     ],
 )
