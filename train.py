@@ -38,7 +38,7 @@ def train(recipe: Recipe, options: Options) -> None:
     from cifar.tracking import Tracker
 
     began = time.monotonic()
-    accelerator = launch.start(recipe.gradient_compression)
+    accelerator = launch.start(recipe.gradient_compression, options.deterministic)
     device, main, rank, ranks = (
         accelerator.device, accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     )  # fmt: skip
@@ -103,6 +103,7 @@ def train(recipe: Recipe, options: Options) -> None:
         "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
         "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
         "world_size": ranks, "precision": accelerator.mixed_precision, "resumed_from": chosen.origin,
+        "computed_on": launch.computed_on(accelerator),
     }  # fmt: skip
     tracker = None
     if attempt:

@@ -242,6 +242,11 @@ def changes(path: Path, facts: dict[str, Any], global_batch_size: int) -> list[s
         )
     if before["precision"] != facts["precision"]:
         lines.append(f"precision: {before['precision']} before, {facts['precision']} now")
+    theirs, ours = before.get("computed_on", {}), facts["computed_on"]
+    different = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    if different:
+        each = "; ".join(f"{name}: {theirs[name]} before, {ours[name]} now" for name in different)
+        lines.append(f"{each}; same batches, but the weights may not be equal bit for bit")
     return lines
 
 

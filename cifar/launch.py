@@ -60,6 +60,9 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     device.compare(dict(words.split() for words in machines))
     if deterministic:
         _make_deterministic()
+    # NCCL's watchdog would end the process before failure.py can say why, with 30 lines that name no rank.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     torch.backends.cudnn.allow_tf32 = False  # float32 is what precision `no` says; bf16 is for speed
     # Above the limits of failure.py, which names the rank that is missing: this one would name nobody.
     limit = timedelta(seconds=2 * max(failure.SETUP_SECONDS, failure.hang_seconds()))
@@ -231,6 +234,20 @@ def topology(accelerator: Accelerator, global_batch_size: int) -> str:
         # 13 times slower on a processor with AVX2 alone (torch 2.14, this network, one thread).
         line += "\nhint: this machine only emulates bf16, which takes many times as long: --mixed_precision no"
     return line
+
+
+def computed_on(accelerator: Accelerator) -> dict[str, str]:
+    """The hardware and libraries on which the bits of a result may depend."""
+    found = {"torch": str(torch.__version__)}
+    if accelerator.device.type == "cpu":
+        return {**found, "device": "CPU", "threads": str(torch.get_num_threads())}
+    found["device"] = torch.cuda.get_device_name(accelerator.device)
+    driver = Path("/proc/driver/nvidia/version")
+    found["driver"] = driver.read_text().splitlines()[0] if driver.exists() else "unknown"
+    found["CUDA"], found["cuDNN"] = str(torch.version.cuda), str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    if accelerator.num_processes > 1:
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return found
 
 
 def native_bf16(device: torch.device) -> bool:

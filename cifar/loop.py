@@ -3,6 +3,7 @@
 Precision is in `model` already: Accelerator.prepare has put the launcher's autocast around its forward.
 """
 
+import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from cifar import failure, launch, stop
 from cifar.data.augment import normalize, resize
 from cifar.data.cache import Data
+from cifar.errors import UserError
 from cifar.recipes import Recipe
 
 EVALUATION_BATCH = 500  # images of a process at a time: little memory beside a training step's
@@ -68,16 +70,24 @@ def accumulate_gradients(
     """Leaves the mean gradient of the global batch in the parameters.
 
     `images` and `labels` are this rank's share. It is worked through in the recipe's number of accumulation steps,
-    and the ranks' gradients are averaged once, during the last one's backward pass.
+    and the ranks' gradients are averaged once, during the last one's backward pass. Raises UserError where the device
+    has not enough memory.
     """
     parts = recipe.gradient_accumulation_steps
     loss_sum = torch.zeros((), device=accelerator.device)
     correct = torch.zeros((), device=accelerator.device)
     for part, (piece, piece_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), start=1):
         with nullcontext() if part == parts else accelerator.no_sync(model):
-            logits = model(piece)
-            loss = F.cross_entropy(logits, piece_labels, label_smoothing=recipe.label_smoothing) / parts
-            accelerator.backward(loss)
+            try:
+                logits = model(piece)
+                loss = F.cross_entropy(logits, piece_labels, label_smoothing=recipe.label_smoothing) / parts
+                accelerator.backward(loss)
+            except torch.OutOfMemoryError:
+                who = f"rank {accelerator.process_index} on {socket.gethostname()}"
+                raise UserError(
+                    f"{who} is out of memory with {len(piece)} images at a time; "
+                    f"give --gradient-accumulation-steps {2 * parts}, in a new --run, or more processes"
+                ) from None
         loss_sum += loss.detach()
         correct += (logits.argmax(dim=1) == piece_labels).sum()
         failure.beat()

@@ -222,6 +222,7 @@ class Options(NamedTuple):
     resume: str
     checkpoint_every: int
     recipe_name: str
+    deterministic: bool
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
@@ -257,6 +258,11 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     parser.add_argument(
         "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, epochs' ends aside (500)"
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use only operations that give the same bits again, on the same hardware, libraries and processes",
+    )
     group = parser.add_argument_group("fields of the recipe")
     for field, info in Recipe.model_fields.items():
         group.add_argument(
@@ -270,7 +276,9 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     every = arguments["checkpoint_every"]
     if not re.fullmatch("0*[1-9][0-9]{0,17}", every):
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
-    options = Options(arguments["run"] or Path("runs", name), arguments["resume"], int(every), name)
+    options = Options(
+        arguments["run"] or Path("runs", name), arguments["resume"], int(every), name, arguments["deterministic"]
+    )
     if "epochs" in overrides and "peak_epoch" not in overrides:
         overrides["peak_epoch"] = _moved_peak(defaults, overrides["epochs"], options)
     return override(defaults, overrides), options

@@ -386,6 +386,7 @@ def test_a_run_with_hardly_a_mistake_has_a_page_too(mistaken: int, run: Path, tm
     judged["predictions"][-1, :mistaken] = 3
     judged["probabilities"][:] = 0.25  # ties, as float16 makes them: the class that was predicted counts
     save_file(judged, copy / "predictions.safetensors")
+    (Path(copy) / "predictions.log").unlink()
     opened = runs.open_run(copy)
     shown = material.of_run(opened, opened.recipe["data"])
     assert shown.mistakes.indices.tolist() == [0][:mistaken]

@@ -322,3 +322,22 @@ def test_the_result_loads_with_safetensors_alone(tmp_path: Path) -> None:
     assert all(tensor.is_contiguous() for tensor in loaded.values())
     assert json.loads((tmp_path / "config.json").read_text())["network"] == "resnet"
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "attempts"}
+
+
+def test_what_the_bits_depend_on_is_said_when_it_has_changed(tmp_path: Path) -> None:
+    network, optimizer = trained(seed=0)
+    before = {
+        **FACTS,
+        "world_size": 2,
+        "precision": "no",
+        "computed_on": {"device": "H100", "torch": "2.11", "cuDNN": "9"},
+    }
+    path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=1), before)
+    assert checkpoint.changes(path, before, 512) == []
+    now = {**before, "computed_on": {"device": "H200", "torch": "2.11", "cuDNN": "10"}}
+    assert checkpoint.changes(path, now, 512) == [
+        "device: H100 before, H200 now; cuDNN: 9 before, 10 now; same batches, but the weights may not be equal bit "
+        "for bit"
+    ]
+    path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=2), {**before, "computed_on": {}})
+    assert checkpoint.changes(path, now, 512) == []  # of a version that did not record it

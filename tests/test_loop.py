@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -10,7 +11,9 @@ from torch import nn
 from cifar import loop
 from cifar.data.augment import resize
 from cifar.data.cache import open_data
+from cifar.errors import UserError
 from cifar.loop import View
+from cifar.recipes import Recipe
 
 
 def test_a_view_is_the_image_moved_and_made_smaller_and_mirrored() -> None:
@@ -54,3 +57,21 @@ def test_views_are_of_the_least_sure_quarter_and_change_nothing_else(shapes: Pat
     assert (again.loss, again.accuracy) == (once.loss, once.accuracy)
     # Mirrored, moved by a pixel or made smaller these images are as bright, so that every view says the same.
     assert again.accuracy_of_views == again.accuracy
+
+
+class Greedy(nn.Module):
+    """Wants more memory than there is."""
+
+    def forward(self, _images: torch.Tensor) -> torch.Tensor:
+        """As CUDA's allocator does."""
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+
+def test_too_little_memory_is_one_line_with_the_number_of_images() -> None:
+    recipe, accelerator = Recipe(gradient_accumulation_steps=2), Accelerator(cpu=True)
+    images, labels = torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
+    words = r"rank 0 on \S+ is out of memory with 32 images at a time; give --gradient-accumulation-steps 4, in a new"
+    with pytest.raises(UserError, match=words):
+        loop.accumulate_gradients(accelerator, Greedy(), images, labels, recipe)
