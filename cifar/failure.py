@@ -373,7 +373,7 @@ def leave(status: int) -> NoReturn:
     """
     if status == USER_ERROR:
         _tell_the_job(status)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or _watch is None:
         sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -339,8 +339,9 @@ def test_a_process_alone_whose_step_takes_long_is_left_alone(
     assert processes[0].communicate(timeout=900)[0].count("stopped on request after step") == 1
 
 
-@pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two processes"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+@pytest.mark.parametrize(
+    ("number", "launcher"), [(signal.SIGINT, ()), (signal.SIGTERM, TWO)], ids=["Ctrl-C", "kill, two processes"]
+)
 def test_a_request_that_is_repeated_ends_what_no_longer_moves(
     number: signal.Signals, launcher: tuple[str, ...],
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"],
