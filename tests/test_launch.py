@@ -155,6 +155,11 @@ def test_a_machine_without_a_launcher_has_one_process_with_a_loader(monkeypatch:
     assert launch.loader_workers() >= 1
 
 
+def test_the_configuration_for_two_cpu_processes_hides_gpus(tmp_path: Path) -> None:
+    done = output_of(tmp_path, "import os\nprint('visible', os.environ['CUDA_VISIBLE_DEVICES'])", TWO)
+    assert [line for line in done.stdout.splitlines() if line.startswith("visible")] == ["visible -1,-1"] * 2
+
+
 def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:
     # torchrun takes --run for the beginning of a flag of its own, and --run-dir for none.
     run = tmp_path / "run"
