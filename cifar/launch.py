@@ -33,6 +33,8 @@ T = TypeVar("T")
 # own 25 the 6.6 M network's last part is 16.8 MB, with 5 it is 1.5 MB, and more parts would mean more messages.
 BUCKET_MB = 5
 
+LONGEST = 2_000_000  # seconds: what fits into the milliseconds of poll(), some 23 days
+
 # What a launch may ask for, often by a configuration that another project left, and this job has no use for.
 UNUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -65,7 +67,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     torch.backends.cudnn.allow_tf32 = False  # float32 is what precision `no` says; bf16 is for speed
     # Above the limits of failure.py, which names the rank that is missing: this one would name nobody.
-    limit = timedelta(seconds=2 * max(failure.SETUP_SECONDS, failure.hang_seconds()))
+    limit = timedelta(seconds=min(2 * max(failure.SETUP_SECONDS, failure.hang_seconds()), LONGEST))
     _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [

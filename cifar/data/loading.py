@@ -23,7 +23,7 @@ from cifar.data.sources import SIZE
 from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
 
-LONGEST = 2_000_000  # seconds: what poll() takes, some 24 days
+LONGEST = 2_000_000  # seconds: what poll() takes, some 23 days
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 [n, 3, 32, 32] (channels-last), labels int64 [n]
 
