@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cifar.data.sources import SIZE
+from cifar.data.image_files import SIZE, UPRIGHT
 from cifar.errors import UserError
 from cifar.explain.findings import UInt8
 
@@ -19,16 +19,6 @@ BYTES = 25 << 20  # of a file: a telephone's largest JPEG
 PIXELS = 64_000_000  # of a picture: a telephone's 50 million, and room; 256 MB once decoded
 TOO_MANY = f"the picture has more than {PIXELS // 1_000_000} million pixels; make it smaller"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that starts another program, as EPS does
-
-UPRIGHT = {  # what undoes each EXIF orientation but 1
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # Pillow looks at the header, too: let it refuse where it would warn.
 warnings.simplefilter("error", Image.DecompressionBombWarning)

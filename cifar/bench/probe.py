@@ -67,7 +67,7 @@ class Observer:
                 return self.network
 
             def made(images: Any, shares: Any, workers: int, device: Any) -> Iterator[Any]:
-                self.images, self.ahead = images, 2 * workers  # 2: the prefetch_factor of torch's DataLoader
+                self.images, self.ahead = images, 2 * workers  # as loading.py has it
                 return self.watch_batches(iter(batches(images, shares, workers, device)))
 
             def evaluated(*arguments: Any) -> Any:
