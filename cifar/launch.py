@@ -82,13 +82,9 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
             f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as one for CPUs is; "
             "leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
         )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        # Seen with use_cpu in a MULTI_GPU configuration: processes that each believe to be alone, and all write.
-        raise UserError(
-            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}; "
-            "launch with one of accelerate_configs/, or with --multi_gpu --num_processes N"
-        )
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != str(accelerator.num_processes):  # each would believe to be alone, and all would write
+        raise AssertionError(f"{launched} processes were launched, but this one knows of {accelerator.num_processes}")
     failure.introduce(_gathered(accelerator, socket.gethostname()))
     # The launcher leaves a process on a machine with GPUs one thread, however many cores there are.
     torch.set_num_threads(_threads_asked_for() or max(1, _cores() // local_processes()))

@@ -58,8 +58,8 @@ class Observer:
             start, build, batches = launch.start, models.build, loading.training_batches
             evaluate, save = loop.evaluate, checkpoint.save
 
-            def started(gradient_compression: str) -> "Accelerator":
-                self.accelerator = start(gradient_compression)
+            def started(*arguments: Any) -> "Accelerator":
+                self.accelerator = start(*arguments)
                 return self.accelerator
 
             def built(*arguments: Any) -> "nn.Module":
