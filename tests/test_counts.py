@@ -83,7 +83,8 @@ def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
         + 2,  # two sums over booleans: how many are right, and how many labels count in the loss
         "layout": CHANNELS_LAST  # oneDNN gives the kernels' gradients in torch's own layout;
         + CHANNELS_LAST  # fused Adam makes a copy of them in that layout on CPUs, which it does not use;
-        + (CONVOLUTIONS - CHANNELS_LAST) * 3,  # a small map on its way in and out, and its gradient
+        + (CONVOLUTIONS - CHANNELS_LAST) * 3  # a small map on its way in and out, and its gradient;
+        + 2,  # the last maps before their maximum is taken, and their gradient
         "other": 3,  # the linear layer's bias for each image, the loss's mask, the figures that ranks sum up
     }
     assert {name: step["copies"].get(name, 0) for name in expected} == expected
