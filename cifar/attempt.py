@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -77,19 +78,21 @@ class Attempt:
         self.begin(path, content.encode() if isinstance(content, str) else content).close()
 
     def begin(self, path: Path, content: bytes) -> IO[bytes]:
-        """Writes a file as `replace` does, and leaves it open (unbuffered) for more.
+        """Writes a file as `replace` does, and leaves it open for more.
 
         What is added once a newer attempt has replaced the file reaches nobody: it has no name any more.
         """
         temporary = self.temporary(path)
         try:
-            file = temporary.open("wb", buffering=0)
+            file = temporary.open("wb")  # buffered: a raw write to a nearly full disk may end early without an error
             try:
                 file.write(content)
+                file.flush()
                 os.fsync(file.fileno())
                 self.commit(path)
             except BaseException:
-                file.close()
+                with suppress(OSError):  # it would try once more to write what is left
+                    file.close()
                 raise
         finally:
             temporary.unlink(missing_ok=True)

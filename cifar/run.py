@@ -162,6 +162,7 @@ class History:
                 (self._metrics, _line(metrics).encode()),
             ):
                 file.write(content)
+                file.flush()
                 os.fsync(file.fileno())
         finally:
             self.attempt.check()  # or these are files that a newer attempt has replaced

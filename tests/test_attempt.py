@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Disk
 
 from cifar import attempt
 from cifar.errors import UserError
@@ -88,3 +89,13 @@ def test_a_machine_that_does_not_see_the_attempt_says_so(tmp_path: Path, monkeyp
         UserError, match=r"does not see .*/ours/attempts/0001.json, which rank 0 has just written; give"
     ):
         attempt.see(tmp_path / "ours", number)
+
+
+def test_a_file_for_which_the_disk_has_no_room_stays_as_it_was(disk: Disk) -> None:
+    disk.remount("size=100k")
+    writer = attempt.claim(disk.path, 1)
+    writer.replace(disk.path / "model", b"before")
+    with pytest.raises(OSError, match="No space left"):  # a part of it would fit
+        writer.replace(disk.path / "model", bytes(300_000))
+    assert (disk.path / "model").read_bytes() == b"before"
+    assert sorted(path.name for path in disk.path.iterdir()) == ["attempts", "model"]
