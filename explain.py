@@ -23,13 +23,15 @@ def explain(run: Run, asked: Options) -> None:
     """Predicts with all processes; the first one writes pictures, tables and report."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import numpy as np
+    import torch
 
-    from cifar import launch, loop
+    from cifar import evaluation, launch
     from cifar.data.cache import open_data
     from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, report
     from cifar.explain.findings import Findings
     from cifar.figures import below, png
     from cifar.lettering import Labels
+    from cifar.ranks import raise_on_all_ranks
 
     accelerator = launch.start()
     source = asked.data or run.recipe["data"]
@@ -38,18 +40,18 @@ def explain(run: Run, asked: Options) -> None:
     layer, last_stage = asked.layer or layers.default(cells), list(cells)[-1]
 
     # Predictions, in the launcher's precision: every process judges its share, and all of them get all results.
-    with launch.together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if accelerator.is_local_main_process:
             open_data(source)
-    with launch.together(accelerator):
+    with raise_on_all_ranks(accelerator):
         data = runs.as_trained(open_data(source), run)
         wrong_in = runs.wrong_in(asked.compare, data)
         network = runs.load(run, accelerator.device)
     accelerator.prepare_model(network, evaluation_mode=True)
-    evaluation = loop.evaluate(accelerator, network, data)
-    if evaluation is None:
+    evaluated = evaluation.evaluate(accelerator, network, torch.from_numpy(data.test_images), data)
+    if evaluated is None:
         raise AssertionError("an evaluation ends early only where stop requests are caught")
-    probabilities, labels = evaluation.probabilities, np.array(data.test_labels)
+    probabilities, labels = evaluated.probabilities, np.array(data.test_labels)
     ranking = np.argsort(-probabilities, axis=1, kind="stable").astype(np.uint8)
 
     # Mistakes, the most confident first, and for each a correct image to see beside it.
@@ -67,7 +69,7 @@ def explain(run: Run, asked: Options) -> None:
     of_mistakes, of_companions = np.stack((predictions[wrong], labels[wrong]), axis=1), ranking[companions, :2]
     findings = Findings(
         facts={
-            **runs.facts(run, data, evaluation.accuracy, accelerator.mixed_precision),
+            **runs.facts(run, data, evaluated.accuracy, accelerator.mixed_precision),
             **({"flip test": checks.square(run.recipe.get("augmentation"))} if asked.check else {}),
         },
         classes=data.classes,

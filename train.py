@@ -11,199 +11,103 @@ from cifar import stop
 
 stop.catch()  # first of all: torch takes seconds to import, and a stop request must not be lost meanwhile
 
-import math  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 
-from cifar import failure, run  # noqa: E402
+from cifar import failure  # noqa: E402
 from cifar.errors import UserError, outlive_readers  # noqa: E402
 from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
-
-LOG_EVERY = 10  # steps between points in TensorBoard
-FITTED = 5000  # training images that a network may look at before its first step
 
 
 def train(recipe: Recipe, options: Options) -> None:
     """Trains, going on from the newest checkpoint if there is one, and writes the run directory."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import torch
-    from accelerate.utils import broadcast_object_list
 
-    from cifar import attempt as attempts
-    from cifar import checkpoint, launch, loop, models, optim, summary
-    from cifar.data import loading, order
-    from cifar.data.augment import normalize, resize
-    from cifar.data.cache import open_data
-    from cifar.tracking import Tracker
+    from cifar import evaluation, launch, loop, models, optim
+    from cifar.clock import Clock
+    from cifar.data import loading
+    from cifar.data.augment import resize
+    from cifar.data.order import RankBatches
+    from cifar.record import RunRecord, finished_before
+    from cifar.schedule import Schedule
 
-    began = time.monotonic()
+    clock, began = Clock(), time.monotonic()
     accelerator = launch.start(recipe.gradient_compression, options.deterministic)
-    device, main, rank, ranks = (
-        accelerator.device, accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    )  # fmt: skip
+    device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     launch.check_split(accelerator, recipe.global_batch_size, recipe.gradient_accumulation_steps)
-
-    with launch.together(accelerator):
-        if main:
-            run.check(options.run, recipe, options.resume)
-    finished = broadcast_object_list([run.finished(options.run) if main else ""])[0]
-    if finished:
-        if main:
-            print(finished)
+    if finished_before(accelerator, options, recipe):
         launch.end(accelerator)
         return
 
-    # Data: one process of each machine decodes the images, then all of them map what it wrote.
-    with launch.together(accelerator):
-        if accelerator.is_local_main_process:
-            open_data(recipe.data)
-    with launch.together(accelerator):
-        data = open_data(recipe.data)
-        training_images = loading.training_images(recipe, data, device)
-    launch.data_is_open(accelerator)
-    images = len(data.train_labels)
-    total_steps = order.total_steps(images, recipe.epochs, recipe.global_batch_size)
-    freeze_step = order.freeze_step(total_steps, recipe)
-
-    def epochs_completed(step: int) -> int:
-        return order.epochs_completed(step, images, recipe.global_batch_size)
+    clock.on("data")
+    data, training_images = loading.open_on_all_ranks(accelerator, recipe)
+    test_images = torch.from_numpy(data.test_images).to(device)
+    schedule = Schedule(recipe, len(data.train_labels), options.checkpoint_every)
 
     # Network and optimizer: from the seed, or from the checkpoint that rank 0 chooses for all.
+    clock.on("set-up")
     torch.manual_seed(recipe.seed)
     network = models.build(recipe.network, len(data.classes), recipe.dropout)
-    models.fit(network, normalize(torch.from_numpy(data.train_images[:FITTED]), data.mean, data.std))
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    models.fit(network, loading.first_images(data, device))
     optimizer = optim.build(network, recipe)
-    attempt, chosen, evaluated = None, checkpoint.Chosen(), 0
-    with launch.together(accelerator):
-        if main:
-            attempt = run.start(options, recipe, data.fingerprint, ranks)
-            chosen = checkpoint.choose(options.run / "checkpoints", options.resume)
-            history = run.History(attempt, chosen.step, data.test_labels)
-            evaluated = history.last_epoch()
-    number, chosen, evaluated = broadcast_object_list([attempt and attempt.number, chosen, evaluated])
-    progress = checkpoint.Progress()
-    with launch.together(accelerator):
-        attempts.see(options.run, number)
-        if chosen.path:
-            progress = checkpoint.restore(chosen.path, network, optimizer, recipe, data.fingerprint)
-    if progress.step > freeze_step:
+    record = RunRecord(accelerator, options, recipe, data, schedule, clock)
+    progress = record.resume(network, optimizer)
+    if progress.step > schedule.freeze_step:
         models.freeze(network)
-    table = summary.table(network)
-    model, stepper = accelerator.prepare(network, optimizer)  # `network` stays what is evaluated and saved
-    launch.restore_scaler(accelerator, progress.scaler)
-    launch.settle_buckets(accelerator, model, network)
+    model, prepared = launch.prepare(accelerator, network, optimizer, progress.scaler)  # `network` is evaluated, saved
 
     # Batches are augmented ahead by other processes, or on the device; an epoch's end does not interrupt them.
-    shares = order.RankBatches(recipe, images, progress.step, total_steps, rank, ranks)
-    batches = loading.training_batches(training_images, shares, launch.loader_workers(), device)
-
-    facts = {
-        "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
-        "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
-        "world_size": ranks, "precision": accelerator.mixed_precision, "resumed_from": chosen.origin,
-        "computed_on": launch.computed_on(accelerator),
-    }  # fmt: skip
-    tracker = None
-    if attempt:
-        tracker = Tracker(attempt, recipe, data, history, progress.step, total_steps)
-        tracker.start(launch.topology(accelerator, recipe.global_batch_size), table, training_images)
-        for line in chosen.passed_over:
-            tracker.say(f"passed over a broken checkpoint: {line}")
-        if chosen.path:
-            tracker.say(f"attempt {attempt.number}: going on from {chosen.path}")
-            for line in checkpoint.changes(chosen.path, facts, recipe.global_batch_size):
-                tracker.say(line)
-        run.write_status(attempt, "running", progress.step)
-    with run.failure_recorded(options.run, attempt, number, progress):
-        seconds_before, stopping = progress.seconds, False
-        while True:
-            # An epoch's end: its checkpoint is on disk already, so an evaluation that is cut short is made again.
-            epoch = epochs_completed(progress.step)
-            if progress.step and epoch > epochs_completed(progress.step - 1):
-                if epoch > evaluated:
-                    views = recipe.test_time_augmentation and progress.step == total_steps
-                    evaluation = loop.evaluate(accelerator, network, data, views)
-                    if evaluation is None:
+    sampler = RankBatches(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
+    batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
+    record.start(network, training_images, began)
+    delayed, stopping = loop.DelayedMetrics(accelerator), False
+    with record.running():
+        while not stopping:
+            # An epoch's end: its checkpoint is under way already, so an evaluation that is cut short is made again.
+            step = progress.step
+            if schedule.completes_epoch(step):
+                if schedule.epochs_completed(step) > record.evaluated:
+                    tta = recipe.test_time_augmentation and step == schedule.total_steps
+                    with clock.within("evaluation"):
+                        evaluated = evaluation.evaluate(accelerator, network, test_images, data, tta)
+                    if evaluated is None:
                         stopping = True
                         break
-                    if attempt and tracker:
-                        attempt.check()
-                        progress.seconds = seconds_before + time.monotonic() - began
-                        rate = optim.lr_at(progress.step - 1, total_steps, recipe)
-                        tracker.log_epoch(epoch, progress, rate, evaluation)
-                progress.loss_sum, progress.correct, progress.seen = 0.0, 0, 0
-            if progress.step == total_steps:
+                    record.log_epoch(evaluated)
+                progress.begin_epoch()
+            if step == schedule.total_steps:
                 break
 
-            clock = time.perf_counter()
+            clock.on("waiting for images")
+            started = time.perf_counter()
             batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            batch = resize(batch, order.image_size_at(progress.step, total_steps, recipe))
-            if progress.step == freeze_step:
+            clock.on("training")
+            batch = resize(batch, schedule.image_size(step))
+            if step == schedule.freeze_step:
                 models.freeze(network)
-                model = launch.join(accelerator, network)
-            learning_rate = optim.lr_at(progress.step, total_steps, recipe)
-            optim.set_lr(optimizer, learning_rate)
-            torch.manual_seed(order.generator_seed(recipe.seed, progress.step, rank))  # for dropout
-            totals = loop.accumulate_gradients(accelerator, model, batch, labels, recipe)
-            if not math.isfinite(totals.loss):
-                last = checkpoint.newest(options.run / "checkpoints")[0]
-                raise UserError(
-                    f"loss {totals.loss} in step {progress.step + 1} at learning rate {learning_rate:.3g}; lower "
-                    f"--peak-learning-rate in a new --run (last good checkpoint: {last or 'none yet'})"
-                )
-            log = (progress.step + 1) % LOG_EVERY == 0
-            gradient_norm = loop.gradient_norm(accelerator, network) if log else math.nan
+                model = launch.rewrap_ddp(accelerator, network)
+            optim.set_lr(optimizer, schedule.learning_rate(step))
+            torch.manual_seed(schedule.generator_seed(step, rank))  # for dropout
+            totals = loop.accumulate_gradients(accelerator, model, batch, labels, recipe, record.write_failed())
+            norm = loop.gradient_norm(accelerator, network) if record.log_due() else None
             with accelerator.autocast():  # for what an optimizer multiplies
-                stepper.step()
-            stepper.zero_grad()
-            progress.count(recipe.global_batch_size, totals.loss, totals.correct)
-            if tracker:
-                tracker.count(recipe.global_batch_size, time.perf_counter() - clock)
-                if attempt and log:
-                    attempt.check()
-                    tracker.log_step(progress.step, totals, learning_rate, gradient_norm, launch.memory_bytes(device))
+                prepared.step()
+            prepared.zero_grad()
+            progress.step += 1
 
-            ends_epoch = epochs_completed(progress.step) > epochs_completed(progress.step - 1)
-            if totals.stop or ends_epoch or progress.step % options.checkpoint_every == 0:
-                with launch.together(accelerator):
-                    if attempt:
-                        progress.seconds = seconds_before + time.monotonic() - began
-                        progress.scaler = launch.scaler_state(accelerator)
-                        checkpoint.save(attempt, network, optimizer, progress, facts)
-                        run.write_status(attempt, "running", progress.step)
-            if totals.stop:
-                stopping = True
-                break
-
+            # On a GPU, metrics come back some steps later; a checkpoint waits for those of all steps before it.
+            metrics = delayed.add(progress.step, totals, norm)
+            if schedule.saves(progress.step) or any(each.stop for each in metrics):
+                metrics += delayed.read()
+            stopping = record.count(metrics, time.perf_counter() - started)
+            if stopping or schedule.saves(progress.step):
+                record.save(network, optimizer)
+        record.wait()
         launch.end(accelerator)
-        if attempt and tracker and stopping:
-            history.export()
-            run.write_status(attempt, "preempted", progress.step, f"{stop.name() or 'another rank'} asked to stop")
-            tracker.say(f"stopped on request after step {progress.step}; the same command goes on from there")
-        elif attempt and tracker:
-            final = history.epochs[-1]
-            history.export()
-            progress.seconds = seconds_before + time.monotonic() - began
-            checkpoint.export(attempt, network, {**facts, "test_accuracy": final.test_accuracy})
-            result = {
-                "test_accuracy": final.test_accuracy,
-                "test_accuracy_of_views": final.test_accuracy_of_views,
-                "test_loss": final.test_loss,
-                "images_per_second": tracker.images_per_second(),
-                "seconds": progress.seconds,
-                "steps": progress.step,
-                "epochs": recipe.epochs,
-                "world_size": ranks,
-                "precision": accelerator.mixed_precision,
-                "parameters": summary.parameter_count(network),
-            }
-            run.write_result(attempt, result)
-            run.write_status(attempt, "finished", progress.step)
-            tracker.finish(result)
-    if tracker:
-        tracker.close()
+        record.finish(network, stopping)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cifar import failure, files, recipes
+from cifar import device, failure, files, recipes
 from cifar.attempt import Attempt
 from cifar.errors import UserError
 from cifar.formats import RUN as FORMAT
@@ -49,11 +49,14 @@ class Progress:
     scaler: dict[str, Any] | None = None  # of float16 losses
 
     def count(self, images: int, loss: float, correct: int) -> None:
-        """Takes note of one optimizer step and its mean loss."""
-        self.step += 1
+        """Takes note of the mean loss of a step, and of how many of its images were predicted correctly."""
         self.loss_sum += loss * images
         self.correct += correct
         self.seen += images
+
+    def begin_epoch(self) -> None:
+        """The next image counts for another epoch."""
+        self.loss_sum, self.correct, self.seen = 0.0, 0, 0
 
 
 class BrokenCheckpointError(Exception):
@@ -70,9 +73,25 @@ class Chosen:
     passed_over: Sequence[str] = ()
 
 
-def save(
-    attempt: Attempt, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
-) -> Path:
+class Snapshot:
+    """Copies of the weights and the optimizer's state as they are at one step, to be written while training goes on."""
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        self.progress = replace(progress)
+        tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
+        self._copies = {
+            file: {name: tensor.detach().to("cpu", non_blocking=True, copy=True) for name, tensor in part.items()}
+            for file, part in tensors.items()
+        }
+        self._mark = device.Mark(next(network.parameters()).device)
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The copies by file, once the device has made them."""
+        self._mark.wait()
+        return self._copies
+
+
+def write(attempt: Attempt, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
     """Writes `checkpoints/step-NNNNNNN` in the run and deletes all but the newest KEEP. Call it on rank 0 alone.
 
     `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises
@@ -80,12 +99,12 @@ def save(
     attempt has taken the run over; earlier checkpoints are then as they were.
     """
     directory = attempt.run / "checkpoints"
-    path = directory / f"step-{progress.step:07d}"
-    tensors = {WEIGHTS: network.state_dict(), OPTIMIZER: optimizer_tensors(network, optimizer)}
+    path = directory / f"step-{snapshot.progress.step:07d}"
+    tensors = snapshot.tensors()
     # The loss of the step before says nothing about its update, and a run could never go on from such a checkpoint.
     if not all_finite([tensor for part in tensors.values() for tensor in part.values()]):
         raise UserError(
-            f"weights are not finite after step {progress.step}; lower --peak-learning-rate in a new --run "
+            f"weights are not finite after step {snapshot.progress.step}; lower --peak-learning-rate in a new --run "
             f"(last good checkpoint: {newest(directory)[0] or 'none yet'})"
         )
     temporary = attempt.temporary(path)
@@ -96,7 +115,7 @@ def save(
         with ThreadPoolExecutor() as pool:  # copying, writing, syncing and hashing all let other threads run
             digests = pool.map(lambda name: _write_tensors(temporary / name, tensors[name]), tensors)
             sums = dict(zip(tensors, digests, strict=True))
-        state = {"format": FORMAT, **facts, "progress": asdict(progress), "sha256": sums}
+        state = {"format": FORMAT, **facts, "progress": asdict(snapshot.progress), "sha256": sums}
         state["sha256"] = {**sums, STATE: _state_sum(state)}
         files.write(temporary / STATE, json.dumps(state, indent=1).encode())
         files.sync(temporary)

@@ -9,7 +9,10 @@ compares the ranks' choices.
 import os
 import socket
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 from cifar.errors import UserError
 
@@ -67,3 +70,19 @@ def compare(kinds: Mapping[str, str]) -> None:
             f"{', '.join(without)} has no GPU that torch can use, and the other machines have; look at nvidia-smi "
             f"there and exclude it, or set {VARIABLE}=cpu for all"
         )
+
+
+class Mark:
+    """A place in what a device has been given to do, and that somebody can wait for."""
+
+    def __init__(self, device: "torch.device") -> None:
+        import torch
+
+        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Returns once the device has done all that it was given before."""
+        if self._event is not None:
+            self._event.synchronize()

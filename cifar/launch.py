@@ -4,30 +4,25 @@ import ctypes
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
-    DynamoBackend,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    gather_object,
 )
 from torch import nn
 from torch.distributed import is_nccl_available
 
-from cifar import device, failure, stop
+from cifar import device, failure, ranks, stop
 from cifar.errors import UserError
-
-T = TypeVar("T")
 
 # Gradients are summed in parts of so many MB, each while the next is computed; only the last is waited for. With DDP's
 # own 25 the 6.6 M network's last part is 16.8 MB, with 5 it is 1.5 MB, and more parts would mean more messages.
@@ -85,7 +80,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     launched = os.environ.get("WORLD_SIZE", "1")
     if launched != str(accelerator.num_processes):  # each would believe to be alone, and all would write
         raise AssertionError(f"{launched} processes were launched, but this one knows of {accelerator.num_processes}")
-    failure.introduce(_gathered(accelerator, socket.gethostname()))
+    failure.introduce(ranks.gathered(accelerator, socket.gethostname()))
     # The launcher leaves a process on a machine with GPUs one thread, however many cores there are.
     torch.set_num_threads(_threads_asked_for() or max(1, _cores() // local_processes()))
     if on_cpu:
@@ -147,12 +142,6 @@ def _rejoin(backend: str, limit: timedelta) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     own = PrefixStore(f"restart/{count}", store)
     init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=limit)
-
-
-def data_is_open(accelerator: Accelerator) -> None:
-    """What may take many minutes is done, and a hang is to be noticed soon; but a first step may have to compile."""
-    if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
-        failure.ready()
 
 
 def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_steps: int) -> None:
@@ -258,7 +247,7 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
-def settle_buckets(accelerator: Accelerator, model: nn.Module, network: nn.Module) -> None:
+def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Module) -> None:
     """Lets DDP arrange its buckets before the first step, so that a resumed run adds gradients in the same order.
 
     DDP sorts the gradients anew after its first backward pass, by the order in which they became ready. With three
@@ -277,14 +266,14 @@ def settle_buckets(accelerator: Accelerator, model: nn.Module, network: nn.Modul
         parameter.grad = None
 
 
-def join(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     """The network as the ranks train it together, anew after some of it has been frozen.
 
     DDP waits for the gradient of every parameter that learnt when it was made. (One that looks for the missing ones in
     each step would send them as zeros, and says at its first step that there are none.)
     """
     model: nn.Module = accelerator.prepare_model(network)
-    settle_buckets(accelerator, model, network)
+    fix_bucket_order(accelerator, model, network)
     return model
 
 
@@ -294,15 +283,20 @@ def end(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
+def prepare(
+    accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: dict[str, Any] | None
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """The network as the ranks train it together, in the launcher's precision, and the optimizer that steps it."""
+    model, prepared = accelerator.prepare(network, optimizer)
+    if accelerator.scaler is not None and scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
+    fix_bucket_order(accelerator, model, network)
+    return model, prepared
+
+
 def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
     """The state of the loss scaler that float16 needs, None in other precisions."""
     return None if accelerator.scaler is None else accelerator.scaler.state_dict()
-
-
-def restore_scaler(accelerator: Accelerator, state: dict[str, Any] | None) -> None:
-    """Takes back what `scaler_state` gave."""
-    if accelerator.scaler is not None and state is not None:
-        accelerator.scaler.load_state_dict(state)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -310,32 +304,3 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-@contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """A block that all ranks enter and leave together: a UserError on any of them is raised on all of them.
-
-    Without it the ranks that meet no error would wait in the next collective for one that has gone. The block itself
-    must not contain collectives.
-    """
-    mine = None
-    try:
-        yield
-    except UserError as error:
-        mine = str(error), error.status
-    errors = [error for error in _gathered(accelerator, mine) if error is not None]
-    if errors:
-        raise UserError(*errors[0])
-
-
-def _gathered(accelerator: Accelerator, value: T) -> list[T]:
-    """Every rank's value."""
-    gathered: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
-    return gathered
-
-
-def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any rank: the same answer on all of them."""
-    total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
-    return bool(total.item() > 0)

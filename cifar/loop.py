@@ -1,63 +1,62 @@
-"""One optimizer step's gradients, and one evaluation: what every precision and world size goes through.
+"""One optimizer step: its gradients, and its metrics, which come back without a wait.
 
 Precision is in `model` already: Accelerator.prepare has put the launcher's autocast around its forward.
 """
 
 import socket
-from collections.abc import Sequence
+from collections import deque
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 
-from cifar import failure, launch, stop
-from cifar.data.augment import normalize, resize
-from cifar.data.cache import Data
+from cifar import device, failure, stop
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
-EVALUATION_BATCH = 500  # images of a process at a time: little memory beside a training step's
+# Steps after which a step's metrics are read, by kind of device. To read a GPU's at once is to let it run dry before
+# each step; on a CPU there is nothing to wait for.
+DELAY = {"cpu": 0, "cuda": 3}
 
 
-class View(NamedTuple):
-    """How a test image is shown: moved by `shift` pixels down and right, `size` pixels a side, mirrored or not."""
+class StepMetrics(NamedTuple):
+    """A global batch's metrics, the same on all ranks."""
 
-    shift: int
-    size: int
-    mirrored: bool
-
-
-# Three places, as in airbench94, and two sizes below. On a held-out tenth of the training images the three places alone
-# gave 0.16 points less (three runs of `speedrun`), five places without the sizes 0.11 less.
-VIEWS = tuple(
-    View(*place, mirrored) for place in ((0, 32), (-1, 32), (1, 32), (0, 28), (0, 24)) for mirrored in (False, True)
-)
-
-
-class Totals(NamedTuple):
-    """A global batch's figures, the same on all ranks. `stop` is true once any rank was asked to stop."""
-
+    step: int  # optimizer steps taken, this one included
     loss: float  # mean over the batch
     correct: int
-    stop: bool
+    stop: bool  # a rank was asked to stop
+    write_failed: bool  # rank 0 could not write something
+    gradient_norm: float | None = None  # of steps that are logged, where they are
 
 
-class Evaluation(NamedTuple):
-    """Probabilities float32 [n, classes] in the order of the test images, mean cross-entropy, and accuracy.
+class DelayedMetrics:
+    """The metrics of each step, read DELAY steps later, at the same step by all ranks."""
 
-    `accuracy_of_views` is the accuracy with test-time augmentation, where that was asked for.
-    """
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.ranks, self.delay = accelerator.num_processes, DELAY[accelerator.device.type]
+        self._pending: deque[tuple[int, torch.Tensor, device.Mark]] = deque()
 
-    probabilities: npt.NDArray[np.float32]
-    loss: float
-    accuracy: float
-    accuracy_of_views: float | None
+    def add(self, step: int, totals: torch.Tensor, norm: torch.Tensor | None = None) -> list[StepMetrics]:
+        """Takes what `accumulate_gradients` returned for a step; returns the metrics that are due now, if any."""
+        if norm is not None:
+            totals = torch.cat((totals, norm.view(1)))
+        copy = totals.to("cpu", non_blocking=True)  # into pinned memory
+        self._pending.append((step, copy, device.Mark(totals.device)))
+        return self.read(len(self._pending) - self.delay)
+
+    def read(self, steps: int | None = None) -> list[StepMetrics]:
+        """Waits for the metrics of so many of the steps that have not been read; of all by default."""
+        found = []
+        for _ in range(len(self._pending) if steps is None else steps):
+            step, copy, mark = self._pending.popleft()
+            mark.wait()
+            loss, correct, stopping, write_failed, *norm = copy.tolist()
+            found.append(StepMetrics(step, loss / self.ranks, round(correct), stopping > 0, write_failed > 0, *norm))
+        return found
 
 
 def accumulate_gradients(
@@ -66,12 +65,13 @@ def accumulate_gradients(
     images: torch.Tensor,
     labels: torch.Tensor,
     recipe: Recipe,
-) -> Totals:
-    """Leaves the mean gradient of the global batch in the parameters.
+    write_failed: bool = False,
+) -> torch.Tensor:
+    """Leaves the mean gradient of the global batch in the parameters; returns its totals for DelayedMetrics.
 
-    `images` and `labels` are this rank's share. It is worked through in the recipe's number of accumulation steps,
-    and the ranks' gradients are averaged once, during the last one's backward pass. Raises UserError where the device
-    has not enough memory.
+    `images` and `labels` are this rank's part of the batch. It is split into the recipe's number of micro-batches, and
+    the ranks' gradients are averaged once, during the last one's backward pass. Raises UserError where the device has
+    not enough memory.
     """
     parts = recipe.gradient_accumulation_steps
     loss_sum = torch.zeros((), device=accelerator.device)
@@ -92,87 +92,14 @@ def accumulate_gradients(
         correct += (logits.argmax(dim=1) == piece_labels).sum()
         failure.beat()
 
-    # One small all-reduce carries the figures and the stop request, so that all ranks act on the same ones.
-    asked = torch.tensor(float(bool(stop.requested())), device=accelerator.device)
-    totals = accelerator.reduce(torch.stack((loss_sum, correct, asked)), reduction="sum").tolist()
-    return Totals(totals[0] / accelerator.num_processes, round(totals[1]), totals[2] > 0)
+    # One small all-reduce carries metrics, stop request and rank 0's failure to write, so that all ranks act alike.
+    flags = torch.tensor((float(bool(stop.requested())), float(write_failed))).to(accelerator.device, non_blocking=True)
+    totals: torch.Tensor = accelerator.reduce(torch.cat((torch.stack((loss_sum, correct)), flags)), reduction="sum")
+    return totals
 
 
-def gradient_norm(accelerator: Accelerator, network: nn.Module) -> float:
+def gradient_norm(accelerator: Accelerator, network: nn.Module) -> torch.Tensor:
     """The L2 norm of all gradients together, unscaled. Call it between backward and the optimizer's step."""
     accelerator.unscale_gradients()
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients).item()
-
-
-def evaluate(accelerator: Accelerator, network: nn.Module, data: Data, views: bool = False) -> Evaluation | None:
-    """Judges every test image exactly once, spread over the ranks; None if any rank was asked to stop meanwhile.
-
-    With `views`, the least sure quarter is then judged again, by the mean logits of `VIEWS`. For the other three
-    quarters a second look hardly ever changes anything (github.com/hiverge/cifar10-speedrun).
-    """
-    labels = data.test_labels.astype(np.int64)
-    log_probabilities = _judge(accelerator, network, data, np.arange(len(labels)), VIEWS[:1])
-    if log_probabilities is None:
-        return None
-    loss = float(-log_probabilities[np.arange(len(labels)), labels].mean(dtype=np.float64))
-    predicted = log_probabilities.argmax(axis=1)
-    accuracy, accuracy_of_views = float((predicted == labels).mean()), None
-    if views:
-        unsure = np.sort(log_probabilities.max(axis=1).argsort(kind="stable")[: len(labels) // 4])
-        again = _judge(accelerator, network, data, unsure, VIEWS)
-        if again is None:
-            return None
-        predicted[unsure] = again.argmax(axis=1)
-        accuracy_of_views = float((predicted == labels).mean())
-    return Evaluation(np.exp(log_probabilities), loss, accuracy, accuracy_of_views)
-
-
-def _judge(
-    accelerator: Accelerator, network: nn.Module, data: Data, chosen: npt.NDArray[np.int64], views: Sequence[View]
-) -> npt.NDArray[np.float32] | None:
-    """Log-probabilities [n, classes] of the test images `chosen` [n], each judged once, by the mean over the views.
-
-    All ranks use rank 0's batch-norm statistics, which are also the ones that are saved.
-    """
-    for buffer in network.buffers():
-        broadcast(buffer)
-    count, ranks = len(chosen), accelerator.num_processes
-    mine = np.arange(accelerator.process_index, count, ranks)
-    # Padded to the same number of batches on all ranks, since each batch is followed by a collective.
-    batches = -(-count // (ranks * EVALUATION_BATCH))
-    results = [torch.empty(0, len(data.classes), device=accelerator.device)]
-    network.eval()
-    try:
-        for batch in range(batches):
-            places = mine[batch * EVALUATION_BATCH : (batch + 1) * EVALUATION_BATCH]
-            if len(places):
-                bytes_ = torch.from_numpy(data.test_images[chosen[places]]).to(accelerator.device)
-                images = normalize(bytes_, data.mean, data.std)
-                with torch.no_grad():
-                    logits = [network(seen(images, view)).float() for view in views]
-                results.append(torch.stack(logits).mean(dim=0).log_softmax(dim=1))
-            failure.beat()
-            if launch.any_rank(accelerator, bool(stop.requested())):
-                return None
-    finally:
-        network.train()
-    places = accelerator.gather(
-        accelerator.pad_across_processes(torch.from_numpy(mine).to(accelerator.device), pad_index=-1)
-    )
-    rows = accelerator.gather(accelerator.pad_across_processes(torch.cat(results)))
-    order = places.argsort()[-count:]  # what was padded has place -1 and sorts to the front
-    judged = int((places >= 0).sum())
-    if judged != count or not torch.equal(places[order].cpu(), torch.arange(count)):
-        raise AssertionError(f"{judged} predictions for {count} test images: not every one exactly once")
-    return np.ascontiguousarray(rows[order].cpu().numpy())
-
-
-def seen(images: torch.Tensor, view: View) -> torch.Tensor:
-    """Normalised images [n, 3, h, w] as the view has them; what lies beyond an edge is the mirror image."""
-    if view.shift:
-        side = images.shape[-1]
-        begin = 1 - view.shift
-        images = F.pad(images, (1, 1, 1, 1), mode="reflect")[..., begin : begin + side, begin : begin + side]
-    images = resize(images, view.size)
-    return images.flip(-1) if view.mirrored else images
+    return nn.utils.get_total_norm(gradients)

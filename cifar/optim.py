@@ -1,4 +1,4 @@
-"""The optimizers, and the learning rate, which is a function of the step alone (law 2)."""
+"""The optimizers, and their groups of parameters."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from torch import nn
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
-WARMUP_START = 1 / 25  # of the peak rate, at step 0
 # Both Nesterov's, from airbench94_muon.py (github.com/KellerJordan/cifar10-airbench).
 FILTER_MOMENTUM, OTHER_MOMENTUM = 0.6, 0.85
 ITERATIONS = 3  # of Newton-Schulz: 2 cost 1.8 points in airbench's runs
@@ -90,18 +89,6 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).to(matrix.dtype)
-
-
-def lr_at(step: int, total_steps: int, recipe: Recipe) -> float:
-    """One cycle: linear from 1/25 of the peak up to it at `peak_epoch`, and linear down to zero at the end.
-
-    There is no annihilation phase after the cycle: the first step not taken would have rate 0. With `peak_epoch` 0
-    there is no way up.
-    """
-    peak_step = total_steps * recipe.peak_epoch / recipe.epochs
-    if step < peak_step:
-        return recipe.peak_learning_rate * (WARMUP_START + (1 - WARMUP_START) * step / peak_step)
-    return recipe.peak_learning_rate * (total_steps - step) / (total_steps - peak_step)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -16,19 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cifar import attempt as attempts
-from cifar import failure, recipes
+from cifar import recipes
 from cifar.attempt import Attempt
 from cifar.errors import UserError
 from cifar.recipes import Options, Recipe
-
-if TYPE_CHECKING:  # torch behind it is not needed to refuse a wrong directory
-    from cifar.checkpoint import Progress
 
 VERSIONS_OF = ("torch", "torchvision", "accelerate", "albumentations", "numpy", "safetensors")
 
@@ -230,34 +227,15 @@ def read_predictions(directory: Path, images: int) -> tuple[dict[int, npt.NDArra
 
 
 @contextmanager
-def failure_recorded(directory: Path, attempt: Attempt | None, number: int, progress: "Progress") -> Iterator[None]:
-    """A failure within the block, of whichever rank, leaves `failed` and its words in status.json.
-
-    Rank 0 writes it, with its attempt, whose number all ranks know. If rank 0 is what failed, another rank does: as the
-    next attempt, so that a rank 0 that was only frozen writes no more. A full disk, wherever it was met, becomes a
-    UserError.
-    """
-
-    def record(state: str, reason: str, in_place_of_rank_0: bool) -> None:
-        with suppress(OSError, UserError):  # the disk may be what failed, or the run be another attempt's by now
-            writer = attempt or (attempts.claim_after(directory, number) if in_place_of_rank_0 else None)
-            if writer is not None:
-                write_status(writer, state, progress.step, reason)
-
-    failure.when_ended(record)
+def disk_errors_named() -> Iterator[None]:
+    """Makes of a full disk, wherever the block meets it, a UserError."""
     try:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            where = error.filename or "the run directory"
-            full = f"{where}: {error.strerror}; make room there and start the same command again"
-            raise UserError(full) from None
-    except BaseException as error:
-        end = failure.cause(error)
-        record(end.state, end.line, failure.in_place_of_rank_0())
-        raise
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "the run directory"
+        raise UserError(f"{where}: {error.strerror}; make room there and start the same command again") from None
 
 
 def read_result(directory: Path) -> dict[str, Any]:

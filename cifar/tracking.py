@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -14,14 +15,14 @@ from tqdm import tqdm
 
 from cifar import figures, names
 from cifar.attempt import Attempt
-from cifar.checkpoint import Progress
 from cifar.data import order
 from cifar.data.cache import Data
 from cifar.data.loading import TrainingImages
+from cifar.evaluation import Evaluation
 from cifar.lettering import Labels
-from cifar.loop import Evaluation, Totals
+from cifar.loop import StepMetrics
 from cifar.recipes import Recipe
-from cifar.run import EpochMetrics, History
+from cifar.run import EpochMetrics
 
 LINE_EVERY = 30  # seconds between lines where there is no progress bar
 NARROWEST = 20  # columns of a terminal
@@ -29,20 +30,20 @@ PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them fr
 
 
 class Tracker:
-    """What a person watches of a run that goes on from `step`, and the record of its evaluations."""
+    """What a person watches of a run that goes on from `step`."""
 
-    def __init__(
-        self, attempt: Attempt, recipe: Recipe, data: Data, history: History, step: int, total_steps: int
-    ) -> None:
-        self.attempt, self.recipe, self.data, self.history = attempt, recipe, data, history
+    def __init__(self, attempt: Attempt, recipe: Recipe, data: Data, step: int, total_steps: int) -> None:
+        self.attempt, self.recipe, self.data = attempt, recipe, data
         self.first_step, self.total_steps = step, total_steps
-        # What an earlier attempt logged beyond this step is purged, so that the curves have no zig-zag. That includes
+        # What an earlier attempt logged beyond this step is purged, so that the curves do not overlap. That includes
         # one that still does so: its file comes before this one.
         self.writer = SummaryWriter(str(attempt.run), purge_step=step + 1 if step else 0)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not _has_a_bar(sys.stderr))
         self.said = time.monotonic()
         self.counted: list[tuple[int, float]] = []  # images and seconds of each step of this attempt
-        self.epoch_began = 0  # entries of `counted` before this epoch
+        self.epoch_began = self.logged = 0  # entries of `counted` before this epoch, and before the last point
+        # Step and confusion matrix of an evaluation that is to be drawn.
+        self.undrawn: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def start(self, topology: str, table: str, training_images: TrainingImages) -> None:
         """Says what is trained where; at a run's first start also recipe, network and samples to TensorBoard."""
@@ -80,54 +81,56 @@ class Tracker:
         images, seconds = np.sum(self.counted[max(1, since) :] or [(0, 1.0)], axis=0)
         return float(images / seconds)
 
-    def log_step(self, step: int, totals: Totals, learning_rate: float, gradient_norm: float, memory: int) -> None:
+    def epochs_images_per_second(self) -> float:
+        """Training speed since this was last asked, at an epoch's end."""
+        speed, self.epoch_began = self.images_per_second(self.epoch_began), len(self.counted)
+        return speed
+
+    def log_step(self, metrics: StepMetrics, learning_rate: float, memory: int) -> None:
         """One point of the training curves, and of the progress on the terminal."""
-        accuracy, speed = totals.correct / self.recipe.global_batch_size, self.images_per_second(len(self.counted) - 10)
-        values = {"loss": totals.loss, "accuracy": accuracy, "learning_rate": learning_rate,
-                  "gradient_norm": gradient_norm, "images_per_second": speed, "memory_bytes": memory}  # fmt: skip
+        step, accuracy = metrics.step, metrics.correct / self.recipe.global_batch_size
+        speed, self.logged = self.images_per_second(self.logged), len(self.counted)
+        values = {"loss": metrics.loss, "accuracy": accuracy, "learning_rate": learning_rate,
+                  "gradient_norm": metrics.gradient_norm, "images_per_second": speed,
+                  "memory_bytes": memory}  # fmt: skip
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
-        text = f"loss {totals.loss:.3f}  accuracy {accuracy:.1%}  lr {learning_rate:.2g}  {speed:.0f} images/s"
+        text = f"loss {metrics.loss:.3f}  accuracy {accuracy:.1%}  lr {learning_rate:.2g}  {speed:.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said > LINE_EVERY:
             self.say(f"step {step}/{self.total_steps}  {text}")
 
-    def log_epoch(self, epoch: int, progress: Progress, learning_rate: float, evaluation: Evaluation) -> None:
-        """Records an evaluation in metrics.jsonl, predictions.safetensors, TensorBoard and curves.png."""
-        metrics = EpochMetrics(
-            epoch=epoch,
-            step=progress.step,
-            train_loss=progress.loss_sum / progress.seen,
-            train_accuracy=progress.correct / progress.seen,
-            test_loss=evaluation.loss,
-            test_accuracy=evaluation.accuracy,
-            learning_rate=learning_rate,
-            images_per_second=self.images_per_second(self.epoch_began),
-            seconds=progress.seconds,
-            test_accuracy_of_views=evaluation.accuracy_of_views,
-        )
-        self.epoch_began = len(self.counted)
-        self.history.record(metrics, evaluation.probabilities)
-        for split in ("train", "test"):
-            for kind in ("loss", "accuracy"):
-                value = getattr(metrics, f"{split}_{kind}")
-                self.writer.add_scalar(f"epoch/{split}_{kind}", value, progress.step)
-        confusion = self._confusion(evaluation)
-        for number, (name, row) in enumerate(zip(names.readable(self.data.classes), confusion, strict=True)):
-            self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), progress.step)
-        if epoch % -(-self.recipe.epochs // PICTURES_SHOWN) == 0 or epoch == self.recipe.epochs:
-            picture = figures.confusion(confusion, self.data.classes)
-            self.writer.add_image("confusion", picture, progress.step, dataformats="HWC")
-        curves = figures.curves(self.history.epochs, self.recipe.label_smoothing)
-        self.attempt.replace(self.attempt.run / "curves.png", figures.png(curves))
-        self.writer.flush()
+    def say_epoch(self, metrics: EpochMetrics) -> None:
+        """An epoch's line on the terminal."""
         self.say(
-            f"epoch {epoch}/{self.recipe.epochs}  "
+            f"epoch {metrics.epoch}/{self.recipe.epochs}  "
             f"loss {metrics.train_loss:.3f}  accuracy {metrics.train_accuracy:.2%}  "
             f"test loss {metrics.test_loss:.3f}  test accuracy {metrics.test_accuracy:.2%}  "
             f"{metrics.images_per_second:.0f} images/s  {metrics.seconds:.0f} s"
         )
+
+    def log_epoch(self, metrics: EpochMetrics, evaluation: Evaluation) -> None:
+        """An evaluation's points in TensorBoard."""
+        for split in ("train", "test"):
+            for kind in ("loss", "accuracy"):
+                self.writer.add_scalar(f"epoch/{split}_{kind}", getattr(metrics, f"{split}_{kind}"), metrics.step)
+        confusion = self._confusion(evaluation)
+        for number, (name, row) in enumerate(zip(names.readable(self.data.classes), confusion, strict=True)):
+            self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), metrics.step)
+        self.writer.flush()
+        if metrics.epoch % -(-self.recipe.epochs // PICTURES_SHOWN) == 0 or metrics.epoch == self.recipe.epochs:
+            self.undrawn = (metrics.step, confusion)
+
+    def draw(self, epochs: Sequence[EpochMetrics]) -> None:
+        """The pictures of the run as far as it has come: curves, and the confusion matrix where one is due."""
+        if self.undrawn:
+            (step, confusion), self.undrawn = self.undrawn, None
+            picture = figures.confusion(confusion, self.data.classes)
+            self.writer.add_image("confusion", picture, step, dataformats="HWC")
+        curves = figures.curves(epochs, self.recipe.label_smoothing)
+        self.attempt.replace(self.attempt.run / "curves.png", figures.png(curves))
+        self.writer.flush()
 
     def _confusion(self, evaluation: Evaluation) -> npt.NDArray[np.int64]:
         classes = len(self.data.classes)
@@ -142,9 +145,11 @@ class Tracker:
         self.writer.add_scalar(*accuracy.popitem(), result["steps"])
         views = result["test_accuracy_of_views"]
         of_views = "" if views is None else f" ({views:.2%} with test-time augmentation)"
+        spent = result["seconds_of_this_attempt"]
+        most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
         self.say(
-            f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s; "
-            f"see {self.attempt.run}"
+            f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s "
+            f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run}"
         )
 
     def say(self, text: str) -> None:
@@ -157,7 +162,6 @@ class Tracker:
         """Writes what is pending."""
         self.bar.close()
         self.writer.close()
-        self.history.close()
 
 
 def _has_a_bar(stream: TextIO) -> bool:

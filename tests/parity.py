@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from safetensors.torch import save_file
 
-from cifar import failure, launch, loop
+from cifar import evaluation, failure, launch, loop
 from cifar.data import loading, order
 from cifar.data.cache import open_data
 from cifar.recipes import Recipe, override
@@ -35,15 +35,17 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     )
     model = accelerator.prepare(network)
     totals = loop.accumulate_gradients(accelerator, model, *batches[0], recipe)
-    evaluation = loop.evaluate(accelerator, network, data, views=True)
-    assert evaluation is not None
+    (metrics,) = loop.DelayedMetrics(accelerator).add(1, totals)
+    images = torch.from_numpy(data.test_images)
+    evaluated = evaluation.evaluate(accelerator, network, images, data, tta=True)
+    assert evaluated is not None
     save_file(
         {
             **given,
             "gradient": network[2].weight.grad,  # type: ignore[dict-item]
-            "totals": torch.tensor([totals.loss, totals.correct]),
-            "probabilities": torch.from_numpy(evaluation.probabilities),
-            "evaluation": torch.tensor([evaluation.loss, evaluation.accuracy, evaluation.accuracy_of_views]),
+            "totals": torch.tensor([metrics.loss, metrics.correct]),
+            "probabilities": torch.from_numpy(evaluated.probabilities),
+            "evaluation": torch.tensor([evaluated.loss, evaluated.accuracy, evaluated.accuracy_of_views]),
         },
         Path(output, f"{ranks}-{accumulation_steps}-{rank}.safetensors"),
     )

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,8 +15,8 @@ from conftest import Disk
 from torch import nn
 
 from cifar import checkpoint, models, optim
-from cifar.attempt import claim
-from cifar.checkpoint import BrokenCheckpointError, Chosen, Progress
+from cifar.attempt import Attempt, claim
+from cifar.checkpoint import BrokenCheckpointError, Chosen, Progress, Snapshot
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
@@ -49,14 +50,37 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def save(
+    attempt: Attempt, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
+) -> Path:
+    """Copies and writes."""
+    return checkpoint.write(attempt, Snapshot(network, optimizer, progress), facts)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     network, optimizer = trained(seed=0)
     progress = Progress(step=7, seconds=1.5, loss_sum=0.1 + 0.2, correct=3, seen=8)
-    return checkpoint.save(claim(tmp_path, 1), network, optimizer, progress, FACTS), network, optimizer
+    return save(claim(tmp_path, 1), network, optimizer, progress, FACTS), network, optimizer
 
 
 Saved = tuple[Path, nn.Module, torch.optim.Optimizer]
+
+
+def test_a_snapshot_is_of_its_own_step_however_late_it_is_written(saved: Saved, tmp_path: Path) -> None:
+    path, network, optimizer = saved
+    progress = Progress(step=7)
+    snapshot, before = Snapshot(network, optimizer, progress), tensors(network, optimizer)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    step(network, optimizer)
+    progress.step += 1
+    late = checkpoint.write(claim(tmp_path / "late", 1), snapshot, FACTS)
+    assert late.name == path.name
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (late / file).read_bytes() == (path / file).read_bytes()
+    network, optimizer = trained(seed=1)
+    assert checkpoint.restore(late, network, optimizer, RECIPE, FACTS["data_fingerprint"]).step == 7  # type: ignore[arg-type]
+    assert_equal(tensors(network, optimizer), before)
 
 
 def test_what_is_restored_trains_on_bit_for_bit(saved: Saved) -> None:
@@ -103,7 +127,7 @@ def test_a_missing_or_truncated_file_is_found(name: str, spoil: Callable[[Path],
 
 def test_the_newest_complete_checkpoint_is_chosen_and_broken_ones_are_named(saved: Saved) -> None:
     path, network, optimizer = saved
-    newer = checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    newer = save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     assert checkpoint.choose(path.parent, "auto") == Chosen(newer, 10, None, [])
     (newer / "model.safetensors").write_bytes(b"")
     (path.parent / "step-0000012").mkdir()
@@ -123,7 +147,7 @@ def test_without_checkpoints_training_begins(tmp_path: Path) -> None:
 def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path: Path) -> None:
     path, network, optimizer = saved
     assert checkpoint.choose(tmp_path / "new", str(path)) == Chosen(path, 7, str(path))
-    checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     with pytest.raises(UserError, match="holds a later checkpoint, step-0000010; give a new --run"):
         checkpoint.choose(path.parent, str(path))
     (path / "optimizer.safetensors").unlink()
@@ -133,7 +157,7 @@ def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path:
 
 def rewritten(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, object]) -> Path:
     shutil.rmtree(path)
-    return checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=7), {**FACTS, **facts})
+    return save(claim(path.parents[1], 1), network, optimizer, Progress(step=7), {**FACTS, **facts})
 
 
 def test_a_newer_format_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +184,7 @@ def test_another_recipe_other_images_or_another_network_are_refused(saved: Saved
 def test_the_last_three_are_kept(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     for number in range(1, 6):
-        checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
         "step-0000005",
         "step-0000004",
@@ -171,11 +195,11 @@ def test_the_last_three_are_kept(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_that_is_newer_costs_no_good_one(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     for number in (1, 2, 3):
-        checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
     for number in (2, 3):
         (tmp_path / "checkpoints" / f"step-{number:07d}" / "state.json").unlink()
     for number in (2, 3):  # training has gone on from step 1, and comes by the broken ones again
-        path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        path = save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
         assert checkpoint.newest(tmp_path / "checkpoints")[0] == path
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     assert checkpoint.verify(path)["progress"]["step"] == 3
@@ -186,7 +210,7 @@ def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_by_the_same_command(
     branch = tmp_path / "branch"
     origin = checkpoint.choose(branch / "checkpoints", str(named)).origin
     facts = {**FACTS, "resumed_from": origin}
-    own = checkpoint.save(claim(branch, 1), network, optimizer, Progress(step=9), facts)
+    own = save(claim(branch, 1), network, optimizer, Progress(step=9), facts)
     for resume in (str(named), os.path.relpath(named), "auto"):
         assert checkpoint.choose(branch / "checkpoints", resume) == Chosen(own, 9, str(named), [])
     shutil.rmtree(named)
@@ -216,7 +240,7 @@ def test_what_is_not_finite_is_not_saved(part: str, value: float, saved: Saved) 
     }[part]  # fmt: skip
     tensor[(-1,) * tensor.ndim] = value
     with pytest.raises(UserError, match=rf"not finite after step 10; lower .* \(last good checkpoint: {path}\)"):
-        checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+        save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     assert checkpoint.found(path.parent) == [path]
 
 
@@ -256,7 +280,7 @@ def test_wherever_an_attempt_freezes_it_spoils_nothing_of_its_successor(
         moment += 1
         run = tmp_path / str(moment)
         for number in range(1, 4):
-            checkpoint.save(claim(run, 1), network, optimizer, Progress(step=number), FACTS)
+            save(claim(run, 1), network, optimizer, Progress(step=number), FACTS)
         for number in broken:
             (run / "checkpoints" / f"step-{number:07d}").mkdir(exist_ok=True)
             (run / "checkpoints" / f"step-{number:07d}" / "state.json").write_text("{}")
@@ -269,11 +293,11 @@ def test_wherever_an_attempt_freezes_it_spoils_nothing_of_its_successor(
             assert chosen.path is not None
             seen.append(chosen.path)  # noqa: B023
             if chosen.step < 4:
-                seen.append(checkpoint.save(newer, network, optimizer, Progress(step=4), {**FACTS, "of": "newer"}))  # noqa: B023
+                seen.append(save(newer, network, optimizer, Progress(step=4), {**FACTS, "of": "newer"}))  # noqa: B023
 
         frozen.at(moment, succeed)
         try:
-            checkpoint.save(older, network, optimizer, Progress(step=4), FACTS)
+            save(older, network, optimizer, Progress(step=4), FACTS)
         except UserError as error:
             assert "was taken over by attempt 5" in str(error)  # noqa: PT017
         finished = frozen.left > 0
@@ -294,22 +318,22 @@ def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: 
 
     monkeypatch.setattr(checkpoint, "_state_sum", crash)  # both safetensors files are written by then
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+        save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     monkeypatch.undo()
     assert checkpoint.choose(path.parent, "auto") == Chosen(path, 7, None, [])
-    checkpoint.save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
     assert len(list(path.parent.iterdir())) == 2  # nothing half-written is left
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(disk: Disk) -> None:
     disk.remount("size=400k")
     network, optimizer = trained(seed=0)
-    first = checkpoint.save(claim(disk.path, 1), network, optimizer, Progress(step=1), FACTS)
+    first = save(claim(disk.path, 1), network, optimizer, Progress(step=1), FACTS)
     (disk.path / "ballast").write_bytes(bytes(360_000))
     torch.manual_seed(0)
     large = nn.Linear(100, 100)
     with pytest.raises(UserError, match=r"step-0000002: checkpoint not written \(No space left on device\); make room"):
-        checkpoint.save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), FACTS)
+        save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), FACTS)
     assert checkpoint.choose(disk.path / "checkpoints", "auto") == Chosen(first, 1, None, [])
     assert [path.name for path in (disk.path / "checkpoints").iterdir()] == ["step-0000001"]
 
@@ -332,12 +356,12 @@ def test_what_the_bits_depend_on_is_said_when_it_has_changed(tmp_path: Path) -> 
         "precision": "no",
         "computed_on": {"device": "H100", "torch": "2.11", "cuDNN": "9"},
     }
-    path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=1), before)
+    path = save(claim(tmp_path, 1), network, optimizer, Progress(step=1), before)
     assert checkpoint.changes(path, before, 512) == []
     now = {**before, "computed_on": {"device": "H200", "torch": "2.11", "cuDNN": "10"}}
     (line,) = checkpoint.changes(path, now, 512)
     assert line.startswith(
         "device: H100 before, H200 now; cuDNN: 9 before, 10 now; same batches, but the weights may not"
     )
-    path = checkpoint.save(claim(tmp_path, 1), network, optimizer, Progress(step=2), {**before, "computed_on": {}})
+    path = save(claim(tmp_path, 1), network, optimizer, Progress(step=2), {**before, "computed_on": {}})
     assert checkpoint.changes(path, now, 512) == []  # of a version that did not record it

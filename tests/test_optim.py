@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step; the optimizer follows it."""
+"""What the optimizers do with gradients."""
 
 from typing import get_args
 
@@ -8,29 +8,6 @@ import torch
 from cifar import models, optim
 from cifar.errors import UserError
 from cifar.recipes import Recipe
-
-
-@pytest.mark.parametrize("total", [2344, 100])
-def test_one_cycle_passes_its_corner_points(total: int) -> None:
-    recipe = Recipe(epochs=24, peak_epoch=5, peak_learning_rate=0.01)
-    rates = [optim.lr_at(step, total, recipe) for step in range(total + 1)]
-    peak = total * 5 / 24
-    assert rates[0] == pytest.approx(0.01 / 25)
-    assert max(rates) == pytest.approx(0.01, rel=1 / peak)
-    assert abs(rates.index(max(rates)) - peak) <= 1
-    assert rates[total] == 0
-    assert rates[total - 1] == pytest.approx(0.01 / (total - peak))
-    middle = round((peak + total) / 2)
-    assert rates[middle] == pytest.approx(0.01 * (total - middle) / (total - peak))
-    top = rates.index(max(rates))
-    assert rates[:top] == sorted(rates[:top])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-
-
-def test_without_a_way_up_the_rate_falls_from_its_peak_at_once() -> None:
-    recipe = Recipe(epochs=8, peak_epoch=0, peak_learning_rate=0.24)
-    assert [optim.lr_at(step, 100, recipe) for step in (0, 50, 100)] == pytest.approx([0.24, 0.12, 0])
-
 
 MUON = Recipe(optimizer="muon", peak_learning_rate=0.2, bias_learning_rate=3, head_learning_rate=0.5, weight_decay=0.01)
 

@@ -1,7 +1,5 @@
 """Which images make up batch k."""
 
-from itertools import pairwise
-
 import pytest
 
 from cifar.data import order
@@ -37,30 +35,3 @@ def test_the_ranks_shares_are_the_global_batch(ranks: int) -> None:
     shares = [list(order.RankBatches(recipe, 50, 2, 7, rank, ranks)) for rank in range(ranks)]
     for number, step in enumerate(range(2, 7)):
         assert [sample for share in shares for sample in share[number]] == order.batch(0, step, 50, 16)
-
-
-def test_epochs_end_at_the_step_that_draws_their_last_image() -> None:
-    ends = [
-        step for step in range(1, 10) if order.epochs_completed(step, 50, 16) > order.epochs_completed(step - 1, 50, 16)
-    ]
-    assert ends == [4, 7]  # 50 and 100 images lie within 64 and 112
-    assert order.epochs_completed(order.total_steps(50, 3, 16), 50, 16) == 3
-
-
-def test_each_image_size_has_an_equal_part_of_the_steps_and_the_last_one_the_last() -> None:
-    recipe = Recipe(image_sizes="24,28,32")
-    sizes = [order.image_size_at(step, 261, recipe) for step in range(261)]
-    assert sizes == [24] * 87 + [28] * 87 + [32] * 87
-    assert {order.image_size_at(step, 10, Recipe()) for step in range(10)} == {32}
-
-
-def test_the_beginning_is_frozen_after_its_part_of_the_steps_or_never() -> None:
-    assert order.freeze_step(261, Recipe(freeze_at=0.75)) == 196  # 195 are not yet three quarters
-    assert order.freeze_step(12, Recipe(freeze_at=0.5)) == 6
-    assert order.freeze_step(10, Recipe()) == 10
-
-
-def test_dropout_seeds_differ_between_steps_and_ranks() -> None:
-    seeds = [order.generator_seed(0, step, rank) for step in range(50) for rank in range(8)]
-    assert len(set(seeds)) == len(seeds)
-    assert all(a != b for a, b in pairwise(seeds))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pydantic
 import pytest
+import test_schedule
 from conftest import ROOT, Train
 
-from cifar import optim, recipes
+from cifar import recipes
 from cifar.errors import UserError
 from cifar.recipes import RECIPES, Recipe, parse_command_line
 
@@ -54,10 +55,10 @@ def test_flags_change_the_fields_they_name() -> None:
 def test_with_other_epochs_alone_the_schedule_keeps_its_shape(name: str) -> None:
     recipe = RECIPES[name]()
     assert parse_command_line(["--recipe", name, "--epochs", str(recipe.epochs)])[0] == recipe
-    rates = [optim.lr_at(step, 1000, recipe) for step in range(1001)]
+    rates = test_schedule.rates(recipe, 1000)
     for epochs in (1, 2, 3, 7, 100_000):
         shorter = parse_command_line(["--recipe", name, "--epochs", str(epochs)])[0]
-        assert [optim.lr_at(step, 1000, shorter) for step in range(1001)] == pytest.approx(rates)
+        assert test_schedule.rates(shorter, 1000) == pytest.approx(rates)
         assert shorter.model_copy(update={"epochs": recipe.epochs, "peak_epoch": recipe.peak_epoch}) == recipe
     assert parse_command_line(["--epochs", "8", "--peak-epoch", "5"])[0].peak_epoch == 5
 

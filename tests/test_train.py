@@ -71,8 +71,11 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert set(result) == {
         "test_accuracy", "test_loss", "images_per_second", "seconds", "steps", "epochs", "world_size", "precision",
-        "parameters", "test_accuracy_of_views",
+        "parameters", "test_accuracy_of_views", "seconds_of_this_attempt",
     }  # fmt: skip
+    spent = result["seconds_of_this_attempt"]
+    assert set(spent) == {"start", "data", "set-up", "training", "waiting for images", "evaluation", "saving"}
+    assert sum(spent.values()) > result["seconds"] > spent["training"] > 0
     assert (result["steps"], result["epochs"], result["world_size"], result["precision"]) == (STEPS, 3, 1, PRECISION)
     written = json.loads((finished / "recipe.json").read_text())
     assert Recipe(**written["recipe"]).epochs == 3

@@ -101,7 +101,7 @@ class Plain:
 
     def evaluate(self, amount: int) -> Answer:
         """Judges so many test images, in batches as large as the project's own."""
-        from cifar.loop import EVALUATION_BATCH
+        from cifar.evaluation import EVALUATION_BATCH
 
         chosen = [index % len(self.test_images) for index in range(amount)]
         loader = DataLoader(self.test_images, batch_size=EVALUATION_BATCH, sampler=chosen)

@@ -51,12 +51,13 @@ class Observer:
         """`train`, watched."""
 
         def watched(recipe: Recipe, options: Options) -> None:
-            from cifar import checkpoint, launch, loop, models  # as `train` does, a moment later
+            from cifar import evaluation, launch, models  # as `train` does, a moment later
             from cifar.data import loading
+            from cifar.record import RunRecord
 
             self.recipe = recipe
             start, build, batches = launch.start, models.build, loading.training_batches
-            evaluate, save = loop.evaluate, checkpoint.save
+            evaluate, save = evaluation.evaluate, RunRecord.save
 
             def started(*arguments: Any) -> "Accelerator":
                 self.accelerator = start(*arguments)
@@ -74,13 +75,13 @@ class Observer:
                 self.passes("pause")
                 return evaluate(*arguments)
 
-            def saved(*arguments: Any) -> Any:
+            def saved(record: RunRecord, *state: Any) -> None:
                 self.passes("save")
-                self.saved = arguments
-                return save(*arguments)
+                self.saved = (record, *state)
+                save(record, *state)
 
             launch.start, models.build, loading.training_batches = started, built, made  # type: ignore[assignment]
-            loop.evaluate, checkpoint.save = evaluated, saved  # type: ignore[assignment]
+            evaluation.evaluate, RunRecord.save = evaluated, saved  # type: ignore[assignment, method-assign]
             train(recipe, options)
 
         return watched
@@ -196,22 +197,24 @@ class Observer:
         from dataclasses import replace
 
         import numpy as np
+        import torch
 
-        from cifar import loop
+        from cifar import evaluation
         from cifar.data.cache import open_data
 
         data = open_data(self.recipe.data)
         chosen = np.arange(amount) % len(data.test_labels)
         data = replace(data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
+        images = torch.from_numpy(data.test_images).to(self.accelerator.device)
         began = time.perf_counter()
-        loop.evaluate(self.accelerator, self.network, data)  # ends with its results in the CPU's memory
+        evaluation.evaluate(self.accelerator, self.network, images, data)  # ends with its results in the CPU's memory
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
     def forward(self, amount: int) -> Answer:
         """The network's way forward alone, on images that are ready."""
         import torch
 
-        from cifar.loop import EVALUATION_BATCH
+        from cifar.evaluation import EVALUATION_BATCH
 
         images = torch.randn(EVALUATION_BATCH, 3, 32, 32, device=self.accelerator.device)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -251,13 +254,14 @@ class Observer:
         """Verifies the last checkpoint and takes it up again, so many times."""
         from cifar import checkpoint
 
-        attempt, network, optimizer, _, facts = self.saved
-        path, *_ = checkpoint.found(attempt.run / "checkpoints")
+        record, network, optimizer = self.saved
+        record.writer.wait()
+        path, *_ = checkpoint.found(record.options.run / "checkpoints")
         size = sum(file.stat().st_size for file in path.iterdir())
         began = time.perf_counter()
         for _ in range(amount):
             checkpoint.verify(path)
-            checkpoint.restore(path, network, optimizer, self.recipe, facts["data_fingerprint"])
+            checkpoint.restore(path, network, optimizer, self.recipe, record.data.fingerprint)
         return {"amount": amount, "seconds": time.perf_counter() - began, "bytes": size}
 
 

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 
 from cifar import failure, stop
 from cifar.data import augment, augment_device
 from cifar.data.augment import Pipeline
-from cifar.data.cache import Data, open_cache
+from cifar.data.cache import Data, open_cache, open_data
 from cifar.data.order import RankBatches, Sample
 from cifar.data.sources import SIZE
 from cifar.errors import LostError, UserError
+from cifar.ranks import raise_on_all_ranks
 from cifar.recipes import Recipe
 
+FIRST_IMAGES = 5000
 LONGEST = 2_000_000  # seconds: what poll() takes, some 23 days
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 [n, 3, 32, 32] (channels-last), labels int64 [n]
@@ -75,6 +79,25 @@ def training_images(recipe: Recipe, data: Data, device: torch.device) -> Trainin
     if recipe.augment == "device":
         return ResidentImages(data, pipeline, recipe.seed, device)
     return WorkerImages(data, pipeline, recipe.seed)
+
+
+def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, TrainingImages]:
+    """The images, which one process of each machine decodes; the others then map what it wrote. Raises UserError."""
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_local_main_process:
+            open_data(recipe.data)
+    with raise_on_all_ranks(accelerator):
+        data = open_data(recipe.data)
+        images = training_images(recipe, data, accelerator.device)
+    # What may take many minutes is done, and a hang is to be noticed soon; but a first step may have to compile.
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+        failure.ready()
+    return data, images
+
+
+def first_images(data: Data, device: torch.device) -> torch.Tensor:
+    """Some normalised training images [n, 3, 32, 32] on the device, for a network that is initialised from them."""
+    return augment.normalize(torch.from_numpy(data.train_images[:FIRST_IMAGES]).to(device), data.mean, data.std)
 
 
 def training_batches(

@@ -6,35 +6,18 @@ end within a batch.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from cifar.errors import UserError
 from cifar.recipes import Recipe
 
-# First element of the spawn key, so that one seed gives independent random numbers for each use.
-ORDER, AUGMENTATION, DROPOUT = 0, 1, 2
+# First element of the spawn key, so that one seed gives independent random numbers for each use (see schedule.py, too).
+ORDER, AUGMENTATION = 0, 1
 
 Sample = tuple[int, int]  # (epoch, index of the image)
-
-
-def total_steps(images: int, epochs: int, global_batch_size: int) -> int:
-    """Optimizer steps until the stream has passed `epochs` times over all images (the last batch may begin another).
-
-    Raises UserError where a batch would be larger than the set of images.
-    """
-    if global_batch_size > images:
-        raise UserError(f"--global-batch-size {global_batch_size} is more than the {images} training images; lower it")
-    return math.ceil(images * epochs / global_batch_size)
-
-
-def epochs_completed(step: int, images: int, global_batch_size: int) -> int:
-    """How many whole epochs lie within the first `step` batches."""
-    return step * global_batch_size // images
 
 
 @lru_cache(maxsize=2)  # an epoch's end and the next one's beginning may share a batch
@@ -76,19 +59,3 @@ class RankBatches:
         part = copy.copy(self)
         part.steps = self.steps[first::n]
         return part
-
-
-def image_size_at(step: int, total_steps: int, recipe: Recipe) -> int:
-    """The side of the training images in a step: each of the recipe's sizes for an equal part of the steps."""
-    sizes = recipe.image_sizes.split(",")
-    return int(sizes[step * len(sizes) // total_steps])
-
-
-def freeze_step(total_steps: int, recipe: Recipe) -> int:
-    """The first step in which the network's beginning does not learn; `total_steps` where it learns to the end."""
-    return math.ceil(recipe.freeze_at * total_steps)
-
-
-def generator_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of torch's generator (dropout) for one rank's share of one step."""
-    return int(np.random.SeedSequence(seed, spawn_key=(DROPOUT, step, rank)).generate_state(1, np.uint32)[0])

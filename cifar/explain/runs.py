@@ -211,7 +211,7 @@ def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
 
     Of a checkpoint, the epochs that it had completed. Raises UserError for a file that is damaged.
     """
-    from cifar.data import order
+    from cifar import schedule
     from cifar.run import read_predictions
 
     none = np.empty(0, np.int64), np.empty((0, len(data.test_labels)), np.uint8)
@@ -221,7 +221,7 @@ def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     found, _ = read_predictions(run.directory, len(data.test_labels))
     if not found and path.is_file():
         raise UserError(f"{path} is damaged; choose another --run, or delete it to do without the epochs")
-    epochs = order.epochs_completed(run.step, len(data.train_labels), run.recipe["global_batch_size"])
+    epochs = schedule.epochs_completed(run.step, len(data.train_labels), run.recipe["global_batch_size"])
     kept = {epoch: predictions for epoch, predictions in sorted(found.items()) if epoch <= epochs}
     return (np.array(list(kept)), np.stack(list(kept.values()))) if kept else none
 

@@ -1,0 +1,41 @@
+"""Where a process's time goes."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+
+class Clock:
+    """Seconds by what they were spent on, from the start of this process on; first of all on `start`.
+
+    They are the host's, which runs ahead of a GPU: computing that it waits for counts as what it waits in.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._what = "start"
+        self._since = time.perf_counter() - (time.time() - psutil.Process().create_time())
+
+    def on(self, what: str) -> None:
+        """From now on the time is spent on this."""
+        now = time.perf_counter()
+        self.seconds[self._what] += now - self._since
+        self._what, self._since = what, now
+
+    @contextmanager
+    def within(self, what: str) -> Iterator[None]:
+        """A block whose time is spent on this, and then on what it was spent on before."""
+        before = self._what
+        self.on(what)
+        try:
+            yield
+        finally:
+            self.on(before)
+
+    def rounded(self) -> dict[str, float]:
+        """The seconds until now, to a hundredth."""
+        self.on(self._what)
+        return {what: round(seconds, 2) for what, seconds in self.seconds.items()}

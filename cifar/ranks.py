@@ -1,0 +1,42 @@
+"""What the ranks of a job do together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from cifar.errors import UserError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
+    """A block that all ranks enter and leave together: a UserError on any of them is raised on all of them.
+
+    Without it the ranks that meet no error would wait in the next collective for one that has gone. The block itself
+    must not contain collectives.
+    """
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = str(error), error.status
+    errors = [error for error in gathered(accelerator, mine) if error is not None]
+    if errors:
+        raise UserError(*errors[0])
+
+
+def gathered(accelerator: Accelerator, value: T) -> list[T]:
+    """Every rank's value."""
+    values: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return values
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any rank: the same answer on all of them."""
+    total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
+    return bool(total.item() > 0)

@@ -1,0 +1,297 @@
+"""The record of a run, which rank 0 writes: checkpoints, metrics, pictures, TensorBoard, status, result.
+
+On other ranks the methods only take part in what all ranks do together. What a disk or a picture takes is done by
+threads beside training: one for checkpoints and metrics, which lose nothing, and one for what people watch. An error in
+either reaches all ranks with the metrics of the next step.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn, optim
+
+from cifar import attempt as attempts
+from cifar import checkpoint, failure, launch, run, stop, summary
+from cifar.background import Background
+from cifar.checkpoint import Chosen, Progress, Snapshot
+from cifar.clock import Clock
+from cifar.data.cache import Data
+from cifar.data.loading import TrainingImages
+from cifar.errors import UserError
+from cifar.evaluation import Evaluation
+from cifar.loop import StepMetrics
+from cifar.ranks import raise_on_all_ranks
+from cifar.recipes import Options, Recipe
+from cifar.run import EpochMetrics, History
+from cifar.schedule import Schedule
+from cifar.tracking import Tracker
+
+LOG_SECONDS = 0.25  # between points of the training curves, which cost a fraction of a millisecond each
+PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a second
+CHECK_SECONDS = 5  # between looks for a newer attempt, beside the one before each write
+LAST_SAVE_SECONDS = 3  # that a job which has failed leaves to a save that is under way
+
+
+def finished_before(accelerator: Accelerator, options: Options, recipe: Recipe) -> bool:
+    """Whether the run is finished; rank 0 then says so. Raises UserError where the directory holds another one."""
+    line = ""
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            run.check(options.run, recipe, options.resume)
+            line = run.finished(options.run)
+    line = broadcast_object_list([line])[0]
+    if line and accelerator.is_main_process:
+        print(line)
+    return bool(line)
+
+
+class RunRecord:
+    """The record of one attempt at a run, from the checkpoint that it goes on from to its result."""
+
+    def __init__(
+        self, accelerator: Accelerator, options: Options, recipe: Recipe, data: Data, schedule: Schedule, clock: Clock
+    ) -> None:
+        self.accelerator, self.options, self.recipe = accelerator, options, recipe
+        self.data, self.schedule, self.clock = data, schedule, clock
+        self.began = time.monotonic()
+        self.attempt: attempts.Attempt | None = None
+        self.tracker: Tracker | None = None
+        number, chosen, evaluated = 0, Chosen(), 0
+        with raise_on_all_ranks(accelerator):
+            if accelerator.is_main_process:
+                self.attempt = run.start(options, recipe, data.fingerprint, accelerator.num_processes)
+                chosen = checkpoint.choose(options.run / "checkpoints", options.resume)
+                self.history = History(self.attempt, chosen.step, data.test_labels)
+                number, evaluated = self.attempt.number, self.history.last_epoch()
+        agreed = broadcast_object_list([number, chosen, evaluated])
+        self.number: int = agreed[0]
+        self.chosen: Chosen = agreed[1]
+        self.evaluated: int = agreed[2]  # epochs
+        with raise_on_all_ranks(accelerator):
+            attempts.see(options.run, self.number)
+        self.writer, self.drawer = Background("writer"), Background("drawer")
+        self.logged = self.checked = -math.inf
+        self.drawn = time.monotonic()
+        self.ended, self.status_lock = False, threading.Lock()
+        self.metadata = {
+            "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
+            "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
+            "world_size": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "resumed_from": self.chosen.origin, "computed_on": launch.computed_on(accelerator),
+        }  # fmt: skip
+
+    # ---- the beginning
+
+    def resume(self, network: nn.Module, optimizer: optim.Optimizer) -> Progress:
+        """Loads the checkpoint to go on from, if there is one, and says how far it had come."""
+        self.progress = Progress()
+        with raise_on_all_ranks(self.accelerator):
+            if self.chosen.path:
+                self.progress = checkpoint.restore(
+                    self.chosen.path, network, optimizer, self.recipe, self.data.fingerprint
+                )
+        self.seconds_before = self.progress.seconds
+        return self.progress
+
+    def start(self, network: nn.Module, images: TrainingImages, began: float) -> None:
+        """Says what is trained where, and that it is `running`. `began`: when the run did, by time.monotonic."""
+        self.began = began
+        if self.attempt is None:
+            return
+        batch, path = self.recipe.global_batch_size, self.chosen.path
+        self.tracker = Tracker(self.attempt, self.recipe, self.data, self.progress.step, self.schedule.total_steps)
+        self.tracker.start(launch.topology(self.accelerator, batch), summary.table(network), images)
+        for line in self.chosen.passed_over:
+            self.tracker.say(f"passed over a broken checkpoint: {line}")
+        if path:
+            self.tracker.say(f"attempt {self.attempt.number}: going on from {path}")
+            for line in checkpoint.changes(path, self.metadata, batch):
+                self.tracker.say(line)
+        run.write_status(self.attempt, "running", self.progress.step)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A failure within the block, of whichever rank, leaves `failed` and its words in status.json."""
+        failure.when_ended(self._write_end)
+        try:
+            with run.disk_errors_named():
+                yield
+        except BaseException as error:
+            end = failure.cause(error)
+            self._write_end(end.state, end.line, failure.in_place_of_rank_0())
+            raise
+        if self.tracker:
+            self.tracker.close()
+            self.history.close()
+
+    def _write_end(self, state: str, reason: str, in_place_of_rank_0: bool) -> None:
+        """Rank 0 writes it, with its attempt, whose number all ranks know, after a save that is under way.
+
+        If rank 0 is what failed, another rank does, as the next attempt: a rank 0 that was only frozen writes no more.
+        """
+        with suppress(OSError, UserError):  # the disk may be what failed, or the run be another attempt's by now
+            if self.attempt:
+                with suppress(Exception):
+                    self.writer.wait(LAST_SAVE_SECONDS)
+                self._write_status(state, reason, last=True)
+            elif in_place_of_rank_0 and (successor := attempts.claim_after(self.options.run, self.number)):
+                run.write_status(successor, state, self.progress.step, reason)
+
+    def _write_status(self, state: str, reason: str = "", step: int | None = None, last: bool = False) -> None:
+        """Writes status.json, unless its last state is there already."""
+        with self.status_lock:
+            if self.attempt and not self.ended:
+                self.ended = last
+                run.write_status(self.attempt, state, self.progress.step if step is None else step, reason)
+
+    # ---- between steps
+
+    def write_failed(self) -> bool:
+        """Whether something could not be written: the ranks then raise it together, see `count`."""
+        return self.writer.error is not None or self.drawer.error is not None
+
+    def log_due(self) -> bool:
+        """Whether the step that is under way shall be a point of the training curves."""
+        return self.tracker is not None and time.monotonic() - self.logged >= LOG_SECONDS
+
+    def count(self, arrived: list[StepMetrics], seconds: float) -> bool:
+        """Takes note of the metrics of steps, and of the seconds that the newest step took on this rank.
+
+        Returns whether a rank was asked to stop. Raises UserError, on all ranks, for a loss that is not finite, and for
+        what could not be written.
+        """
+        batch = self.recipe.global_batch_size
+        if self.tracker:
+            self.tracker.count(batch, seconds)
+        for metrics in arrived:
+            if metrics.write_failed:
+                self.wait()
+            if not math.isfinite(metrics.loss):
+                self._refuse(metrics)
+            self.progress.count(batch, metrics.loss, metrics.correct)
+            if self.attempt and self.tracker and metrics.gradient_norm is not None:
+                rate = self.schedule.learning_rate(metrics.step - 1)
+                self.tracker.log_step(metrics, rate, launch.memory_bytes(self.accelerator.device))
+                self.logged = time.monotonic()
+                if self.logged - self.checked > CHECK_SECONDS and self.drawer.idle():
+                    self.checked = self.logged
+                    self.drawer.submit(self.attempt.check)
+        return any(metrics.stop for metrics in arrived)
+
+    def _refuse(self, metrics: StepMetrics) -> None:
+        with raise_on_all_ranks(self.accelerator):
+            if self.attempt:
+                with suppress(UserError):
+                    self.writer.wait()  # for a checkpoint that is good and not there yet
+                last = checkpoint.newest(self.options.run / "checkpoints")[0]
+                raise UserError(
+                    f"loss {metrics.loss} in step {metrics.step} at learning rate "
+                    f"{self.schedule.learning_rate(metrics.step - 1):.3g}; lower "
+                    f"--peak-learning-rate in a new --run (last good checkpoint: {last or 'none yet'})"
+                )
+
+    def save(self, network: nn.Module, optimizer: optim.Optimizer) -> None:
+        """Copies the state of training and has it written, after a save that is still under way.
+
+        Call it once the metrics of all steps have been counted.
+        """
+        if self.attempt is None:
+            return
+        self.progress.seconds = self._seconds()
+        self.progress.scaler = launch.scaler_state(self.accelerator)
+        with self.clock.within("saving"):
+            with suppress(Exception):  # what failed reaches all ranks with the next metrics
+                self.writer.wait()
+            snapshot = Snapshot(network, optimizer, self.progress)
+            self.writer.submit(lambda: self._write(snapshot))
+
+    def _write(self, snapshot: Snapshot) -> None:
+        assert self.attempt
+        assert self.tracker
+        self.tracker.writer.flush()  # the curves are to reach as far as the checkpoint
+        with run.disk_errors_named():
+            checkpoint.write(self.attempt, snapshot, self.metadata)
+            self._write_status("running", step=snapshot.progress.step)
+
+    def log_epoch(self, evaluation: Evaluation) -> None:
+        """Records an evaluation: metrics and predictions at once, pictures when they are due."""
+        self.evaluated = self.schedule.epochs_completed(self.progress.step)
+        if self.tracker is None:
+            return
+        progress = self.progress
+        metrics = EpochMetrics(
+            epoch=self.evaluated,
+            step=progress.step,
+            train_loss=progress.loss_sum / progress.seen,
+            train_accuracy=progress.correct / progress.seen,
+            test_loss=evaluation.loss,
+            test_accuracy=evaluation.accuracy,
+            learning_rate=self.schedule.learning_rate(progress.step - 1),
+            images_per_second=self.tracker.epochs_images_per_second(),
+            seconds=self._seconds(),
+            test_accuracy_of_views=evaluation.accuracy_of_views,
+        )
+        self.tracker.say_epoch(metrics)
+        self.writer.submit(lambda: self._write_epoch(metrics, evaluation))
+        if time.monotonic() - self.drawn > PICTURE_SECONDS and self.drawer.idle():
+            self.drawn = time.monotonic()
+            self.drawer.submit(self._draw)
+
+    def _write_epoch(self, metrics: EpochMetrics, evaluation: Evaluation) -> None:
+        assert self.tracker
+        with run.disk_errors_named():
+            self.history.record(metrics, evaluation.probabilities)
+            self.tracker.log_epoch(metrics, evaluation)
+
+    def _draw(self) -> None:
+        assert self.tracker
+        with run.disk_errors_named():
+            self.tracker.draw(list(self.history.epochs))
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    # ---- the end
+
+    def wait(self) -> None:
+        """Waits until all is written. Raises UserError, on all ranks, for what could not be."""
+        with raise_on_all_ranks(self.accelerator), self.clock.within("saving"):
+            self.writer.wait()
+            self.drawer.wait()
+
+    def finish(self, network: nn.Module, stopped: bool) -> None:
+        """Writes how the run ended, and its result unless it was `stopped` on request. The other ranks may be gone."""
+        if self.attempt is None or self.tracker is None:
+            return
+        self.history.export()
+        if stopped:
+            self._write_status("preempted", f"{stop.name() or 'another rank'} asked to stop", last=True)
+            step = self.progress.step
+            self.tracker.say(f"stopped on request after step {step}; the same command goes on from there")
+        if self.history.epochs:
+            self._draw()
+        if stopped:
+            return
+        final = self.history.epochs[-1]
+        checkpoint.export(self.attempt, network, {**self.metadata, "test_accuracy": final.test_accuracy})
+        result = {
+            "test_accuracy": final.test_accuracy,
+            "test_accuracy_of_views": final.test_accuracy_of_views,
+            "test_loss": final.test_loss,
+            "images_per_second": self.tracker.images_per_second(),
+            "seconds": self._seconds(),
+            "seconds_of_this_attempt": self.clock.rounded(),
+            "steps": self.progress.step,
+            "epochs": self.recipe.epochs,
+            "world_size": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "parameters": summary.parameter_count(network),
+        }
+        run.write_result(self.attempt, result)
+        self._write_status("finished", last=True)
+        self.tracker.finish(result)
