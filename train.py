@@ -25,12 +25,12 @@ def train(recipe: Recipe, options: Options) -> None:
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import torch
 
-    from cifar import evaluation, launch, loop, models, optim
+    from cifar import evaluation, graph, launch, loop, models, optim
     from cifar.clock import Clock
     from cifar.data import loading
     from cifar.data.augment import resize
     from cifar.data.order import RankBatches
-    from cifar.record import RunRecord, finished_before
+    from cifar.record import TRAINING, WAITING, RunRecord, finished_before
     from cifar.schedule import Schedule
 
     clock, began = Clock(), time.monotonic()
@@ -63,6 +63,7 @@ def train(recipe: Recipe, options: Options) -> None:
     sampler = RankBatches(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images, began)
+    compute_gradients = graph.gradient_function(options.cuda_graph, network, device)
     delayed, stopping = loop.DelayedMetrics(accelerator), False
     with record.running():
         while not stopping:
@@ -81,17 +82,17 @@ def train(recipe: Recipe, options: Options) -> None:
             if step == schedule.total_steps:
                 break
 
-            clock.on("waiting for images")
+            clock.on(WAITING)
             started = time.perf_counter()
             batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            clock.on("training")
+            clock.on(TRAINING)
             batch = resize(batch, schedule.image_size(step))
             if step == schedule.freeze_step:
                 models.freeze(network)
                 model = launch.rewrap_ddp(accelerator, network)
             optim.set_lr(optimizer, schedule.learning_rate(step))
             torch.manual_seed(schedule.generator_seed(step, rank))  # for dropout
-            totals = loop.accumulate_gradients(accelerator, model, batch, labels, recipe, record.write_failed())
+            totals = compute_gradients(accelerator, model, batch, labels, recipe, record.write_failed())
             norm = loop.gradient_norm(accelerator, network) if record.log_due() else None
             with accelerator.autocast():  # for what an optimizer multiplies
                 prepared.step()

@@ -66,7 +66,8 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [
-        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook),
+        # An evaluation uses rank 0's batch-norm statistics, as a checkpoint does: no step has to send them.
+        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook, broadcast_buffers=False),
         InitProcessGroupKwargs(timeout=limit),
     ]
     # By its own default it would take a number from the environment, and divide gradients by it.

@@ -92,10 +92,17 @@ def accumulate_gradients(
         correct += (logits.argmax(dim=1) == piece_labels).sum()
         failure.beat()
 
-    # One small all-reduce carries metrics, stop request and rank 0's failure to write, so that all ranks act alike.
-    flags = torch.tensor((float(bool(stop.requested())), float(write_failed))).to(accelerator.device, non_blocking=True)
-    totals: torch.Tensor = accelerator.reduce(torch.cat((torch.stack((loss_sum, correct)), flags)), reduction="sum")
-    return totals
+    return reduced_totals(accelerator, torch.stack((loss_sum, correct)), write_failed)
+
+
+def reduced_totals(accelerator: Accelerator, totals: torch.Tensor, write_failed: bool) -> torch.Tensor:
+    """The job's totals from this rank's loss and correct predictions [2], its stop request and whether it cannot write.
+
+    One small all-reduce carries all of it, so that all ranks act alike.
+    """
+    flags = torch.tensor((float(bool(stop.requested())), float(write_failed))).to(totals.device, non_blocking=True)
+    reduced: torch.Tensor = accelerator.reduce(torch.cat((totals, flags)), reduction="sum")
+    return reduced
 
 
 def gradient_norm(accelerator: Accelerator, network: nn.Module) -> torch.Tensor:

@@ -223,6 +223,7 @@ class Options(NamedTuple):
     checkpoint_every: int
     recipe_name: str
     deterministic: bool
+    cuda_graph: Literal["auto", "off"]
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
@@ -263,6 +264,12 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
         action="store_true",
         help="use only operations that give the same bits again, on the same hardware, libraries and processes",
     )
+    parser.add_argument(
+        "--cuda-graph",
+        default="off",
+        choices=("auto", "off"),
+        help="on a GPU, launch each step as one CUDA graph where that gives the same gradients (off)",
+    )
     group = parser.add_argument_group("fields of the recipe")
     for field, info in Recipe.model_fields.items():
         group.add_argument(
@@ -277,7 +284,12 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     if not re.fullmatch("0*[1-9][0-9]{0,17}", every):
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
     options = Options(
-        arguments["run"] or Path("runs", name), arguments["resume"], int(every), name, arguments["deterministic"]
+        arguments["run"] or Path("runs", name),
+        arguments["resume"],
+        int(every),
+        name,
+        arguments["deterministic"],
+        arguments["cuda_graph"],
     )
     if "epochs" in overrides and "peak_epoch" not in overrides:
         overrides["peak_epoch"] = _moved_peak(defaults, overrides["epochs"], options)

@@ -34,6 +34,8 @@ from cifar.tracking import Tracker
 LOG_SECONDS = 0.25  # between points of the training curves, which cost a fraction of a millisecond each
 PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a second
 CHECK_SECONDS = 5  # between looks for a newer attempt, beside the one before each write
+WAITING, TRAINING = "waiting for images", "training"  # on the clock
+LATE = 0.1  # of training that may be waiting for images without a word
 LAST_SAVE_SECONDS = 3  # that a job which has failed leaves to a save that is under way
 
 
@@ -258,6 +260,15 @@ class RunRecord:
 
     # ---- the end
 
+    def _say_if_images_are_late(self) -> None:
+        assert self.tracker
+        waiting, training = self.clock.seconds[WAITING], self.clock.seconds[TRAINING]
+        if self.recipe.augment != "device" and waiting > LATE * (waiting + training):
+            self.tracker.say(
+                f"{waiting / (waiting + training):.0%} of training was waiting for images; "
+                "--augment device, in a new --run, makes them on the device"
+            )
+
     def wait(self) -> None:
         """Waits until all is written. Raises UserError, on all ranks, for what could not be."""
         with raise_on_all_ranks(self.accelerator), self.clock.within("saving"):
@@ -269,6 +280,7 @@ class RunRecord:
         if self.attempt is None or self.tracker is None:
             return
         self.history.export()
+        self._say_if_images_are_late()
         if stopped:
             self._write_status("preempted", f"{stop.name() or 'another rank'} asked to stop", last=True)
             step = self.progress.step

@@ -51,10 +51,11 @@ def gpus() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cluster's tests take longest and mostly wait: first, while another process goes through the others."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not REHEARSAL and not gpus():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))
+    marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
+    found = gpus() if marked and not REHEARSAL else 2
+    for item in marked:
+        if found < 1 + (item.get_closest_marker("multigpu") is not None):
+            item.add_marker(pytest.mark.skip(reason=f"torch finds {found} GPUs here"))
 
 
 @pytest.fixture(scope="session")

@@ -202,12 +202,12 @@ def test_the_model_is_arithmetic() -> None:
     assert model.step(4.0, parts, 2, near).seconds == pytest.approx(4)
     # Around a ring of four each sends 2 x 3/4 of the bytes.
     assert model.step(4.0, parts, 4, slow).exposed == pytest.approx(1.5 * 3)
-    # One broadcast, a small sum, and the last bucket's: along trees each has 2 log2(n) messages.
+    # A small sum, and the last bucket's: along trees each has 2 log2(n) messages.
     far = model.Network(1e12, 0.01, 2, nccl=True)
-    assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * (1 + 2 * 8), rel=1e-6)
+    assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * 2 * 8, rel=1e-6)
     # gloo's rings have 2(n-1), each of a large sum in two segments or more, two of which are under way.
     far = model.Network(1e12, 0.01, 2)
-    assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * (1 + 2 * 30), rel=1e-6)
+    assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * 2 * 30, rel=1e-6)
     # 8 MB over two: four segments of 1 MB there and four back, of 1 s each; or, two at a time, of 3 s.
     assert model.sum_seconds(8 << 20, 2, model.Network(1 << 20, 0.5, 2)) == pytest.approx(8)
     assert model.sum_seconds(8 << 20, 2, model.Network(1 << 20, 2.5, 2)) == pytest.approx(8 * 6 / 2)

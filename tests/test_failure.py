@@ -279,6 +279,24 @@ def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
     ).read_text()  # the first epoch's end is step 6: its evaluation is not half recorded
 
 
+def test_where_metrics_come_back_later_all_ranks_stop_after_the_same_step(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    patch = (
+        "import signal\nloop.DELAY['cpu'] = 3\n"
+        "def step(rank, number):\n    if (rank, number) == (1, 2): os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    more = ("--checkpoint-every", 500)
+    processes.append(started(project(tmp_path, patch), shapes, run, TWO, more=more))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 0, output
+    assert status(run) == {"state": "preempted", "step": 5, "reason": "another rank asked to stop"}
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert checkpoint.step_of(newest) == 5
+
+
 def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:

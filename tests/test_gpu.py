@@ -141,6 +141,70 @@ def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], 
     assert abs(ours["mistakes"] - theirs["mistakes"]) <= 1
 
 
+# ---- steps that wait for nothing
+
+
+def patched(folder: Path, patch: str) -> Path:
+    """A train.py with a patch."""
+    script = folder / "train.py"
+    script.write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n{patch}\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    return script
+
+
+COUNTED = "from cifar import graph\n" + REHEARSAL * "graph.KINDS, graph.capture = ('cpu',), lambda step: step\n" + (
+    "real_call = graph.GraphedGradients.__call__\n"
+    "def call(self, *arguments):\n"
+    "    totals = real_call(self, *arguments)\n"
+    "    print('replayed', self.replayed)\n"
+    "    return totals\n"
+    "graph.GraphedGradients.__call__ = call\n"
+)  # fmt: skip
+# In the middle of the first epoch every hidden read of the device is an error.
+NO_READS = REHEARSAL * "" or (
+    "import torch\n"
+    "from cifar import loop\n"
+    "taken, real_add = 0, loop.DelayedMetrics.add\n"
+    "def add(*arguments):\n"
+    "    global taken\n"
+    "    taken += 1\n"
+    "    metrics = real_add(*arguments)\n"
+    "    torch.cuda.set_sync_debug_mode('error' if 5 <= taken < 20 else 'default')\n"
+    "    return metrics\n"
+    "loop.DelayedMetrics.add = add\n"
+)
+
+
+@pytest.mark.parametrize("graph", ["auto", "off"])
+@pytest.mark.parametrize("way", ["device", "albumentations"])
+def test_no_step_reads_from_the_device(way: str, graph: str, tmp_path: Path) -> None:
+    # float16's scaler is left out: it asks the device whether gradients overflowed.
+    arguments = (*DIGITS, "--run", tmp_path / "run", "--checkpoint-every", 500, "--augment", way, "--cuda-graph", graph)
+    done = subprocess.run(
+        command(patched(tmp_path, COUNTED + NO_READS), *arguments, launcher=("--mixed_precision", PRECISIONS[-2:][0])),
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (f"replayed {STEPS}" in done.stdout) == (graph == "auto")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_by_graphs_is_the_same_run(precision: str, tmp_path: Path) -> None:
+    arguments = (*DIGITS, "--deterministic", "--image-sizes", "28,32", "--freeze-at", 0.8)
+    for graph in ("auto", "off"):
+        done = subprocess.run(
+            command(patched(tmp_path, COUNTED), *arguments, "--run", tmp_path / graph, "--cuda-graph", graph,
+                    launcher=("--mixed_precision", precision)),
+            env=environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "no CUDA graph" not in done.stdout
+        assert (f"replayed {STEPS}" in done.stdout) == (graph == "auto")
+    assert (tmp_path / "auto/model.safetensors").read_bytes() == (tmp_path / "off/model.safetensors").read_bytes()
+
+
 # ---- two ranks on one GPU, over NCCL
 
 
@@ -211,6 +275,15 @@ def test_two_ranks_learn_the_digits(precision: str, two: Callable[..., Two], tmp
     assert float(str(measured["test_accuracy"])) > 0.9
 
 
+def test_two_ranks_learn_the_digits_by_graphs(two: Callable[..., Two], tmp_path: Path) -> None:
+    arguments = ("--cuda-graph", "auto", "--gradient-compression", "none" if REHEARSAL else "bf16")
+    pair = two(tmp_path / "run", *arguments, precision=PRECISIONS[0], script=patched(tmp_path, COUNTED))
+    outputs = pair.outputs()
+    assert [launcher.returncode for launcher in pair.launchers] == [0, 0], outputs
+    assert all(f"replayed {STEPS}" in output for output in outputs)
+    assert float(str(result(tmp_path / "run")["test_accuracy"])) > 0.9
+
+
 def test_two_ranks_stop_together_and_go_on(two: Callable[..., Two], tmp_path: Path) -> None:
     run = tmp_path / "run"
     pair = two(run, "--epochs", 40, precision=PRECISIONS[0])
@@ -250,9 +323,7 @@ def test_a_rank_that_is_gone_ends_the_other_with_a_line_that_names_it(
 
 
 def test_a_rank_that_raises_ends_both_with_its_line(two: Callable[..., Two], tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
+    patch = (
         "from cifar import loop\nreal, count = loop.accumulate_gradients, 0\n"
         "def raising(*arguments):\n"
         "    global count\n"
@@ -260,9 +331,8 @@ def test_a_rank_that_raises_ends_both_with_its_line(two: Callable[..., Two], tmp
         "    if os.environ['RANK'] == '1' and count == 7: raise ValueError('boom')\n"
         "    return real(*arguments)\n"
         "loop.accumulate_gradients = raising\n"
-        "import runpy\nrunpy.run_path(" + repr(str(ROOT / "train.py")) + ", run_name='__main__')\n"
     )
-    pair = two(tmp_path / "run", precision=PRECISIONS[0], script=script)
+    pair = two(tmp_path / "run", precision=PRECISIONS[0], script=patched(tmp_path, patch))
     outputs = pair.outputs()
     assert [len(errors(output)) for output in outputs] == [1, 1], outputs
     assert len({errors(output)[0] for output in outputs}) == 1
@@ -287,12 +357,7 @@ def test_two_processes_for_one_gpu_are_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(REHEARSAL, reason="a rehearsal has no GPU whose memory could be full")
 def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
-        "import torch\ntorch.cuda.set_per_process_memory_fraction(0.004)\n"
-        "import runpy\nrunpy.run_path(" + repr(str(ROOT / "train.py")) + ", run_name='__main__')\n"
-    )
+    script = patched(tmp_path, "import torch\ntorch.cuda.set_per_process_memory_fraction(0.004)")
     done = subprocess.run(command(script, *DIGITS, "--run", tmp_path / "run", "--global-batch-size", 1024),
                           env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2

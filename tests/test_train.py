@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, Disk, Train, command
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_failure import TWO, project
 
 from cifar import checkpoint, launch, models, run
 from cifar.data.augment import normalize
@@ -307,6 +308,95 @@ def test_a_new_run_branches_off_a_named_checkpoint(finished: Path, shapes: Path,
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert [m["epoch"] for m in without_times(tmp_path / "run")] == [3]
+
+
+# ---- what is done beside training
+
+
+LATE = "loop.DELAY['cpu'] = 3\n"  # as on a GPU
+
+
+def test_metrics_that_come_back_later_change_no_result(finished: Path, shapes: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(project(tmp_path, LATE), *arguments(shapes, tmp_path / "run")),
+        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert same_result(tmp_path / "run", finished)
+    assert without_times(tmp_path / "run") == without_times(finished)
+
+
+def test_a_loss_that_comes_back_later_is_refused_by_its_own_step(shapes: Path, tmp_path: Path) -> None:
+    patch = (
+        "def poison(*arguments):\n"
+        "    return real_accumulate(*arguments) * (float('nan') if count == 2 else 1)\n"
+        "real_accumulate, loop.accumulate_gradients = loop.accumulate_gradients, poison"
+    )
+    done = subprocess.run(
+        command(project(tmp_path, LATE + patch), *arguments(shapes, tmp_path / "run", "--checkpoint-every", 500)),
+        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: loss nan in step 2 at learning rate" in done.stderr.splitlines()[-1]
+    assert "last good checkpoint: none yet" in done.stderr
+    assert not checkpoint.found(tmp_path / "run/checkpoints")
+
+
+MOMENTS = {
+    "before anything is written": "_write_tensors",
+    "before its files are synced": "files.sync",
+    "before it has its name": "_commit",
+    "before an older one is deleted": "_delete",
+}
+
+
+@pytest.mark.parametrize("function", MOMENTS.values(), ids=MOMENTS)
+def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on_to_the_same_bytes(
+    function: str, finished: Path, shapes: Path, train: Train, tmp_path: Path
+) -> None:
+    patch = (
+        "import signal\nfrom cifar import checkpoint, files\n"
+        "real_write, writing = checkpoint.write, []\n"
+        "def write(attempt, snapshot, metadata):\n"
+        "    if snapshot.progress.step == 9: writing.append(True)\n"
+        "    return real_write(attempt, snapshot, metadata)\n"
+        "def killed(*arguments):\n"
+        "    if writing: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real_function(*arguments)\n"
+        f"checkpoint.write, real_function = write, {'' if '.' in function else 'checkpoint.'}{function}\n"
+        f"{'' if '.' in function else 'checkpoint.'}{function} = killed"
+    )
+    directory = tmp_path / "run"
+    killed = subprocess.run(
+        command(project(tmp_path, patch), *arguments(shapes, directory)),
+        env={**os.environ, **environment()}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert checkpoint.step_of(checkpoint.found(directory / "checkpoints")[0]) == (9 if function == "_delete" else 8)
+    goes_on_to_the_same_bytes(directory, finished, shapes, train)
+    assert without_times(directory) == without_times(finished)
+
+
+@pytest.mark.parametrize("what", ["checkpoint.write", "tracking.Tracker.draw"])
+def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(what: str, shapes: Path, tmp_path: Path) -> None:
+    patch = (
+        "from cifar import checkpoint, record, tracking\n"
+        "record.PICTURE_SECONDS = 0\n"
+        "def full(*arguments): raise OSError(28, 'No space left on device', 'the/disk')\n"
+        f"{what} = full"
+    )
+    done = subprocess.run(
+        command(project(tmp_path, patch), *arguments(shapes, tmp_path / "run", "--epochs", 50), launcher=TWO),
+        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert said == [
+        "train.py: error: the/disk: No space left on device; make room there and start the same command again"
+    ]
+    state = json.loads((tmp_path / "run/status.json").read_text())
+    assert (state["state"], state["reason"]) == ("failed", said[0].removeprefix("train.py: error: "))
+    assert state["step"] < 100
 
 
 # ---- refusals

@@ -4,8 +4,8 @@
     sudo python -m cifar.bench.model --measure     # two processes over a shaped network, measured and computed
 
 A step is the forward pass, and the backward pass, during which gradients are summed bucket by bucket as they get ready;
-what is left of the sums when it ends is exposed. Before it, batch-norm's statistics go from the first process to the
-others; after it, one small sum of figures says whether to go on. Processes wait for the slowest of them.
+what is left of the sums when it ends is exposed. After it, one small sum of metrics says whether to go on. Processes
+wait for the slowest of them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from cifar.errors import Parser, UserError
 from cifar.recipes import RECIPES
 
 SEGMENT = 1 << 20  # bytes: gloo's
-BROADCASTS, SUMS = 1, 1  # messages to the others and small sums that a step waits for, beside the gradient's
+SUMS = 1  # small sums that a step waits for, beside the gradient's
 
 
 class Bucket(NamedTuple):
@@ -114,7 +114,7 @@ def step(computing: float, parts: Sequence[Bucket], processes: int, network: Net
     for bucket in parts:
         ends = max(ends, bucket.ready * computing) + sum_seconds(bucket.size, processes, network)
     exposed = max(0.0, ends - computing)
-    small = network.hops * network.delay * BROADCASTS + sum_seconds(0, processes, network) * SUMS
+    small = sum_seconds(0, processes, network) * SUMS
     return Step(computing, exposed + small, deviation * math.sqrt(2 * math.log(processes)))
 
 

@@ -1,0 +1,191 @@
+"""A step's gradients as a CUDA graph: forward, loss and backward are recorded once and then launched as one.
+
+With 64 images for each GPU, launching some 400 kernels one by one takes longer than computing them. The graph holds the
+bare network: DDP's hooks belong to the stream on which it was made, and its reducer changes while it warms up. The
+ranks' gradients lie in one flat tensor instead, which one all-reduce averages after the replay. That all-reduce does
+not overlap with the backward pass, as DDP's do, which is why DDP stays wherever no graph is replayed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import nn
+from torch.nn import functional as F
+
+from cifar import failure, loop, ranks
+from cifar.recipes import Recipe
+
+WARM_UP = 3  # eager steps before a capture, in which libraries choose and allocate what they need
+TOLERANCE = 1e-3  # of the gradients' norm, by which a replay may differ from the eager step, unless --deterministic
+
+KINDS = ("cuda",)  # of devices that have graphs
+
+Replay = Callable[[], None]
+GradientFunction = Callable[[Accelerator, nn.Module, torch.Tensor, torch.Tensor, Recipe, bool], torch.Tensor]
+
+
+def gradient_function(wanted: Literal["auto", "off"], network: nn.Module, device: torch.device) -> GradientFunction:
+    """What computes the gradients of a step: graphs where they are wanted and there are such, or the eager step."""
+    if wanted == "auto" and device.type in KINDS:
+        return GraphedGradients(network)
+    return loop.accumulate_gradients
+
+
+class GraphedGradients:
+    """Does what `loop.accumulate_gradients` does, by replaying a graph of `network` where one can be trusted.
+
+    There is one graph for each size of the images and set of parameters that learn. Before it is used, its gradients
+    are compared with those of the eager step on the same images. If the capture or the comparison fails on any rank,
+    one line says so, and all ranks go on eagerly.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.graphs: dict[tuple[object, ...], _Graph] = {}
+        self.trusted = True
+        self.replayed = 0  # steps
+
+    def __call__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        recipe: Recipe,
+        write_failed: bool = False,
+    ) -> torch.Tensor:
+        """See `loop.accumulate_gradients`; `model` is used where no graph is."""
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        key = (images.shape, len(parameters))
+        if self.trusted and key not in self.graphs:
+            self.graphs[key] = _Graph(accelerator, self.network, parameters, images, labels, recipe)
+            problem = self.graphs[key].problem()
+            self.trusted = not ranks.any_rank(accelerator, bool(problem))
+            if not self.trusted:
+                self.graphs.clear()
+                if accelerator.is_main_process:
+                    print(f"no CUDA graph ({problem or 'another rank has none'}): training goes on without", flush=True)
+        if not self.trusted:
+            return loop.accumulate_gradients(accelerator, model, images, labels, recipe, write_failed)
+        graph = self.graphs[key]
+        graph.run(images, labels)
+        graph.average_gradients(recipe.gradient_compression)
+        self.replayed += 1
+        failure.beat()
+        return loop.reduced_totals(accelerator, graph.totals, write_failed)
+
+
+class _Graph:
+    """The captured step for one size of images and one set of parameters, with the tensors that it reads and writes."""
+
+    def __init__(
+        self, accelerator: Accelerator, network: nn.Module, parameters: list[nn.Parameter], images: torch.Tensor,
+        labels: torch.Tensor, recipe: Recipe,
+    ) -> None:  # fmt: skip
+        self.accelerator, self.network, self.parameters = accelerator, network, parameters
+        self.parts, self.smoothing = recipe.gradient_accumulation_steps, recipe.label_smoothing
+        self.images = torch.empty_like(images[: len(images) // self.parts])
+        self.labels = torch.empty_like(labels[: len(labels) // self.parts])
+        self.totals = torch.zeros(2, device=images.device)  # loss and correct predictions
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes), device=images.device)
+        # Laid out in memory as their parameters are, which the fused optimizers want.
+        self.gradients = [
+            part.as_strided(parameter.shape, parameter.stride())
+            for part, parameter in zip(torch.split(self.flat, sizes), parameters, strict=True)
+        ]
+        self.replay: Replay = self._step
+        self.batch = images, labels
+
+    def _step(self) -> None:
+        """Adds a micro-batch's gradients and totals to those that are there."""
+        logits = self.network(self.images)
+        loss = F.cross_entropy(logits, self.labels, label_smoothing=self.smoothing) / self.parts
+        scaler = self.accelerator.scaler
+        # Not backward(): it would accumulate by nodes that belong to DDP's stream.
+        gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self.parameters)
+        torch._foreach_add_(self.gradients, gradients)
+        self.totals.add_(torch.stack((loss.detach(), (logits.argmax(dim=1) == self.labels).sum())))
+
+    def run(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Leaves this rank's gradients in the parameters, and its totals."""
+        self.flat.zero_()
+        self.totals.zero_()
+        for piece, piece_labels in zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True):
+            self.images.copy_(piece)
+            self.labels.copy_(piece_labels)
+            self.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
+    def average_gradients(self, compression: str) -> None:
+        """Averages the gradients over the ranks; divided before they are added, as DDP does."""
+        if self.accelerator.num_processes > 1:
+            sent = self.flat.bfloat16() if compression == "bf16" else self.flat
+            torch.distributed.all_reduce(sent.div_(self.accelerator.num_processes))
+            if sent is not self.flat:
+                self.flat.copy_(sent)
+
+    def problem(self) -> str:
+        """Captures the step and compares; returns what is wrong, or ''. Leaves buffers and generator as they were."""
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            return "the network is compiled"
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        generator = _generator(self.flat.device)
+        state = generator.get_state()
+
+        def gradients() -> torch.Tensor:
+            self.run(*self.batch)
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            generator.set_state(state)
+            return self.flat.clone()
+
+        try:
+            with side_stream(self.flat.device):
+                for _ in range(WARM_UP):
+                    gradients()
+            eager, again = gradients(), gradients()
+            self.replay = capture(self._step)
+            replayed = gradients()
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        finally:
+            del self.batch
+        difference, allowed = (eager - replayed).norm(), (eager - again).norm()
+        if not torch.are_deterministic_algorithms_enabled():
+            allowed += TOLERANCE * eager.norm()
+        if not difference <= allowed:
+            return f"its gradients differ by {difference:.3g} from the eager step's, and {allowed:.3g} are allowed"
+        return ""
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that dropout on this device draws from."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A block on a stream beside the current one, as a capture is; a device that has no streams runs it as it is."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+def capture(step: Replay) -> Replay:
+    """`step` as a CUDA graph. Other threads, which write checkpoints and upload batches, may go on meanwhile."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
