@@ -66,7 +66,7 @@ def assert_equal(ours: Path, theirs: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize(("variant", "graphs"), [("dropout", 1), ("sizes and freezing", 6), ("micro-batches", 1)])
+@pytest.mark.parametrize(("variant", "graphs"), [("dropout", 1), ("sizes and freezing", 5), ("micro-batches", 1)])
 def test_a_run_by_graphs_is_the_same_run(variant: str, graphs: int, finished: Finished) -> None:
     output, directory = finished(variant, FAITHFUL, ONE)
     assert f"replayed {STEPS} of {graphs} graphs" in output

@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there, made short by flags at its end."""
+"""Every command of the READMEs, run as it stands there, made short by flags at its end."""
 
 import json
 import os
@@ -17,8 +17,11 @@ from conftest import ROOT, SHAPES
 from safetensors.numpy import load_file
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BLOCKS if "sbatch" not in block for line in block.splitlines()]  # those: test_slurm.py
+BENCH = (ROOT / "cifar/bench/README.md").read_text()
+OTHERS = [(ROOT / folder / "README.md").read_text() for folder in ("cifar/explain", "cifar/app")]
+BLOCKS = re.findall(r"```sh\n(.*?)```", "\n".join((README, *OTHERS, BENCH)), re.DOTALL)
+# Each once, without the words behind it; test_slurm.py has the commands of slurm/README.md.
+COMMANDS = list(dict.fromkeys(line.partition("  #")[0].rstrip() for block in BLOCKS for line in block.splitlines()))
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
 APP, EXPORT = (line for line in COMMANDS if "cifar.app" in line)
 MODEL, SHAPED = (line for line in COMMANDS if "cifar.bench.model" in line)
@@ -43,16 +46,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
+def test_it_can_be_read_in_some_minutes_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 180
+    for path in [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("cifar/*/README.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path}: {link}"
+
+
 def test_it_begins_with_the_two_commands_a_newcomer_needs() -> None:
-    assert COMMANDS[:2] == [
-        "pip install -e . && accelerate launch train.py --recipe digits",
-        "pip install -e '.[test]' && pytest",
-    ]
-    assert COMMANDS[:2] == INSTALLS[:2]
+    assert COMMANDS[0] == "pip install -e . && accelerate launch train.py --recipe digits"
+    assert [COMMANDS[0], "pip install -e '.[app]'", "pip install -e '.[test]' && pytest"] == INSTALLS
 
 
 def test_what_the_app_needs_comes_with_it_and_with_the_tests() -> None:
-    assert INSTALLS[2:] == ["pip install -e '.[app]'"]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["app"][0].startswith("gradio>=")
     assert "cifar[app]" in extras["test"]
@@ -180,7 +186,7 @@ def test_the_model_is_computed() -> None:
     rows = [line.split() for line in done.stdout.splitlines() if line.lstrip()[:1].isdigit()]
     linear = {gpus: [row[-1] for row in rows if row[0] == gpus] for gpus in ("8", "16", "64", "256")}
     shown = [
-        line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith(("| the recipe's", "| 512"))
+        line.strip("| ").split(" | ") for line in BENCH.splitlines() if line.startswith(("| the recipe's", "| 512"))
     ]
     assert [[cell.replace(" ", "") for cell in cells[1:5]] for cells in shown] == [
         list(row) for row in zip(*linear.values(), strict=True)
