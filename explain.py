@@ -65,7 +65,7 @@ def explain(run: Run, asked: Options) -> None:
     # Maps and votes, on a copy of the network that no launcher has put autocast around.
     network = runs.load(run, accelerator.device)
     predictions, how = ranking[:, 0], (asked.method, layer)
-    epochs, epoch_predictions = runs.judgements(run, data)
+    epochs, epoch_predictions = runs.prediction_history(run, data)
     of_mistakes, of_companions = np.stack((predictions[wrong], labels[wrong]), axis=1), ranking[companions, :2]
     findings = Findings(
         facts={
@@ -77,8 +77,8 @@ def explain(run: Run, asked: Options) -> None:
         probabilities=probabilities,
         epochs=epochs,
         epoch_predictions=epoch_predictions,
-        mistakes=evidence.gather(network, data, wrong, of_mistakes, *how, last_stage),
-        companions=evidence.gather(network, data, companions, of_companions, *how, last_stage),
+        mistakes=evidence.attributions(network, data, wrong, of_mistakes, *how, last_stage),
+        companions=evidence.attributions(network, data, companions, of_companions, *how, last_stage),
         companion_of=companion_of,
         method=asked.method,
         layer=layer,
@@ -130,7 +130,7 @@ def explain(run: Run, asked: Options) -> None:
 def main() -> None:
     """Reads the command line and explains; a user's mistake ends in one line and exit status 2."""
     outlive_readers()
-    speaks = os.environ.get("RANK", "0") == "0"
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
     try:
         asked = options.parse_command_line(sys.argv[1:])
         run = runs.open_run(asked.run)
@@ -139,7 +139,7 @@ def main() -> None:
         with failure.shared():
             explain(run, asked)
     except UserError as error:
-        if speaks:
+        if is_rank_zero:
             print(f"explain.py: {error.prefix}{error}", file=sys.stderr)
         failure.leave(error.status)
     failure.leave(0)

@@ -51,7 +51,7 @@ def train(recipe: Recipe, options: Options) -> None:
     torch.manual_seed(recipe.seed)
     network = models.build(recipe.network, len(data.classes), recipe.dropout)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    models.fit(network, loading.first_images(data, device))
+    models.init_from_data(network, loading.first_images(data, device))
     optimizer = optim.build(network, recipe)
     record = RunRecord(accelerator, options, recipe, data, schedule, clock)
     progress = record.resume(network, optimizer)
@@ -114,14 +114,14 @@ def train(recipe: Recipe, options: Options) -> None:
 def main() -> None:
     """Reads the command line and trains; a user's mistake ends in one line and exit status 2."""
     outlive_readers()
-    speaks = os.environ.get("RANK", "0") == "0"
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
     try:
         recipe, options = parse_command_line(sys.argv[1:])
         with failure.shared():
             train(recipe, options)
         stop.ignore()
     except UserError as error:
-        if speaks:
+        if is_rank_zero:
             print(f"train.py: {error.prefix}{error}", file=sys.stderr)
         failure.leave(error.status)
     failure.leave(0)

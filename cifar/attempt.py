@@ -126,7 +126,7 @@ def _register(run: Path, number: int, world_size: int) -> bool:
     return True
 
 
-def see(run: Path, number: int) -> None:
+def wait_until_visible(run: Path, number: int) -> None:
     """Raises UserError if this machine does not see, within some seconds, the attempt that rank 0 has just begun."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while number not in _numbers(run):

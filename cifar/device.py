@@ -78,7 +78,7 @@ class Mark:
     def __init__(self, device: "torch.device") -> None:
         import torch
 
-        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record()
 

@@ -133,7 +133,7 @@ class _Watch:
                 found = why()
                 if found is None:
                     return
-                self.failed = found if self.peers is None else self.peers.settle(found)
+                self.failed = found if self.peers is None else self.peers.first_failure(found)
             else:
                 time.sleep(GRACE_SECONDS)  # the main thread knows, and is on its way out
             self._write(self.failed)
@@ -238,7 +238,7 @@ class _Peers:
         thread.join(3 * GRACE_SECONDS)
         return answers[0] if answers else otherwise
 
-    def settle(self, end: End) -> End:
+    def first_failure(self, end: End) -> End:
         """What the rank says that failed first: this one, if it is the first to say so."""
         return self.ask(lambda: End(*json.loads(self.store.compare_set("first", "", json.dumps(end)))), end) or end
 
@@ -349,7 +349,7 @@ def when_ended(record: Record | None) -> None:
         _watch.record = record
 
 
-def end() -> None:
+def disable_watchdog() -> None:
     """The ranks part in good order; what one of them still does, it does alone."""
     if _watch:
         peers, _watch.peers = _watch.peers, None
@@ -402,7 +402,7 @@ def cause(error: BaseException) -> End:
                 end = peers.roll_call(reason) or peers.where_all_are(reason)
             else:
                 end = End(own if isinstance(error, UserError) else f"{peers.name(peers.rank)}: {own}", status)
-            watch.failed = peers.settle(end)
+            watch.failed = peers.first_failure(end)
         assert watch.failed is not None
         return watch.failed
 

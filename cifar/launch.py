@@ -280,7 +280,7 @@ def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
 
 def end(accelerator: Accelerator) -> None:
     """The ranks part in good order."""
-    failure.end()
+    failure.disable_watchdog()
     accelerator.end_training()
 
 

@@ -75,7 +75,7 @@ class RunRecord:
         self.chosen: Chosen = agreed[1]
         self.evaluated: int = agreed[2]  # epochs
         with raise_on_all_ranks(accelerator):
-            attempts.see(options.run, self.number)
+            attempts.wait_until_visible(options.run, self.number)
         self.writer, self.drawer = Background("writer"), Background("drawer")
         self.logged = self.checked = -math.inf
         self.drawn = time.monotonic()

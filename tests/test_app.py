@@ -200,7 +200,9 @@ def test_an_answer_is_that_of_the_explanation_pass(
             raw, _ = maps.compute(network, row["layer"], method, images, maps.scores(torch.tensor([[target]]), 4))
             assert np.allclose(row["map"], np.maximum(raw[0, 0], 0), atol=2e-6)
             assert row["raw maximum"] == pytest.approx(raw.max(), abs=2e-6)
-        shown = evidence.gather(network, data, index, np.array([[target, against]], np.uint8), method, "prep", "layer3")
+        shown = evidence.attributions(
+            network, data, index, np.array([[target, against]], np.uint8), method, "prep", "layer3"
+        )
         votes = answer["votes"]
         assert (votes["layer"], votes["for"], votes["against"]) == ("layer3", CLASSES[target], CLASSES[against])
         assert np.allclose(votes["cells"], shown.votes[0], atol=2e-5)
@@ -309,7 +311,7 @@ def test_the_mistakes_are_those_of_the_run(client: Client, opened: Run, run: Pat
 
     network, wrong = runs.load(opened, torch.device("cpu")), np.array([row["index"] for row in rows])
     targets = np.stack((last[wrong], labels[wrong]), axis=1)
-    shown = evidence.gather(network, data, wrong, targets, "hirescam", "layer1", "layer3")
+    shown = evidence.attributions(network, data, wrong, targets, "hirescam", "layer1", "layer3")
     for column, map_for in enumerate((PREDICTED, TRUE)):
         _, rows = client.predict(
             True, 30, ANY, ANY, "confident", 0, map_for, "hirescam", "layer1", api_name="/misclassified"

@@ -83,12 +83,12 @@ def test_an_attempt_says_who_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_machine_that_does_not_see_the_attempt_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     number = attempt.claim(tmp_path / "theirs", 2).number
-    attempt.see(tmp_path / "theirs", number)
+    attempt.wait_until_visible(tmp_path / "theirs", number)
     monkeypatch.setattr(attempt, "VISIBLE_SECONDS", 0)
     with pytest.raises(
         UserError, match=r"does not see .*/ours/attempts/0001.json, which rank 0 has just written; give"
     ):
-        attempt.see(tmp_path / "ours", number)
+        attempt.wait_until_visible(tmp_path / "ours", number)
 
 
 def test_a_file_for_which_the_disk_has_no_room_stays_as_it_was(disk: Disk) -> None:

@@ -24,7 +24,7 @@ from cifar.data.augment import normalize
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
 from cifar.explain import calibration, checks, mistakes, neighbours, output, runs
-from cifar.explain.findings import Findings, Shown
+from cifar.explain.findings import ExplainedImages, Findings
 from cifar.explain.options import Options, parse_command_line
 
 ONE = ("--num_processes", "1")
@@ -195,7 +195,7 @@ def test_a_checkpoint_is_explained_like_the_run_that_it_became(run: Path, explai
     }
     assert checkpoint.verify(newest)
     assert not list(unfinished.glob("events*"))  # the training's own curves stay in sight
-    epochs, predictions = runs.judgements(runs.open_run(older), open_data(runs.open_run(older).recipe["data"]))
+    epochs, predictions = runs.prediction_history(runs.open_run(older), open_data(runs.open_run(older).recipe["data"]))
     assert (epochs.tolist(), predictions.shape) == ([1, 2], (2, 36))
 
 
@@ -661,7 +661,7 @@ def test_each_mistake_has_a_correct_image_that_was_nearly_the_same_mistake() -> 
 
 def findings(probabilities: np.ndarray, labels: np.ndarray) -> Findings:
     empty = np.zeros(0, np.float32)
-    nobody = Shown(np.zeros(0, np.int64), np.zeros((0, 32, 32, 3), np.uint8), [], np.zeros((0, 2), np.uint8),
+    nobody = ExplainedImages(np.zeros(0, np.int64), np.zeros((0, 32, 32, 3), np.uint8), [], np.zeros((0, 2), np.uint8),
                    np.zeros((0, 2, 8, 8), np.float32), np.zeros((0, 2), np.float32), np.zeros((0, 4, 4), np.float32),
                    empty, empty)  # fmt: skip
     numbers, classes = np.zeros(0, np.int64), np.zeros((0, len(labels)), np.uint8)

@@ -42,7 +42,7 @@ def test_a_frozen_beginning_gets_no_gradient_and_changes_no_other(network: torch
     before = gradients()
     models.freeze(network)
     after = gradients()
-    frozen = {name for name in after if name.startswith(network.beginning)}
+    frozen = {name for name in after if name.startswith(network.early_layers)}
     learning = {name for name, gradient in after.items() if gradient is not None}
     assert learning == {name for name, gradient in before.items() if gradient is not None} - frozen
     assert any(before[name] is not None for name in frozen)
@@ -154,7 +154,7 @@ def test_whitening_makes_patches_uncorrelated_with_variance_1() -> None:
     smooth = F.avg_pool2d(torch.randn(500, 3, 36, 36), 5, stride=1)  # neighbours are alike, as in photographs
     images = smooth / smooth.std() + 0.3 * torch.randn(500, 1, 32, 32)  # and so are the channels
     network = models.build("whitened", classes=10, dropout=0)
-    models.fit(network, images)
+    models.init_from_data(network, images)
     positive, negative = network.whitening(images).permute(1, 0, 2, 3).flatten(1).split(12)
     torch.testing.assert_close(positive, -negative)
     torch.testing.assert_close(positive @ positive.T / positive.shape[1], torch.eye(12), atol=0.02, rtol=0)

@@ -16,7 +16,7 @@ import pytest
 from contrast import LEAST_CONTRAST
 
 from cifar.explain import report
-from cifar.explain.findings import Findings, Neighbours, Shown
+from cifar.explain.findings import ExplainedImages, Findings, Neighbours
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route
@@ -61,13 +61,13 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
     probabilities = (probabilities / probabilities.sum(axis=1, keepdims=True)).astype(np.float32)
     pictures = random.integers(0, 256, (images, 32, 32, 3)).astype(np.uint8)
 
-    def shown(indices: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> Shown:
+    def shown(indices: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> ExplainedImages:
         size = len(indices)
         raw = random.normal(0.2, 0.5, (size, 2, 8, 8)).astype(np.float32)
         raw[::5, 1] = -np.abs(raw[::5, 1])  # no positive evidence for the second class
         votes = random.normal(0.2, 0.6, (size, 4, 4)).astype(np.float32)
         bias = random.normal(0, 0.2, size).astype(np.float32)
-        return Shown(
+        return ExplainedImages(
             indices=indices,
             pictures=pictures[indices],
             files=[f"test/{labels[index]}/{index:05d}.png" for index in indices],

@@ -67,7 +67,7 @@ def of_run(run: Run, source: str) -> Material:
 
     data = runs.as_trained(open_data(source), run)
     try:
-        epochs, judged = runs.judgements(run, data)
+        epochs, judged = runs.prediction_history(run, data)
         probabilities = load_file(run.directory / "predictions.safetensors")["probabilities"].astype(np.float32)
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(

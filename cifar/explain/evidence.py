@@ -7,7 +7,7 @@ from torch import nn
 from cifar.data.augment import normalize
 from cifar.data.cache import Data
 from cifar.explain import maps, votes
-from cifar.explain.findings import Int64, Shown, UInt8
+from cifar.explain.findings import ExplainedImages, Int64, UInt8
 
 
 def tensor(data: Data, indices: Int64, device: torch.device) -> torch.Tensor:
@@ -15,9 +15,9 @@ def tensor(data: Data, indices: Int64, device: torch.device) -> torch.Tensor:
     return normalize(torch.from_numpy(data.test_images[indices]).to(device), data.mean, data.std)
 
 
-def gather(
+def attributions(
     network: nn.Module, data: Data, indices: Int64, targets: UInt8, method: str, layer: str, last_stage: str
-) -> Shown:
+) -> ExplainedImages:
     """Maps at `layer` for the two classes `targets` [n, 2] of each test image, and votes at the last stage.
 
     The network is float32 and in evaluation mode, see maps.compute.
@@ -27,7 +27,7 @@ def gather(
     raw, _ = maps.compute(network, layer, method, images, maps.scores(classes, len(data.classes)))
     counted, biases, margins = votes.count(network, last_stage, images, classes)
     names = data.files("test")
-    return Shown(
+    return ExplainedImages(
         indices=indices,
         pictures=data.test_images[indices],
         files=[names[index] for index in indices] if names else [],

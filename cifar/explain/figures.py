@@ -9,7 +9,7 @@ from PIL import Image
 
 from cifar import figures, lettering, plotting
 from cifar.explain import calibration
-from cifar.explain.findings import Findings, Float, Int64, Shown, UInt8
+from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, UInt8
 from cifar.explain.options import Options
 from cifar.figures import below, beside, enlarged, panel
 from cifar.lettering import LINE, Labels, Line
@@ -112,7 +112,7 @@ def _map_strip(findings: Findings, row: int, opacity: float, labels: Labels) -> 
     return beside(panels)
 
 
-def _named_panel(findings: Findings, shown: Shown, row: int, words: tuple[str, str], labels: Labels) -> UInt8:
+def _named_panel(findings: Findings, shown: ExplainedImages, row: int, words: tuple[str, str], labels: Labels) -> UInt8:
     """An image under its number, its true class, and the class that it was, or was nearly, taken for."""
     image = shown.indices[row]
     true = int(findings.labels[image])
@@ -125,7 +125,7 @@ def _named_panel(findings: Findings, shown: Shown, row: int, words: tuple[str, s
     return panel(enlarged(shown.pictures[row], ENLARGED), [lettering.of(f"#{image}"), *lines])
 
 
-def _map_panel(shown: Shown, row: int, target: int, limit: float, opacity: float, name: Line) -> UInt8:
+def _map_panel(shown: ExplainedImages, row: int, target: int, limit: float, opacity: float, name: Line) -> UInt8:
     peak = shown.peaks[row, target]
     strength = lettering.of(f"maximum {peak:.3g}" if peak > 0 else f"no positive evidence ({peak:.2g})")
     return panel(
@@ -133,7 +133,7 @@ def _map_panel(shown: Shown, row: int, target: int, limit: float, opacity: float
     )
 
 
-def _vote_panel(shown: Shown, row: int) -> UInt8:
+def _vote_panel(shown: ExplainedImages, row: int) -> UInt8:
     votes = shown.votes[row]
     side = ENLARGED * shown.pictures.shape[1] // len(votes)
     image = Image.fromarray(enlarged(coloured(votes, float(np.abs(votes).max()), signed=True), side))

@@ -14,7 +14,7 @@ Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ExplainedImages:
     """Some test images with their maps.
 
     Target 0 is the predicted class, target 1 the true one, or, for a correct image, the runner-up.
@@ -53,8 +53,8 @@ class Findings:
     probabilities: Float  # [n, C]
     epochs: Int64  # [E] the epochs that were evaluated in training
     epoch_predictions: UInt8  # [E, n]
-    mistakes: Shown
-    companions: Shown  # correct images; one for each pair (true, predicted) that was mistaken, if there is one
+    mistakes: ExplainedImages
+    companions: ExplainedImages  # correct images, one for each mistaken pair (true, predicted)
     companion_of: Int64  # [m] row in `companions`, or -1
     method: str  # of the maps, e.g. gradcam
     layer: str  # e.g. layer2

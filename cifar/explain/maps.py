@@ -36,7 +36,7 @@ def compute(
 
     module = network.get_submodule(layer)
     maps, logits = [], []
-    with _attentive(network, module):
+    with _cam_mode(network, module):
         cam = getattr(pytorch_grad_cam, METHODS[method])(network, [module])
         recorder = cam.activations_and_grads
         try:
@@ -59,7 +59,7 @@ def compute(
 
 
 @contextmanager
-def _attentive(network: nn.Module, module: nn.Module) -> Iterator[None]:
+def _cam_mode(network: nn.Module, module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and gradients for what is above `module` alone; put back afterwards.
 
     Gradients with respect to weights and to what is below would be computed for nothing. Layers that work in place

@@ -21,7 +21,7 @@ from PIL import Image
 from cifar import names, plotting
 from cifar.explain import calibration
 from cifar.explain.calibration import BINS, Reliability
-from cifar.explain.findings import Findings, Neighbours, Shown, UInt8
+from cifar.explain.findings import ExplainedImages, Findings, Neighbours, UInt8
 
 MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is reached through the filters
 
@@ -131,7 +131,7 @@ def _joined(mistakes: Array, companions: Array) -> Array:
     return np.concatenate([mistakes, companions]) if len(companions) and len(mistakes) else mistakes
 
 
-def _identity(findings: Findings, shown: Shown) -> str:
+def _identity(findings: Findings, shown: ExplainedImages) -> str:
     """Names these mistakes, so that the verdicts a browser keeps for one page never turn up on another."""
     parts = (shown.indices, findings.labels[shown.indices], findings.predictions[shown.indices])
     classes = "/".join(findings.classes).encode(errors="surrogatepass")

@@ -206,7 +206,7 @@ def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, 
     }
 
 
-def judgements(run: Run, data: "Data") -> tuple[Int64, UInt8]:
+def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     """The epochs [E] that the run evaluated, and the class [E, n] it predicted then; none where it judged other images.
 
     Of a checkpoint, the epochs that it had completed. Raises UserError for a file that is damaged.
@@ -233,7 +233,7 @@ def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]
     """
     wrong = {}
     for path in paths:
-        epochs, predictions = judgements(open_run(path), data)
+        epochs, predictions = prediction_history(open_run(path), data)
         if not len(epochs):
             raise UserError(f"--compare {path} did not judge these images; name finished runs on the same data")
         wrong[str(path)] = predictions[epochs.argmax()] != data.test_labels

@@ -1,7 +1,7 @@
 """Networks, one per file, found by name: `cifar/models/<name>.py` has `build(classes, dropout)`.
 
-A network names the modules that it begins with in `beginning` (see `freeze` below); one whose beginning depends on the
-images has a method `fit` (see `fit` below).
+A network names the modules that may be frozen early in `early_layers` (see `freeze`). One whose initial weights depend on
+the images has a method `init_from_data` (see below).
 """
 
 import importlib
@@ -28,18 +28,18 @@ def build(name: str, classes: int, dropout: float) -> "nn.Module":
     return network
 
 
-def fit(network: "nn.Module", images: "torch.Tensor") -> None:
-    """Before training, shows some normalised training images [n, 3, h, w] to a network that wants to see them."""
-    wanted = getattr(network, "fit", None)
-    if wanted is not None:
-        wanted(images)
+def init_from_data(network: "nn.Module", images: "torch.Tensor") -> None:
+    """Initialises a network that depends on the data, from some normalised training images [n, 3, h, w]."""
+    initialise = getattr(network, "init_from_data", None)
+    if initialise is not None:
+        initialise(images)
 
 
 def freeze(network: "nn.Module") -> None:
-    """From now on the network's beginning no longer learns, and the way back ends behind it.
+    """Freezes the early layers, where the backward pass then ends.
 
-    What is learnt first is settled first (A. Brock and others, FreezeOut, arXiv 1706.04983). A step of `whitened` then
-    makes 0.81 of its multiply-adds.
+    Early layers converge first (A. Brock and others, FreezeOut, arXiv 1706.04983). A step of `whitened` then makes 0.81
+    of its multiply-adds.
     """
-    for name in network.beginning:  # type: ignore[union-attr]
+    for name in network.early_layers:  # type: ignore[union-attr]
         network.get_submodule(name).requires_grad_(False)

@@ -77,7 +77,7 @@ class ResNet(nn.Module):
 
     # The places that an explanation may look at, shallow to deep, and their cells along a side.
     explainable_layers: ClassVar = {"prep": 32, "layer1": 16, "layer2": 8, "layer3": 4}
-    beginning: ClassVar = ("prep", "layer1")
+    early_layers: ClassVar = ("prep", "layer1")
 
     def __init__(self, classes: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A convolutional network of 2.0 M parameters behind a fixed whitening: little to compute, quick to learn.
+"""A small, fast convolutional network of 2.0 M parameters with a frozen whitening layer.
 
 After airbench94 (K. Jordan, arXiv 2404.00498; github.com/KellerJordan/cifar10-airbench): its layers, widths and
 initialisation. What differs: an odd map's last row and column, which the pooling throws away, are not computed (10.8%
@@ -19,7 +19,7 @@ from cifar.models.resnet import GlobalMaxPool2d
 WHITENED = 12  # principal directions of 2x2 patches in three channels
 
 
-class Filters(nn.Conv2d):
+class DiracConv2d(nn.Conv2d):
     """A 3x3 convolution whose first filters begin as the identity (Dirac), so that images reach every depth."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -30,7 +30,7 @@ class Filters(nn.Conv2d):
         nn.init.dirac_(self.weight.data[: self.in_channels])
 
 
-class PooledFilters(Filters):
+class PrePoolConv2d(DiracConv2d):
     """The same before a 2x2 pool: of an odd map, the last row and column of the result are not computed."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,8 +52,8 @@ class Stage(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = PooledFilters(channels_in, channels_out), Norm(channels_out)
-        self.conv2, self.norm2 = Filters(channels_out, channels_out), Norm(channels_out)
+        self.conv1, self.norm1 = PrePoolConv2d(channels_in, channels_out), Norm(channels_out)
+        self.conv2, self.norm2 = DiracConv2d(channels_out, channels_out), Norm(channels_out)
         self.pool, self.activation = nn.MaxPool2d(2), nn.GELU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Whitened(nn.Module):
 
     # The places that an explanation may look at, shallow to deep, and their cells along a side.
     explainable_layers: ClassVar = {"stage1": 15, "stage2": 7, "stage3": 3}
-    beginning: ClassVar = ("whitening", "stage1")
+    early_layers: ClassVar = ("whitening", "stage1")
 
     def __init__(self, classes: int, dropout: float) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Whitened(nn.Module):
         self.linear = nn.Linear(256, classes, bias=False)
         nn.init.normal_(self.linear.weight, std=1 / 256)
 
-    def fit(self, images: torch.Tensor) -> None:
+    def init_from_data(self, images: torch.Tensor) -> None:
         """Sets the whitening from training images [n, 3, h, w]: the principal directions of their 2x2 patches, each
         divided by its standard deviation, and their negatives, since the activation cuts one side off.
         """
