@@ -8,12 +8,10 @@ All processes predict, then the first one goes on alone. Everything is written t
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 
 from cifar import failure
-from cifar.errors import UserError, outlive_readers
 from cifar.explain import layers, options, runs
 from cifar.explain.options import Options
 from cifar.explain.runs import Run
@@ -128,21 +126,14 @@ def explain(run: Run, asked: Options) -> None:
 
 
 def main() -> None:
-    """Reads the command line and explains; a user's mistake ends in one line and exit status 2."""
-    outlive_readers()
-    is_rank_zero = os.environ.get("RANK", "0") == "0"
-    try:
+    """Reads the command line and explains."""
+    with failure.command_line("explain.py"):
         asked = options.parse_command_line(sys.argv[1:])
         run = runs.open_run(asked.run)
         options.check(asked, run)
         runs.check_output(asked.output or run.output)
         with failure.shared():
             explain(run, asked)
-    except UserError as error:
-        if is_rank_zero:
-            print(f"explain.py: {error.prefix}{error}", file=sys.stderr)
-        failure.leave(error.status)
-    failure.leave(0)
 
 
 if __name__ == "__main__":

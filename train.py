@@ -11,12 +11,10 @@ from cifar import stop
 
 stop.catch()  # first of all: torch takes seconds to import, and a stop request must not be lost meanwhile
 
-import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 
 from cifar import failure  # noqa: E402
-from cifar.errors import UserError, outlive_readers  # noqa: E402
 from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
 
 
@@ -112,19 +110,12 @@ def train(recipe: Recipe, options: Options) -> None:
 
 
 def main() -> None:
-    """Reads the command line and trains; a user's mistake ends in one line and exit status 2."""
-    outlive_readers()
-    is_rank_zero = os.environ.get("RANK", "0") == "0"
-    try:
+    """Reads the command line and trains."""
+    with failure.command_line("train.py"):
         recipe, options = parse_command_line(sys.argv[1:])
         with failure.shared():
             train(recipe, options)
         stop.ignore()
-    except UserError as error:
-        if is_rank_zero:
-            print(f"train.py: {error.prefix}{error}", file=sys.stderr)
-        failure.leave(error.status)
-    failure.leave(0)
 
 
 if __name__ == "__main__":

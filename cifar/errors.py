@@ -5,7 +5,8 @@ import errno
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
@@ -34,6 +35,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+@contextmanager
+def command_line(program: str) -> Iterator[None]:
+    """Around a program: a user's mistake ends it in one line with exit status 2, Ctrl-C with 130, as in a shell."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {error.prefix}{error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class _Output:

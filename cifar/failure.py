@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from cifar import stop
-from cifar.errors import UserError
+from cifar.errors import UserError, outlive_readers
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
 HANG_SECONDS = 120
@@ -358,6 +358,19 @@ def disable_watchdog() -> None:
         if peers:
             peers.leaving.set()
             peers.teller.join(GRACE_SECONDS)
+
+
+@contextmanager
+def command_line(program: str) -> Iterator[None]:
+    """Around a program of several ranks: a user's mistake ends it in one line, which rank 0 says, and exit status 2."""
+    outlive_readers()
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {error.prefix}{error}", file=sys.stderr)
+        leave(error.status)
+    leave(0)
 
 
 def leave(status: int) -> NoReturn:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cifar.app import server
-from cifar.errors import Parser, UserError
+from cifar.errors import Parser, UserError, command_line
 from cifar.explain import runs
 
 
@@ -74,14 +74,9 @@ def check_new(folder: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line and serves; a user's mistake ends in one line and exit status 2."""
-    try:
+    """Reads the command line and serves."""
+    with command_line("cifar.app"):
         start(parse_command_line(sys.argv[1:]))
-    except UserError as error:
-        print(f"cifar.app: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

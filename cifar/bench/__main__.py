@@ -19,7 +19,7 @@ from cifar import files, recipes
 from cifar.bench import checkpoint, explain, figures, input, limit, scaling, startup, step  # noqa: A004
 from cifar.bench.context import Bench
 from cifar.bench.figures import Figure
-from cifar.errors import Parser, UserError
+from cifar.errors import Parser, UserError, command_line
 
 PARTS: dict[str, tuple[Callable[[Bench], list[Figure]], str]] = {
     "limit": (limit.measure, "matrix products and memory: measured always, since the others are compared with it"),
@@ -92,21 +92,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line and measures; a user's mistake ends in one line and exit status 2."""
-    try:
+    """Reads the command line and measures."""
+    with command_line("bench"):
         arguments = parse_command_line(sys.argv[1:])
-        # Here, where runs are too, so that checkpoints go to the same disk.
-        with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
-            measure(arguments, Path(folder))
-    except UserError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        where = error.filename or "this folder"
-        print(f"bench: error: {where}: {error.strerror}; it needs 500 MB here for a while", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell says it
+        try:
+            # Here, where runs are too, so that checkpoints go to the same disk.
+            with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
+                measure(arguments, Path(folder))
+        except OSError as error:
+            where = error.filename or "this folder"
+            raise UserError(f"{where}: {error.strerror}; it needs 500 MB here for a while") from None
 
 
 if __name__ == "__main__":

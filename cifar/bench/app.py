@@ -28,7 +28,7 @@ from PIL import Image
 
 from cifar.bench import figures
 from cifar.bench.figures import Figure
-from cifar.errors import Parser, UserError
+from cifar.errors import Parser, UserError, command_line
 from cifar.explain import layers, runs
 from cifar.explain.options import METHODS
 
@@ -165,16 +165,13 @@ def parse_command_line() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, and prints a table; a user's mistake ends in one line and exit status 2."""
-    try:
+    """Measures, and prints a table."""
+    with command_line("bench"):
         arguments = parse_command_line()
         found = measure(arguments.run, arguments.starts, arguments.answers, arguments.requests)
-    except UserError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(figures.head(), *(figure.row() for figure in found), sep="\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([figure.json() for figure in found], indent=1))
+        print(figures.head(), *(figure.row() for figure in found), sep="\n")
+        if arguments.json:
+            arguments.json.write_text(json.dumps([figure.json() for figure in found], indent=1))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cifar.errors import Parser, UserError
+from cifar.errors import Parser, UserError, command_line
 
 LOWEST = 0.5  # what comes before is over soon and would take half the picture
 
@@ -90,15 +90,12 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Draws; a user's mistake ends in one line and exit status 2."""
-    try:
+    """Draws."""
+    with command_line("bench"):
         arguments = parse_command_line(sys.argv[1:])
         runs: dict[str, list[Curve]] = {}
         for run in arguments.runs:
             runs.setdefault(re.sub(r"-seed\d+$", "", run.absolute().name), []).append(read(run))
-    except UserError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        sys.exit(2)
     # The same runs make the same file: no date, no random names within, and letters that remain letters.
     mpl.rcParams.update({"svg.hashsalt": "cifar", "svg.fonttype": "none", "font.family": "sans-serif"})
     draw(runs).savefig(arguments.output, dpi=120, metadata={"Date": None} if arguments.output.suffix == ".svg" else {})

@@ -10,7 +10,6 @@ wait for the slowest of them.
 
 import argparse
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from cifar.bench.context import Bench
 from cifar.bench.figures import short, spread
 from cifar.bench.shaped import Link, two_machines
-from cifar.errors import Parser, UserError
+from cifar.errors import Parser, command_line
 from cifar.recipes import RECIPES
 
 SEGMENT = 1 << 20  # bytes: gloo's
@@ -243,13 +242,10 @@ def parse_command_line() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Reads the command line; a user's mistake ends in one line and exit status 2."""
-    try:
+    """Prints the table, or the comparison."""
+    with command_line("bench"):
         arguments = parse_command_line()
         print(check(arguments.repeats, arguments.steps) if arguments.measure else table())
-    except UserError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
