@@ -37,7 +37,7 @@ def explain(run: Run, asked: Options) -> None:
     cells = layers.of(run.network)
     layer, last_stage = asked.layer or layers.default(cells), list(cells)[-1]
 
-    # Predictions, in the launcher's precision: every process judges its share, and all of them get all results.
+    # Predictions, in the launcher's precision: every process evaluates its part, and all of them get all results.
     with raise_on_all_ranks(accelerator):
         if accelerator.is_local_main_process:
             open_data(source)

@@ -350,7 +350,7 @@ def when_ended(record: Record | None) -> None:
 
 
 def disable_watchdog() -> None:
-    """The ranks part in good order; what one of them still does, it does alone."""
+    """Ends the watch over the other ranks: what this rank still does, it does alone."""
     if _watch:
         peers, _watch.peers = _watch.peers, None
         _move(_watch)

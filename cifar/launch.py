@@ -146,7 +146,7 @@ def _rejoin(backend: str, limit: timedelta) -> None:
 
 
 def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_steps: int) -> None:
-    """Raises UserError where the global batch does not divide: it is the recipe's and is never rounded (law 2)."""
+    """Raises UserError where the global batch does not divide: it is the recipe's and is never rounded."""
     if global_batch_size % (accelerator.num_processes * accumulation_steps):
         raise UserError(
             f"--global-batch-size {global_batch_size} does not divide into {accelerator.num_processes} process(es) x "
@@ -251,7 +251,7 @@ def native_bf16(device: torch.device) -> bool:
 def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Module) -> None:
     """Lets DDP arrange its buckets before the first step, so that a resumed run adds gradients in the same order.
 
-    DDP sorts the gradients anew after its first backward pass, by the order in which they became ready. With three
+    DDP sorts the gradients again after its first backward pass, by the order in which they became ready. With three
     ranks or more, a gradient's place in its bucket decides in which order the ranks' shares are added, and float32
     sums depend on that: the first step after a resume would differ in the last bits from the same step before.
     """
@@ -268,7 +268,7 @@ def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Mod
 
 
 def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
-    """The network as the ranks train it together, anew after some of it has been frozen.
+    """Wraps the network in DDP again after some of it has been frozen.
 
     DDP waits for the gradient of every parameter that learnt when it was made. (One that looks for the missing ones in
     each step would send them as zeros, and says at its first step that there are none.)
@@ -279,7 +279,7 @@ def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
 
 
 def end(accelerator: Accelerator) -> None:
-    """The ranks part in good order."""
+    """Shuts the process group down cleanly."""
     failure.disable_watchdog()
     accelerator.end_training()
 

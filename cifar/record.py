@@ -186,6 +186,7 @@ class RunRecord:
         return any(metrics.stop for metrics in arrived)
 
     def _refuse(self, metrics: StepMetrics) -> None:
+        self.progress.step = metrics.step - 1  # the last that was good, whatever has been computed since
         with raise_on_all_ranks(self.accelerator):
             if self.attempt:
                 with suppress(UserError):

@@ -599,7 +599,7 @@ def test_images_of_other_classes_are_refused(run: Path, shapes: Path) -> None:
 
 
 def test_only_runs_on_the_same_images_are_compared(run: Path, shapes: Path) -> None:
-    with pytest.raises(UserError, match=r"--compare .* did not judge these images"):
+    with pytest.raises(UserError, match=r"--compare .* did not evaluate these images"):
         runs.wrong_in([run], open_data(str(shapes)))
 
 

@@ -4,7 +4,7 @@
     python -m cifar.bench step --recipe digits --repeats 3
     python -m cifar.bench --json bench.json
 
-Programs are measured in turn (A B A B), each in a process of its own; see turns.py. The baseline is in plain.py.
+Measurements are interleaved (A B A B), each program in a process of its own; see turns.py. The baseline is in plain.py.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             "machine": bench.machine,
             "recipe": bench.recipe,
             "precision": bench.precision,
-            "images": "scanned digits, over and over; random ones for maps and forward alone",
+            "images": "scanned digits, over and over; random ones for maps and the forward pass",
             "repeats": bench.repeats,
             "seconds": bench.seconds,
             "counts": bench.counts,

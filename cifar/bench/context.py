@@ -56,13 +56,13 @@ class Bench:
 
     def steps_limit(self, facts: Answer) -> tuple[str, float]:
         """Images per second if a step were nothing but matrix products: 3 x forward, as each product has two in the
-        way back (the first convolution's one, which makes 0.2% of the 6.6 M network's sum).
+        backward pass (the first convolution's one, which makes 0.2% of the 6.6 M network's sum).
         """
         name = products("bf16" if self.precision == "bf16" else "float32")
         return f"{name}, 3 x {facts['multiply_adds']:,} an image", self.limits[name] / 3 / facts["multiply_adds"]
 
     def forward_limit(self, facts: Answer) -> tuple[str, float]:
-        """The same for the way forward alone."""
+        """The same for the forward pass only."""
         name, limit = self.steps_limit(facts)
         return name.replace("3 x ", ""), 3 * limit
 

@@ -36,7 +36,7 @@ def multiply_adds(function: Callable[[], object]) -> int:
 
 
 def forward_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
-    """Multiply-adds of one image's way forward. The network's mode and buffers are left as they were."""
+    """Multiply-adds of one image's forward pass. The network's mode and buffers are left as they were."""
     mode, weight = network.training, next(network.parameters())
     image = torch.zeros(1, 3, image_size, image_size, device=weight.device)
     try:

@@ -1,4 +1,4 @@
-"""The baseline `plain`: the training loop that one writes first. What it shares with train.py is what is computed.
+"""The baseline `plain`: a naive training loop. What it shares with train.py is what is computed.
 
 The recipe's network, images, batch size, augmentation, loss and evaluation, with Adam; but float32, tensors in torch's
 own layout, each image transformed by itself in the training process, and nothing done ahead.
@@ -100,7 +100,7 @@ class Plain:
         return {"amount": amount, "seconds": seconds, "input": input_seconds, "at": time.time()}
 
     def evaluate(self, amount: int) -> Answer:
-        """Judges so many test images, in batches as large as the project's own."""
+        """Evaluates so many test images, in batches as large as the project's own."""
         from cifar.evaluation import EVALUATION_BATCH
 
         chosen = [index % len(self.test_images) for index in range(amount)]

@@ -193,7 +193,7 @@ class Observer:
         }
 
     def evaluate(self, amount: int) -> Answer:
-        """Judges so many test images, over and over where there are fewer."""
+        """Evaluates so many test images, over and over where there are fewer."""
         from dataclasses import replace
 
         import numpy as np
@@ -211,7 +211,7 @@ class Observer:
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
     def forward(self, amount: int) -> Answer:
-        """The network's way forward alone, on images that are ready."""
+        """The network's forward pass only, on images that are ready."""
         import torch
 
         from cifar.evaluation import EVALUATION_BATCH

@@ -17,7 +17,7 @@ PARTS = ("the launcher", "imports", "this project before its first step", "the f
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Starts recipe `digits`, train.py and the plain loop in turn, each time in a new run directory."""
+    """Starts recipe `digits`, train.py and the plain loop, interleaved, each time in a new run directory."""
     launches: list[list[float]] = []
     plain_seconds, help_seconds = [], []
     _launch(bench, "warm-up")  # the disk's cache, and the digits'

@@ -4,26 +4,26 @@ from cifar.bench import turns
 from cifar.bench.context import Bench
 from cifar.bench.figures import Figure
 
-JUDGED = 500  # images: evaluation's batch, and what it is measured in
+EVALUATED = 500  # images: evaluation's batch, and what it is measured in
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Ratios are to the plain loop; evaluation's also to the way forward alone, on images that are ready."""
+    """Ratios are to the plain loop; evaluation's also to the forward pass only, on images that are ready."""
     with bench.ours("ours") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
         profiles = [ours.turn("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
         facts = ours.turn("facts")
-        judges = {
+        evaluators = {
             "ours": (ours, {"do": "evaluate"}),
             "forward": (ours, {"do": "forward"}),
             "plain": (plain, {"do": "evaluate"}),
         }
-        judged = turns.alternate(judges, bench.repeats, bench.seconds, JUDGED)
+        evaluated = turns.alternate(evaluators, bench.repeats, bench.seconds, EVALUATED)
     bench.counts |= {"multiply_adds_per_image": facts["multiply_adds"], "parameters": facts["parameters"]}
     bench.counts |= {"copies_per_step": profiles[0]["copies"], "optimizer_per_step": profiles[0]["optimizer"]}
 
     rates, plain_rates = (turns.rates(trained[name], bench.batch) for name in ("ours", "plain"))
-    judging, forward, plain_judging = (turns.rates(judged[name]) for name in ("ours", "forward", "plain"))
+    evaluating, forward, plain_evaluating = (turns.rates(evaluated[name]) for name in ("ours", "forward", "plain"))
     limit, forward_limit = bench.steps_limit(facts), bench.forward_limit(facts)
     per_image = 3 * facts["multiply_adds"] / 1e9
     name = f"training, {bench.precision}"
@@ -39,8 +39,8 @@ def measure(bench: Bench) -> list[Figure]:
         ),
         Figure("step", "time for the rest", "of a step",
                [1 - sum(profile["kinds"].values()) / profile["seconds"] for profile in profiles]),
-        Figure("step", "evaluation", "images/s", judging, forward_limit, "plain",
-               turns.quotients(judging, plain_judging)),
-        Figure("step", "evaluation", "images/s", judging, forward_limit, "forward alone",
-               turns.quotients(judging, forward)),
+        Figure("step", "evaluation", "images/s", evaluating, forward_limit, "plain",
+               turns.quotients(evaluating, plain_evaluating)),
+        Figure("step", "evaluation", "images/s", evaluating, forward_limit, "forward pass",
+               turns.quotients(evaluating, forward)),
     ]  # fmt: skip

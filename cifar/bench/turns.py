@@ -1,4 +1,4 @@
-"""Programs that are measured in turn, A B A B, each in a process of its own: what the one does to its memory
+"""Interleaved measurements, A B A B, each program in a process of its own: what the one does to its memory
 allocator or its threads does not reach the other, and a machine that slows down does so for both.
 
 A program answers each line of JSON on its standard input with one line on its standard output, and ends with its input.

@@ -19,7 +19,7 @@ from cifar.errors import UserError
 Statistics = tuple[float, float, float]  # per channel, on a scale of 0 to 1
 
 
-LEVELS = 256  # equally likely values of brightness and of contrast
+LEVELS = 256  # values of brightness and of contrast, uniformly distributed
 
 
 class Pipeline(NamedTuple):
@@ -27,7 +27,7 @@ class Pipeline(NamedTuple):
 
     # A 32x32 crop of the image padded by so many pixels on each side; the border is the image's own mirror image.
     padding: int = 0
-    # Is an image mirrored left to right? Drawn anew in each epoch, or drawn once and then so in every second epoch.
+    # Is an image mirrored left to right? Drawn again in each epoch, or drawn once and then so in every second epoch.
     flip: Literal["never", "random", "alternating"] = "never"
     # What is added to a whole normalised image, between minus and plus so many standard deviations of the data.
     brightness: float = 0.0

@@ -1,4 +1,4 @@
-"""Are the maps worth anything? Measured on mistakes and on as many correctly classified images.
+"""Map faithfulness, against a shuffled baseline. Measured on mistakes and on as many correctly classified images.
 
 Flip test: hide the map's best cell behind a blank square; how often does the answer change? A network whose training
 had a cutout has seen such squares; to another one the square itself is something new: see `square`. Deletion and
@@ -6,7 +6,7 @@ insertion (arXiv 1806.07421): the mean probability of the predicted class while 
 the highest down; a map that knows has a small area under deletion and a large one under insertion. Smooth maps do well
 in both whatever they show (arXiv 2304.13836), so each is repeated with the cells of the same map shuffled, and only
 the difference counts.
-Randomisation (arXiv 1810.03292): how alike the map stays when weights are drawn anew; one that stays the same does not
+Randomisation (arXiv 1810.03292): how similar a map of new weights is; one that stays the same does not
 depend on what was learned. Stability: how alike it stays when the image is mirrored, or moved by one pixel.
 """
 
@@ -120,7 +120,7 @@ def _area(network: nn.Module, images: torch.Tensor, ranked: Float, predicted: In
 
 
 def _with_weights(network: nn.Module) -> list[str]:
-    """The names of the layers that can be drawn anew, from the images to the logits."""
+    """The names of the layers that can be re-initialised, from the images to the logits."""
     return [name for name, part in network.named_modules() if hasattr(part, "reset_parameters")]
 
 

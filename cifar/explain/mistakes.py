@@ -10,7 +10,7 @@ from cifar.errors import UserError
 from cifar.explain.findings import Findings, Float, Int64, UInt8
 from cifar.explain.options import COUNT, Options
 
-# Processes that judge another share of the images, and other processors, differ in a probability's last bits.
+# Other processes, batches and processors differ in a probability's last bits.
 DECIMALS = 4
 
 FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are the first four, as wide letters

@@ -48,7 +48,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
         prog="explain.py",
         allow_abbrev=False,
         description="Show what a finished run gets wrong, and what in the picture made it say so.",
-        epilog="Processes and precision belong to the launcher: accelerate launch explain.py --run runs/resnet",
+        epilog="Processes and precision are set by the launcher: accelerate launch explain.py --run runs/resnet",
     )
     add = parser.add_argument
     add(
@@ -69,7 +69,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add("--method", default="gradcam", metavar="NAME", help=f"of the maps: {', '.join(METHODS)} (gradcam)")
     add("--layer", metavar="NAME", help=f"where the maps are made (the deepest of at least 7x7 cells); {places}")
     add("--opacity", type=float, default=0.5, metavar="0..1", help="of a map over its picture (0.5)")
-    add("--check", action="store_true", help="measure whether the maps are worth anything; minutes on a CPU")
+    add("--check", action="store_true", help="measure map faithfulness against a shuffled baseline; minutes on a CPU")
     add(
         "--neighbours",
         action="store_true",

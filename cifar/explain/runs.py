@@ -1,6 +1,6 @@
 """A trained network that can be explained: a finished run, or one checkpoint of an unfinished one.
 
-Weights, network, classes and normalisation come from there alone (law 6).
+Weights, network, classes and normalisation come from there alone.
 """
 
 import hashlib
@@ -207,7 +207,7 @@ def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, 
 
 
 def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
-    """The epochs [E] that the run evaluated, and the class [E, n] it predicted then; none where it judged other images.
+    """The epochs [E] that the run evaluated on these images, if any, and the class [E, n] it predicted then.
 
     Of a checkpoint, the epochs that it had completed. Raises UserError for a file that is damaged.
     """
@@ -229,12 +229,12 @@ def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
 def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:
     """For each run, by its path: which of the test images [n] its network got wrong at the end.
 
-    Raises UserError for a run that is not finished, or was trained and judged on other images.
+    Raises UserError for a run that is not finished, or was trained and evaluated on other images.
     """
     wrong = {}
     for path in paths:
         epochs, predictions = prediction_history(open_run(path), data)
         if not len(epochs):
-            raise UserError(f"--compare {path} did not judge these images; name finished runs on the same data")
+            raise UserError(f"--compare {path} did not evaluate these images; name finished runs on the same data")
         wrong[str(path)] = predictions[epochs.argmax()] != data.test_labels
     return wrong
