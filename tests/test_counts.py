@@ -4,16 +4,20 @@ The steps are those of train.py itself, through the real launcher, on a channels
 processor has it, else in float32.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar import launch, models
+from cifar import launch, models, optim
 from cifar.bench import counts, model
 from cifar.bench.context import Bench
+from cifar.recipes import RECIPES
 
 PARAMETERS = 6_572_292  # with the four classes of the shapes
 CONVOLUTIONS, NORMS = 8, 8
@@ -69,6 +73,44 @@ def test_training_a_whitened_network_costs_303_million_multiply_adds_an_image() 
 def test_the_optimizer_is_one_kernel(step: dict[str, Any]) -> None:
     # The other one adds 1 to the count of steps.
     assert step["optimizer"] == {"aten::_fused_adam_": 1, "aten::_foreach_add_": 1}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operators that are called, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not func.is_view:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("recipe", "shapes_of_filters", "most"), [("resnet_fast", 6, 100), ("speedrun", 4, 70)])
+def test_muon_is_nine_products_a_shape_of_filters_and_few_kernels_beside(
+    recipe: str, shapes_of_filters: int, most: int, bf16: bool
+) -> None:
+    with FakeTensorMode():  # what is called does not depend on numbers
+        network = models.build(RECIPES[recipe]().network, classes=10, dropout=0)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        optimizer = optim.build(network, RECIPES[recipe]())
+        for _ in range(2):  # the first step makes the state
+            for parameter in network.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), Operations() as operations:
+                optimizer.step()
+    expected = {
+        "_foreach_mul_": 1, "_foreach_add_": 3, "_foreach_add": 1, "_foreach_norm": 2, "_foreach_div_": 3, "cat": 1,
+        "bmm": 3 * shapes_of_filters, "baddbmm": 6 * shapes_of_filters,
+        "_fused_sgd_": 2,  # biases and norms, and the linear layer
+    } | ({"_to_copy": 1} if bf16 else {})  # fmt: skip
+    assert operations.counts == expected
+    assert operations.counts.total() <= most
 
 
 def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:

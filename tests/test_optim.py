@@ -43,11 +43,13 @@ def test_orthogonalized_keeps_singular_vectors_and_transposes() -> None:
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (20, 9))
     sizes = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
-    found = optim.orthogonalized(u * sizes @ v.T)
+    matrix = u * sizes @ v.T / sizes.norm()
+    found, other = optim.orthogonalized(torch.stack((matrix, -matrix)))
+    torch.testing.assert_close(other, -found)
     inner = u.T @ found @ v
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-5, rtol=0)
     torch.testing.assert_close(u @ inner @ v.T, found, atol=1e-5, rtol=0)
-    torch.testing.assert_close(optim.orthogonalized(v * sizes @ u.T), found.T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(optim.orthogonalized(matrix.T[None])[0], found.T, atol=1e-5, rtol=0)
 
 
 def test_beside_muon_everything_else_follows_torchs_sgd_at_its_own_rate() -> None:
