@@ -32,7 +32,7 @@ def train(recipe: Recipe, options: Options) -> None:
 
     from cifar import attempt as attempts
     from cifar import checkpoint, launch, loop, models, optim, summary
-    from cifar.data import loading, order
+    from cifar.data import loading, order, sampler
     from cifar.data.augment import normalize, resize
     from cifar.data.cache import open_data
     from cifar.tracking import Tracker
@@ -96,7 +96,7 @@ def train(recipe: Recipe, options: Options) -> None:
     launch.settle_buckets(accelerator, model, network)
 
     # Batches are augmented ahead by other processes, or on the device; an epoch's end does not interrupt them.
-    shares = order.RankBatches(recipe, images, progress.step, total_steps, rank, ranks)
+    shares = sampler.DistributedBatchSampler(recipe, images, progress.step, total_steps, rank, ranks)
     batches = loading.training_batches(training_images, shares, launch.loader_workers(), device)
 
     facts = {

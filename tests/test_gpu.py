@@ -112,12 +112,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
     script = (
-        "import sys, torch\nfrom cifar import device\nfrom cifar.data import augment, loading, order\n"
+        "import sys, torch\nfrom cifar import device\nfrom cifar.data import augment, loading, sampler\n"
         "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
         "data = open_data('digits')\n"
-        "samples = order.batch(0, 3, len(data.train_labels), 64)\n"
+        "samples = sampler.batch(0, 3, len(data.train_labels), 64)\n"
         "for name in augment.AUGMENTATIONS:\n"
-        "    here, there = (loading.ResidentImages(data, augment.find(name), 0, torch.device(kind))\n"
+        "    here, there = (loading.DeviceDataset(data, augment.find(name), 0, torch.device(kind))\n"
         "                   .__getitems__(samples)[0].cpu() for kind in ('cpu', device.decide(1).kind))\n"
         "    assert torch.equal(here, there), name\n"
     )

@@ -17,8 +17,9 @@ import torch
 from cifar import failure, stop
 from cifar.data import augment, augment_device
 from cifar.data.augment import Pipeline
+from cifar.data.augment_device import Plan
 from cifar.data.cache import Data, open_cache
-from cifar.data.order import RankBatches, Sample
+from cifar.data.sampler import DistributedBatchSampler, Samples
 from cifar.data.sources import SIZE
 from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
@@ -28,8 +29,8 @@ LONGEST = 2_000_000  # seconds: what poll() takes, some 23 days
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 [n, 3, 32, 32] (channels-last), labels int64 [n]
 
 
-class WorkerImages:
-    """Training images that Albumentations augments, fetched a batch at a time by (epoch, index)."""
+class WorkerDataset:
+    """Training images that Albumentations augments, fetched a batch at a time by worker processes."""
 
     def __init__(self, data: Data, pipeline: Pipeline, seed: int) -> None:
         from cifar.data.augment_albumentations import Augmentation  # half a second to import, and only needed here
@@ -38,71 +39,82 @@ class WorkerImages:
         self.path, self.augmentation = data.path, Augmentation(pipeline, data.mean, data.std, seed)
         self.data: Data | None = None
 
-    def __getitems__(self, samples: list[Sample]) -> Batch:
+    def __getitems__(self, samples: Samples) -> Batch:
         self.data = self.data or open_cache(self.path)
-        images = np.empty((len(samples), *self.data.train_images.shape[1:]), np.float32)
-        for image, (epoch, index) in zip(images, samples, strict=True):
+        images = np.empty((len(samples.indices), *self.data.train_images.shape[1:]), np.float32)
+        for image, epoch, index in zip(images, samples.epochs.tolist(), samples.indices.tolist(), strict=True):
             image[:] = self.augmentation(self.data.train_images[index], epoch, index)
-        labels = self.data.train_labels[[index for _, index in samples]].astype(np.int64)
+        labels = self.data.train_labels[samples.indices].astype(np.int64)
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
-class ResidentImages:
-    """All training images as uint8 on the device, augmented there a batch at a time by (epoch, index).
+class DeviceDataset:
+    """All training images as uint8, and their labels, on the device, augmented there a batch at a time.
 
-    On a CPU they are the cache's memory map, which all processes share; on a GPU a copy for each process, 154 MB
-    for CIFAR-10.
+    On a CPU the images are the cache's memory map, which all processes share; on a GPU a copy for each process,
+    154 MB for CIFAR-10.
     """
 
     def __init__(self, data: Data, pipeline: Pipeline, seed: int, device: torch.device) -> None:
         self.pipeline, self.seed, self.mean, self.std = pipeline, seed, data.mean, data.std
         self.images = torch.from_numpy(data.train_images).to(device)
-        self.labels = data.train_labels.astype(np.int64)
+        self.labels = torch.from_numpy(data.train_labels.astype(np.int64)).to(device)
 
-    def __getitems__(self, samples: list[Sample]) -> Batch:
+    def __getitems__(self, samples: Samples) -> Batch:
+        return self._batch(self._plan(samples))
+
+    def batches(self, sampler: DistributedBatchSampler) -> Iterator[Batch]:
+        """The sampler's batches. Random numbers are drawn, and sent to the device, for a block of steps at once."""
+        for samples in sampler.blocks():
+            for of_step in zip(*self._plan(samples), strict=True):
+                yield self._batch(Plan(*of_step))
+
+    def _plan(self, samples: Samples) -> Plan:
         draws = augment_device.draw(self.pipeline, self.seed, samples)
-        indices = np.array([index for _, index in samples])
-        images = augment_device.augment(self.images, indices, draws, self.pipeline, self.mean, self.std)
-        return images, torch.from_numpy(self.labels[indices])
+        return augment_device.plan(samples.indices, draws, self.images.device)
+
+    def _batch(self, batch: Plan) -> Batch:
+        images = augment_device.augment(self.images, batch, self.pipeline, self.mean, self.std)
+        return images, self.labels.index_select(0, batch.image)
 
 
-TrainingImages = WorkerImages | ResidentImages
+TrainingImages = WorkerDataset | DeviceDataset
 
 
 def training_images(recipe: Recipe, data: Data, device: torch.device) -> TrainingImages:
     """The training images, augmented as the recipe says. Raises UserError for an unknown augmentation."""
     pipeline = augment.find(recipe.augmentation)
     if recipe.augment == "device":
-        return ResidentImages(data, pipeline, recipe.seed, device)
-    return WorkerImages(data, pipeline, recipe.seed)
+        return DeviceDataset(data, pipeline, recipe.seed, device)
+    return WorkerDataset(data, pipeline, recipe.seed)
 
 
 def training_batches(
-    images: TrainingImages, batches: RankBatches, workers: int, device: torch.device
+    images: TrainingImages, sampler: DistributedBatchSampler, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Goes through `batches`: with `workers` processes, each two batches ahead, or here where images are resident.
+    """The sampler's batches: made on the device, or by `workers` processes, each two batches ahead.
 
     Raises UserError where a worker cannot be started, fails, is killed or hangs.
     """
-    if isinstance(images, ResidentImages) or not workers:
-        return map(images.__getitems__, batches)
+    if isinstance(images, DeviceDataset):
+        return images.batches(sampler)
     started: list[_Worker] = []
     atexit.register(_end, started)
     started.extend(
-        _Worker(images, batches.every(workers, number), f"loader worker {number + 1} of {workers}")
+        _Worker(images, sampler.every(workers, number), f"loader worker {number + 1} of {workers}")
         for number in range(workers)
     )
-    return _received(started, batches, device)
+    return _received(started, sampler, device)
 
 
-def _received(workers: "list[_Worker]", batches: RankBatches, device: torch.device) -> Iterator[Batch]:
+def _received(workers: "list[_Worker]", sampler: DistributedBatchSampler, device: torch.device) -> Iterator[Batch]:
     seconds = failure.hang_seconds()
     limit = max(failure.HANG_SECONDS, seconds)  # for the first one, as for a job's first step
     pinned = device.type == "cuda"  # so that the copy to the device does not wait
     try:
-        for _, worker in zip(batches.steps, itertools.cycle(workers), strict=False):
-            images = torch.empty((batches.size, SIZE, SIZE, 3), pin_memory=pinned)
-            labels = torch.empty(batches.size, dtype=torch.int64, pin_memory=pinned)
+        for _, worker in zip(sampler.steps, itertools.cycle(workers), strict=False):
+            images = torch.empty((sampler.size, SIZE, SIZE, 3), pin_memory=pinned)
+            labels = torch.empty(sampler.size, dtype=torch.int64, pin_memory=pinned)
             worker.receive(limit, images, labels)
             yield images.permute(0, 3, 1, 2), labels
             limit = seconds
@@ -118,12 +130,12 @@ class _Worker:
     a checkpoint; and it waits for one that hangs for ever.
     """
 
-    def __init__(self, images: WorkerImages, batches: RankBatches, name: str) -> None:
+    def __init__(self, images: WorkerDataset, sampler: DistributedBatchSampler, name: str) -> None:
         try:
             self.connection, theirs = socket.socketpair()
             with theirs:  # only the worker may hold it open: that is how its death is seen
                 make = multiprocessing.get_context("fork").Process
-                self.process = make(target=_work, args=(theirs, images, batches, os.getpid()), daemon=True)
+                self.process = make(target=_work, args=(theirs, images, sampler, os.getpid()), daemon=True)
                 self.process.start()
         except OSError as error:
             raise UserError(
@@ -169,7 +181,7 @@ class _Worker:
 _MADE, _FAILED, _REFUSED = b"0", b"1", b"2"
 
 
-def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches, parent: int) -> None:
+def _work(connection: socket.socket, images: WorkerDataset, sampler: DistributedBatchSampler, parent: int) -> None:
     import cv2
 
     stop.obey_parent()  # a stop request is for the training process, which still wants its batches
@@ -178,7 +190,7 @@ def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches,
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
-        _make(connection, images, batches)
+        _make(connection, images, sampler)
     except UserError as error:
         connection.sendall(_REFUSED + str(error).encode())
     except ConnectionError:
@@ -189,7 +201,7 @@ def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches,
         connection.sendall(_FAILED + " ".join(words.split()).encode())
 
 
-def _make(connection: socket.socket, images: WorkerImages, batches: RankBatches) -> None:
+def _make(connection: socket.socket, images: WorkerDataset, sampler: DistributedBatchSampler) -> None:
     """Makes a batch while the one before is on its way."""
 
     def send(made: torch.Tensor, labels: torch.Tensor) -> None:
@@ -198,7 +210,7 @@ def _make(connection: socket.socket, images: WorkerImages, batches: RankBatches)
 
     with ThreadPoolExecutor(1) as sender:
         before: Future[None] | None = None
-        for samples in batches:
+        for samples in sampler:
             batch = images.__getitems__(samples)
             if before:
                 before.result()
