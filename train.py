@@ -138,7 +138,7 @@ def train(recipe: Recipe, options: Options) -> None:
                 break
 
             clock = time.perf_counter()
-            batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            batch, labels = next(batches)
             batch = resize(batch, order.image_size_at(progress.step, total_steps, recipe))
             if progress.step == freeze_step:
                 models.freeze(network)

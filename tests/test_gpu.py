@@ -126,6 +126,32 @@ def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu(tmp_pa
     assert done.returncode == 0, done.stderr
 
 
+def test_batches_that_are_sent_beside_the_steps_arrive_whole(tmp_path: Path) -> None:
+    script = (
+        "import torch\nfrom cifar import device\nfrom cifar.data import loading, sampler\n"
+        "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
+        "data = open_data('digits')\n"
+        "def sums(kind, way):\n"
+        "    there = torch.device(kind)\n"
+        "    recipe = Recipe(augment=way, augmentation='crop_alternating_flip_light')\n"
+        "    images = loading.training_images(recipe, data, there)\n"
+        "    shares = sampler.DistributedBatchSampler(recipe, len(data.train_labels), 3, 40, 0, 1)\n"
+        "    work, found = torch.ones(2048, 2048, device=there), []\n"
+        "    for images, labels in loading.training_batches(images, shares, 2, there):\n"
+        "        for _ in range(20 if kind == 'cuda' else 0):\n"
+        "            work = work @ work * 0\n"  # the batch is looked at late, when its successor has been sent
+        "        bits = images.permute(0, 2, 3, 1).view(torch.int32).sum(dtype=torch.int64)\n"
+        "        found.append(torch.stack((bits, labels.sum())))\n"
+        "        del images, labels\n"  # its memory may be used again
+        "    return torch.stack(found).tolist()\n"
+        "for way in ('albumentations', 'device'):\n"
+        "    assert sums('cpu', way) == sums(device.decide(1).kind, way), way\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     run = run_of("no")
     for kind in ("cpu", "cuda"):

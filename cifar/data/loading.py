@@ -25,8 +25,10 @@ from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
 
 LONGEST = 2_000_000  # seconds: what poll() takes, some 23 days
+PIXELS = SIZE * SIZE * 3
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 [n, 3, 32, 32] (channels-last), labels int64 [n]
+# Images float32 [n, 3, 32, 32] (channels-last) and labels int64 [n], on the device that trains.
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class WorkerDataset:
@@ -92,7 +94,7 @@ def training_images(recipe: Recipe, data: Data, device: torch.device) -> Trainin
 def training_batches(
     images: TrainingImages, sampler: DistributedBatchSampler, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """The sampler's batches: made on the device, or by `workers` processes, each two batches ahead.
+    """The sampler's batches, on the device: made there, or by `workers` processes, each two batches ahead.
 
     Raises UserError where a worker cannot be started, fails, is killed or hangs.
     """
@@ -110,16 +112,30 @@ def training_batches(
 def _received(workers: "list[_Worker]", sampler: DistributedBatchSampler, device: torch.device) -> Iterator[Batch]:
     seconds = failure.hang_seconds()
     limit = max(failure.HANG_SECONDS, seconds)  # for the first one, as for a job's first step
-    pinned = device.type == "cuda"  # so that the copy to the device does not wait
+    n, on_gpu = sampler.size, device.type == "cuda"
+    uploads = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
     try:
         for _, worker in zip(sampler.steps, itertools.cycle(workers), strict=False):
-            images = torch.empty((sampler.size, SIZE, SIZE, 3), pin_memory=pinned)
-            labels = torch.empty(sampler.size, dtype=torch.int64, pin_memory=pinned)
-            worker.receive(limit, images, labels)
-            yield images.permute(0, 3, 1, 2), labels
+            # In one piece, and pinned, so that the copy to a GPU does not wait: images, then labels.
+            content = torch.empty(n * (4 * PIXELS + 8), dtype=torch.uint8, pin_memory=on_gpu)
+            worker.receive(limit, content)
+            if uploads:
+                content = _uploaded(content, uploads)
+            images, labels = content[: n * 4 * PIXELS], content[n * 4 * PIXELS :]
+            yield images.view(torch.float32).view(n, SIZE, SIZE, 3).permute(0, 3, 1, 2), labels.view(torch.int64)
             limit = seconds
     finally:
         _end(workers)
+
+
+def _uploaded(content: torch.Tensor, uploads: torch.cuda.Stream) -> torch.Tensor:
+    """Pinned memory's copy on the GPU, made beside the steps that the GPU still has before it; nothing waits here."""
+    with torch.cuda.stream(uploads):
+        uploaded = content.to(uploads.device, non_blocking=True)
+    steps = torch.cuda.current_stream(uploads.device)
+    steps.wait_stream(uploads)
+    uploaded.record_stream(steps)
+    return uploaded
 
 
 class _Worker:
@@ -144,8 +160,8 @@ class _Worker:
             ) from None
         self.name = f"{name} (process {self.process.pid} on {socket.gethostname()})"
 
-    def receive(self, limit: int, *tensors: torch.Tensor) -> None:
-        """Fills the tensors with the next batch. Raises UserError where none comes, or none within `limit` seconds."""
+    def receive(self, limit: int, content: torch.Tensor) -> None:
+        """Fills `content` with the next batch. Raises UserError where none comes, or none within `limit` seconds."""
         self.connection.settimeout(min(limit, LONGEST))
         status = bytearray(1)
         try:
@@ -155,8 +171,7 @@ class _Worker:
                 while part := self.connection.recv(4096):
                     words += part
                 raise (UserError if status == _REFUSED else LostError)(f"{self.name}: {words.decode()}")
-            for tensor in tensors:
-                self._fill(tensor.numpy().data.cast("B"))
+            self._fill(content.numpy().data)
         except TimeoutError:
             raise LostError(
                 f"no batch from {self.name} for {limit} s: it hangs, perhaps in a file system that does not answer; "
