@@ -27,7 +27,7 @@ def train(recipe: Recipe, options: Options) -> None:
     from cifar.clock import Clock
     from cifar.data import loading
     from cifar.data.augment import resize
-    from cifar.data.order import RankBatches
+    from cifar.data.sampler import DistributedBatchSampler
     from cifar.record import TRAINING, WAITING, RunRecord, finished_before
     from cifar.schedule import Schedule
 
@@ -58,7 +58,7 @@ def train(recipe: Recipe, options: Options) -> None:
     model, prepared = launch.prepare(accelerator, network, optimizer, progress.scaler)  # `network` is evaluated, saved
 
     # Batches are augmented ahead by other processes, or on the device; an epoch's end does not interrupt them.
-    sampler = RankBatches(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
+    sampler = DistributedBatchSampler(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images, began)
     compute_gradients = graph.gradient_function(options.cuda_graph, network, device)
@@ -82,7 +82,7 @@ def train(recipe: Recipe, options: Options) -> None:
 
             clock.on(WAITING)
             started = time.perf_counter()
-            batch, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            batch, labels = next(batches)
             clock.on(TRAINING)
             batch = resize(batch, schedule.image_size(step))
             if step == schedule.freeze_step:

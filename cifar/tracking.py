@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cifar import figures, names
 from cifar.attempt import Attempt
-from cifar.data import order
+from cifar.data import sampler
 from cifar.data.cache import Data
 from cifar.data.loading import TrainingImages
 from cifar.evaluation import Evaluation
@@ -60,13 +60,13 @@ class Tracker:
         self.writer.add_image("samples", samples, dataformats="HWC")
 
     def _samples(self, training_images: TrainingImages) -> npt.NDArray[np.uint8]:
-        first = order.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
+        first = sampler.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
         tensors, labels = training_images.__getitems__(first)
         seen = tensors.cpu().permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
         test = np.random.default_rng(0).permutation(len(self.data.test_labels))[:20]
         strips = {
             f"training images, augmented ({self.recipe.augmentation}, {self.recipe.augment})":
-                ((seen.clip(0, 1) * 255).round().astype(np.uint8), [int(label) for label in labels]),
+                ((seen.clip(0, 1) * 255).round().astype(np.uint8), labels.tolist()),
             "test images":
                 (self.data.test_images[test], self.data.test_labels[test].tolist()),
         }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from cifar import evaluation, failure, launch, loop
-from cifar.data import loading, order
+from cifar.data import loading, sampler
 from cifar.data.cache import open_data
 from cifar.recipes import Recipe, override
 
@@ -20,7 +20,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     rank, ranks = accelerator.process_index, accelerator.num_processes
     recipe = Recipe(global_batch_size=16, gradient_accumulation_steps=accumulation_steps)
     data = open_data(data_path)
-    shares = order.RankBatches(recipe, len(data.train_labels), 0, STEPS, rank, ranks)
+    shares = sampler.DistributedBatchSampler(recipe, len(data.train_labels), 0, STEPS, rank, ranks)
     given = {}
     for way in get_args(Recipe.model_fields["augment"].annotation):
         images = loading.training_images(override(recipe, {"augment": way}), data, accelerator.device)

@@ -8,22 +8,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+
 import train
-from cifar.data import order
+from cifar.data import sampler
 
-unrecorded = order.RankBatches.__iter__
+unrecorded = sampler.DistributedBatchSampler.__iter__
 
 
-def recorded(self: order.RankBatches) -> Iterator[list[order.Sample]]:
+def recorded(self: sampler.DistributedBatchSampler) -> Iterator[sampler.Samples]:
     rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     with Path(os.environ["RECORD"], f"{ranks}-{rank}.jsonl").open("a") as file:
         for step, samples in zip(self.steps, unrecorded(self), strict=True):
-            file.write(json.dumps([step, samples]) + "\n")
+            file.write(json.dumps([step, np.transpose(samples).tolist()]) + "\n")
             file.flush()
             yield samples
 
 
-order.RankBatches.__iter__ = recorded  # type: ignore[method-assign]
+sampler.DistributedBatchSampler.__iter__ = recorded  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     train.main()

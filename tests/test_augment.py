@@ -1,7 +1,10 @@
 """Augmentation, made image by image and on the device: random where it should be, reproducible everywhere, alike."""
 
+import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import get_args
@@ -12,10 +15,11 @@ import pytest
 import torch
 from scipy import stats
 
-from cifar.data import augment_device, loading, order, philox
-from cifar.data.augment import AUGMENTATIONS, LEVELS, Pipeline, amount, normalize, resize
+from cifar.data import augment_device, loading, philox
+from cifar.data.augment import AUGMENTATIONS, LEVELS, Pipeline, Statistics, amount, normalize, resize
 from cifar.data.augment_albumentations import Augmentation
 from cifar.data.cache import Data, open_data
+from cifar.data.sampler import DistributedBatchSampler, Samples
 from cifar.errors import UserError
 from cifar.recipes import RECIPES, Recipe
 
@@ -38,9 +42,27 @@ def recipe(way: str, name: str, seed: int = 0) -> Recipe:
 def batches(
     data: Data, way: str, name: str, workers: int, start: int = 0, rank: int = 0, ranks: int = 1
 ) -> list[torch.Tensor]:
+    """With `workers`, as training has them, else each made here and alone."""
     images = loading.training_images(recipe(way, name), data, CPU)
-    shares = order.RankBatches(recipe(way, name), len(data.train_labels), start, 9, rank, ranks)
-    return [batch for batch, _ in loading.training_batches(images, shares, workers, CPU)]
+    sampler = DistributedBatchSampler(recipe(way, name), len(data.train_labels), start, 9, rank, ranks)
+    if workers:
+        return [batch for batch, _ in loading.training_batches(images, sampler, workers, CPU)]
+    return [images.__getitems__(samples)[0] for samples in sampler]
+
+
+def samples(epoch: int, indices: npt.ArrayLike) -> Samples:
+    """Images of one epoch."""
+    chosen = np.array(indices, np.int64)
+    return Samples(np.full_like(chosen, epoch), chosen)
+
+
+def made(
+    images: npt.NDArray[np.uint8], draws: augment_device.Draws, pipeline: Pipeline, *statistics: Statistics
+) -> torch.Tensor:
+    """As many images as draws, for which the `images` are taken one after the other, over and over."""
+    indices = np.arange(len(draws.top)) % len(images)
+    plan = augment_device.plan(indices, draws, CPU)
+    return augment_device.augment(torch.from_numpy(images), plan, pipeline, *statistics)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -55,12 +77,61 @@ def test_images_do_not_depend_on_workers_ranks_or_where_the_run_resumes(name: st
         assert all(torch.equal(a, torch.cat(b)) for a, b in zip(here, zip(*shares, strict=True), strict=True))
 
 
+# sha256 of nine batches of 24 of the 64 shapes, and of their labels.
+FINGERPRINT = "fbcf3db827d1e9414f45088413786197ef96d70875ecbbc1266531509af91b2b"
+GOLDEN = {  # by the way and the augmentation
+    "albumentations crop_flip_cutout": "af5e1cab526800d8f5786db1ea513bfd08aecd66d1b1184e86c896581f2afec0",
+    "albumentations crop_alternating_flip": "7655b60382e2e4be335f6ddbf89d55df47267e41c8e4f5ec51658e1803d32047",
+    (
+        "albumentations",
+        "crop_alternating_flip_light",
+    ): "8471b0ec2ae03898287451fd54ad1de491f57a7cae4ac2c19e63f0e8e7ab0566",
+    "albumentations crop_cutout": "dbe40cb83f91642b3d51a6790f92216ac6c482bdaae93963e8f8fc5a3b5ef9ee",
+    "albumentations none": "cd6238fde3059a500a8a0e15d6e9301f27c6c6767dd78aac0f78d68d7e1ec6b7",
+    "device crop_flip_cutout": "e5b78afffb353d27a05a041fb1fba2ddab50d5a7362bdaef7c14272234e22d0d",
+    "device crop_alternating_flip": "26412db24a7bdeeb583ec85664daab7cc0ba853d6e5c78c9e41409c4e2a2e46b",
+    "device crop_alternating_flip_light": "7149ac23c4a8958d002c7d5b7f77122e02aba4f5d573cedbf5fa4e4d44eb3580",
+    "device crop_cutout": "fa15b34425ff48655105bf756324e8e644f37f7d41a9149936fb54b8389d9742",
+    "device none": "cd6238fde3059a500a8a0e15d6e9301f27c6c6767dd78aac0f78d68d7e1ec6b7",
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("way", "number"), [("albumentations", 1), ("device", 1), ("device", 2)])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_batches_stay_what_they_are_while_ranks_and_threads_change(
+    name: str, way: str, number: int, data: Data, threads: None
+) -> None:
+    """Others would be as good, but a run that began before a change would not go on as it was."""
+    assert data.fingerprint == FINGERPRINT
+    torch.set_num_threads(number)
+    asked = recipe(way, name, 7).model_copy(update={"global_batch_size": 24})
+    images = loading.training_images(asked, replace(data, mean=(0.25, 0.5, 0.4), std=(0.3, 0.2, 0.25)), CPU)
+    digest = hashlib.sha256()
+    for start, end, ranks in ((0, 4, 8), (4, 7, 2), (7, 9, 1)):
+        shares = [
+            loading.training_batches(images, DistributedBatchSampler(asked, 64, start, end, rank, ranks), 1, CPU)
+            for rank in range(ranks)
+        ]
+        for of_ranks in zip(*shares, strict=True):
+            batch, labels = (torch.cat(parts) for parts in zip(*of_ranks, strict=True))
+            digest.update(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+    assert digest.hexdigest() == GOLDEN[f"{way} {name}"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
 def test_images_look_different_in_each_epoch_and_for_each_seed(name: str, way: str, data: Data) -> None:
     of_seed = [loading.training_images(recipe(way, name, seed), data, CPU) for seed in (0, 1)]
     asked = [(0, epoch) for epoch in range(8)] + [(1, 0)]  # of the seeds
-    seen = [of_seed[seed].__getitems__([(epoch, index) for index in range(8)])[0] for seed, epoch in asked]
+    seen = [of_seed[seed].__getitems__(samples(epoch, range(8)))[0] for seed, epoch in asked]
     assert len({images.numpy().tobytes() for images in seen}) == len(seen)
 
 
@@ -69,7 +140,8 @@ def test_images_look_different_in_each_epoch_and_for_each_seed(name: str, way: s
 def test_images_come_out_normalised_float32_and_channels_last_with_their_labels(
     name: str, way: str, data: Data
 ) -> None:
-    images, labels = loading.training_images(recipe(way, name), data, CPU).__getitems__([(0, 40), (3, 2), (0, 63)])
+    of_two_epochs = Samples(np.array([0, 3, 0]), np.array([40, 2, 63]))
+    images, labels = loading.training_images(recipe(way, name), data, CPU).__getitems__(of_two_epochs)
     assert images.shape == (3, 3, 32, 32)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -79,7 +151,7 @@ def test_images_come_out_normalised_float32_and_channels_last_with_their_labels(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_none_is_what_evaluation_does(way: str, data: Data) -> None:
-    augmented, _ = loading.training_images(recipe(way, "none"), data, CPU).__getitems__([(1, 5), (0, 7)])
+    augmented, _ = loading.training_images(recipe(way, "none"), data, CPU).__getitems__(samples(1, [5, 7]))
     assert torch.equal(augmented, normalize(torch.from_numpy(data.train_images[[5, 7]]), data.mean, data.std))
 
 
@@ -91,7 +163,7 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(data: Data) -> N
 
 def test_images_on_the_cpu_are_the_caches_memory_map_which_nothing_can_change(shapes: Path) -> None:
     data = open_data(str(shapes))
-    images = loading.ResidentImages(data, AUGMENTATIONS["crop_flip_cutout"], 0, CPU)
+    images = loading.DeviceDataset(data, AUGMENTATIONS["crop_flip_cutout"], 0, CPU)
     assert images.images.data_ptr() == data.train_images.ctypes.data
     before = open_data(str(shapes)).train_images.tobytes()
     images.images.zero_()  # a mistake that would stay within this process
@@ -100,12 +172,12 @@ def test_images_on_the_cpu_are_the_caches_memory_map_which_nothing_can_change(sh
 
 CRASH = """
 import sys, torch
-from cifar.data import loading, order
+from cifar.data import loading, sampler
 from cifar.data.cache import open_data
 from cifar.recipes import Recipe
 recipe, cpu = Recipe(global_batch_size=16), torch.device("cpu")
 images = loading.training_images(recipe, open_data(sys.argv[1]), cpu)
-batches = loading.training_batches(images, order.RankBatches(recipe, 64, 0, 100, 0, 1), 2, cpu)
+batches = loading.training_batches(images, sampler.DistributedBatchSampler(recipe, 64, 0, 100, 0, 1), 2, cpu)
 next(batches)
 raise RuntimeError("as when memory runs out")
 """
@@ -128,9 +200,8 @@ def augmented(way: str, name: str, image: npt.NDArray[np.uint8], n: int) -> list
     if way == "albumentations":
         augmentation = Augmentation(pipeline, *PLAIN, seed=0)
         return [augmentation(image, 0, index) for index in range(n)]
-    draws = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
-    images = torch.from_numpy(image[None])
-    return list(augment_device.augment(images, np.zeros(n, int), draws, pipeline, *PLAIN).permute(0, 2, 3, 1).numpy())
+    draws = augment_device.draw(pipeline, 0, samples(0, range(n)))
+    return list(made(image[None], draws, pipeline, *PLAIN).permute(0, 2, 3, 1).numpy())
 
 
 Parts = tuple[int, int, bool, tuple[int, int]]
@@ -207,10 +278,8 @@ def test_for_the_same_draws_both_ways_make_the_same_image_bit_for_bit(name: str,
         expected.append(augmentation(data.train_images[index], 0, index))
         numbers.append(drawn(augmentation))
     draws = augment_device.Draws(*np.array(numbers).T)
-    indices = np.arange(len(numbers))
-    images = torch.from_numpy(data.train_images)
-    made = augment_device.augment(images, indices, draws, pipeline, data.mean, data.std)
-    assert np.array_equal(made.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+    seen = made(data.train_images, draws, pipeline, data.mean, data.std)
+    assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
 def uniform(values: npt.NDArray[np.int64], choices: int) -> bool:
@@ -225,7 +294,7 @@ def uniform(values: npt.NDArray[np.int64], choices: int) -> bool:
 def test_both_ways_draw_the_same_values_equally_often(name: str, way: str) -> None:
     pipeline, n = AUGMENTATIONS[name], 10_000
     if way == "device":
-        draws = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
+        draws = augment_device.draw(pipeline, 0, samples(0, range(n)))
     else:
         augmentation, numbers = Augmentation(pipeline, *PLAIN, seed=0), []
         for index in range(n):
@@ -247,7 +316,7 @@ def test_brightness_is_added_to_a_normalised_image_and_contrast_multiplies_the_s
     image, mean, std = np.full((1, 32, 32, 3), 100, np.uint8), (0.2, 0.3, 0.4), (0.1, 0.2, 0.3)
     pipeline = Pipeline(brightness=0.5, contrast=0.25)
     draws = augment_device.Draws(*[np.zeros(4, int)] * 5, np.array([0, 0, 255, 255]), np.array([0, 255, 0, 255]))
-    seen = augment_device.augment(torch.from_numpy(image), np.zeros(4, int), draws, pipeline, mean, std)[:, :, 0, 0]
+    seen = made(image, draws, pipeline, mean, std)[:, :, 0, 0]
     plain = (100 / 255 - np.array(mean)) / np.array(std)
     expected = [(plain + shift) * scale for shift in (-0.5, 0.5) for scale in (0.75, 1.25)]
     torch.testing.assert_close(seen.double(), torch.tensor(np.array(expected)), rtol=1e-6, atol=1e-6)
@@ -262,8 +331,7 @@ def test_an_alternating_flip_shows_both_sides_in_every_two_epochs_and_begins_wit
     mirrored = np.zeros((4, n), bool)
     for epoch in range(4):
         if way == "device":
-            draws = augment_device.draw(pipeline, 0, [(epoch, index) for index in range(n)])
-            seen = augment_device.augment(torch.from_numpy(image[None]), np.zeros(n, int), draws, pipeline, *PLAIN)
+            seen = made(image[None], augment_device.draw(pipeline, 0, samples(epoch, range(n))), pipeline, *PLAIN)
             mirrored[epoch] = seen[:, 0, 16, 29] > 0.5
         else:
             augmentation = Augmentation(pipeline, *PLAIN, seed=0)
@@ -286,12 +354,12 @@ def test_resizing_keeps_the_whole_picture(size: int) -> None:
 
 def test_draws_of_neighbouring_images_epochs_seeds_and_choices_are_independent() -> None:
     pipeline, n = ALL, 20_000
-    here = augment_device.draw(pipeline, 0, [(0, index) for index in range(n)])
+    here = augment_device.draw(pipeline, 0, samples(0, range(n)))
     others = {
-        "the next image": augment_device.draw(pipeline, 0, [(0, index + 1) for index in range(n)]),
-        "the next epoch": augment_device.draw(pipeline, 0, [(1, index) for index in range(n)]),
-        "the next seed": augment_device.draw(pipeline, 1, [(0, index) for index in range(n)]),
-        "a seed that differs in its high half": augment_device.draw(pipeline, 1 << 32, [(0, i) for i in range(n)]),
+        "the next image": augment_device.draw(pipeline, 0, samples(0, range(1, n + 1))),
+        "the next epoch": augment_device.draw(pipeline, 0, samples(1, range(n))),
+        "the next seed": augment_device.draw(pipeline, 1, samples(0, range(n))),
+        "a seed that differs in its high half": augment_device.draw(pipeline, 1 << 32, samples(0, range(n))),
     }
     pairs = {f"{a} and {b}": (getattr(here, a), getattr(here, b)) for a, b in combinations(here._fields, 2)}
     pairs |= {
@@ -313,7 +381,7 @@ def test_no_two_samples_of_any_epoch_and_seed_share_their_random_words() -> None
     epochs, indices = np.meshgrid(np.arange(40), np.arange(500))
     counters = np.zeros((4, epochs.size), np.uint64)
     counters[0], counters[1] = indices.ravel(), epochs.ravel()
-    words = np.concatenate([philox.words(seed, counters) for seed in seeds], axis=1)
+    words = np.concatenate([philox.words(seed, *counters) for seed in seeds], axis=1)
     assert len(np.unique(words, axis=1).T) == len(seeds) * epochs.size
 
 
@@ -328,13 +396,14 @@ def test_no_two_samples_of_any_epoch_and_seed_share_their_random_words() -> None
 def test_philox_gives_the_known_answers(counter: str, key: str, expected: str) -> None:
     """Those that its authors publish: Random123 1.14, tests/kat_vectors, "philox4x32 10"."""
     low, high = (int(word, 16) for word in key.split())
-    words = philox.words(low + (high << 32), np.array([[int(word, 16)] for word in counter.split()], np.uint64))
+    words = philox.words(low + (high << 32), *np.array([[int(word, 16)] for word in counter.split()], np.uint64))
     assert [f"{int(word):08x}" for word in words[:, 0]] == expected.split()
 
 
 def test_draws_stay_what_they_are() -> None:
     """Other numbers would be as good, but a run that began before a change would not go on as it was."""
-    draws = augment_device.draw(AUGMENTATIONS["crop_flip_cutout"], 7, [(3, 41), (0, 0)])
+    of_two_epochs = Samples(np.array([3, 0]), np.array([41, 0]))
+    draws = augment_device.draw(AUGMENTATIONS["crop_flip_cutout"], 7, of_two_epochs)
     assert np.array(draws).tolist() == [[0, 7], [4, 4], [0, 0], [9, 15], [18, 5], [0, 0], [0, 0]]
 
 

@@ -112,14 +112,40 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
     script = (
-        "import sys, torch\nfrom cifar import device\nfrom cifar.data import augment, loading, order\n"
+        "import sys, torch\nfrom cifar import device\nfrom cifar.data import augment, loading, sampler\n"
         "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
         "data = open_data('digits')\n"
-        "samples = order.batch(0, 3, len(data.train_labels), 64)\n"
+        "samples = sampler.batch(0, 3, len(data.train_labels), 64)\n"
         "for name in augment.AUGMENTATIONS:\n"
-        "    here, there = (loading.ResidentImages(data, augment.find(name), 0, torch.device(kind))\n"
+        "    here, there = (loading.DeviceDataset(data, augment.find(name), 0, torch.device(kind))\n"
         "                   .__getitems__(samples)[0].cpu() for kind in ('cpu', device.decide(1).kind))\n"
         "    assert torch.equal(here, there), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_batches_that_are_sent_beside_the_steps_arrive_whole(tmp_path: Path) -> None:
+    script = (
+        "import torch\nfrom cifar import device\nfrom cifar.data import loading, sampler\n"
+        "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
+        "data = open_data('digits')\n"
+        "def sums(kind, way):\n"
+        "    there = torch.device(kind)\n"
+        "    recipe = Recipe(augment=way, augmentation='crop_alternating_flip_light')\n"
+        "    images = loading.training_images(recipe, data, there)\n"
+        "    shares = sampler.DistributedBatchSampler(recipe, len(data.train_labels), 3, 40, 0, 1)\n"
+        "    work, found = torch.ones(2048, 2048, device=there), []\n"
+        "    for images, labels in loading.training_batches(images, shares, 2, there):\n"
+        "        for _ in range(20 if kind == 'cuda' else 0):\n"
+        "            work = work @ work * 0\n"  # the batch is looked at late, when its successor has been sent
+        "        bits = images.permute(0, 2, 3, 1).view(torch.int32).sum(dtype=torch.int64)\n"
+        "        found.append(torch.stack((bits, labels.sum())))\n"
+        "        del images, labels\n"  # its memory may be used again
+        "    return torch.stack(found).tolist()\n"
+        "for way in ('albumentations', 'device'):\n"
+        "    assert sums('cpu', way) == sums(device.decide(1).kind, way), way\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
                           check=False)  # fmt: skip

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from conftest import ROOT, Train, command
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar.data import loading, order
+from cifar.data import loading, sampler
 from cifar.data.augment_albumentations import Augmentation
 from cifar.data.cache import open_data
 from cifar.errors import LostError, UserError
@@ -29,7 +34,12 @@ NAME = rf"loader worker 1 of 2 \(process \d+ on {re.escape(os.uname().nodename)}
 
 def batches(data: object, workers: int, steps: int = 9) -> Iterator[loading.Batch]:
     images = loading.training_images(RECIPE, open_data(str(data)), CPU)
-    return loading.training_batches(images, order.RankBatches(RECIPE, 64, 0, steps, 0, 1), workers, CPU)
+    return loading.training_batches(images, shares(steps), workers, CPU)
+
+
+def shares(steps: int) -> sampler.DistributedBatchSampler:
+    """All batches of one rank."""
+    return sampler.DistributedBatchSampler(RECIPE, 64, 0, steps, 0, 1)
 
 
 def workers() -> list[psutil.Process]:
@@ -64,7 +74,9 @@ def test_batches_need_no_shared_memory_and_no_temporary_folder(prepared: str, sh
         if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
             pytest.skip("only root can mount a file system, and not in every container")
     done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    here = [b"".join(t.contiguous().numpy().tobytes() for t in batch) for batch in batches(shapes, workers=0)]
+    images = loading.training_images(RECIPE, open_data(str(shapes)), CPU)
+    batches = map(images.__getitems__, shares(9))
+    here = [b"".join(t.contiguous().numpy().tobytes() for t in batch) for batch in batches]
     assert done.stdout.strip() == hashlib.sha256(b"".join(here)).hexdigest(), done.stderr
 
 
@@ -151,11 +163,10 @@ import test_loading
 from cifar.errors import UserError
 from cifar.data import loading
 images = loading.training_images(test_loading.RECIPE, test_loading.open_data(sys.argv[1]), test_loading.CPU)
-shares = test_loading.order.RankBatches(test_loading.RECIPE, 64, 0, 9, 0, 1)
 free = os.dup(0)
 os.close(free)
 resource.setrlimit(resource.RLIMIT_NOFILE, (free + int(sys.argv[2]), free + int(sys.argv[2])))
-try: loading.training_batches(images, shares, 4, test_loading.CPU)
+try: loading.training_batches(images, test_loading.shares(9), 4, test_loading.CPU)
 except UserError as error: print(error)
 """
 
@@ -194,3 +205,89 @@ def test_workers_do_not_outlive_the_process_that_trains(shapes: Path) -> None:
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# ---- images on the device: what the process that trains does for each step
+
+
+MANY = 6000  # images
+
+
+def device_batches(data: object, size: int, augmentation: str, device: torch.device = CPU) -> Iterator[loading.Batch]:
+    """Batches from more images than the folder has."""
+    few = open_data(str(data))
+    chosen = np.arange(MANY) % len(few.train_labels)
+    many = replace(few, train_images=few.train_images[chosen], train_labels=few.train_labels[chosen])
+    recipe = Recipe(augment="device", augmentation=augmentation, global_batch_size=size)
+    images = loading.training_images(recipe, many, device)
+    return loading.training_batches(images, sampler.DistributedBatchSampler(recipe, MANY, 0, 1000, 0, 1), 1, device)
+
+
+def python_instructions(work: Callable[[], object]) -> int:
+    """How many the interpreter goes through; what a library does inside a call is not among them."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_batch_of_many_images_takes_as_much_python_as_one_of_few(shapes: Path) -> None:
+    def costs(size: int) -> list[int]:
+        sampler.permutation.cache_clear()
+        made = device_batches(shapes, size, "crop_alternating_flip_light")
+        next(made)  # sends to the device what stays there
+        return [python_instructions(lambda: next(made)) for _ in range(2 * sampler.BLOCK // size)]
+
+    few, many = costs(64), costs(1024)
+    assert set(few) == set(many)
+    assert min(few) < 400
+    assert max(few) < 4000  # where a block of steps begins
+    assert sum(count > 400 for count in few) == sum(count > 400 for count in many) == 2
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is asked of the device, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not func.is_view:
+            moves = func.name() == "aten::_to_copy" and kwargs.get("device") not in (None, args[0].device)
+            self.names.append("upload" if moves else func.name())
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "operations"),
+    [
+        # Which rows and which bytes; two gathers; normalisation; the hole; labels.
+        ("crop_flip_cutout", 3 + 2 + 3 + 2 + 1),
+        # The same with light instead of the hole.
+        ("crop_alternating_flip_light", 3 + 2 + 3 + 4 + 1),
+    ],
+)
+def test_a_step_asks_the_device_for_few_operations_and_a_block_of_steps_for_one_upload(
+    augmentation: str, operations: int, shapes: Path
+) -> None:
+    made = device_batches(shapes, 64, augmentation, torch.device("meta"))  # where nothing is computed
+    next(made)  # sends to the device what stays there
+    steps = []
+    for _ in range(2 * sampler.BLOCK // 64):
+        with Operations() as seen:
+            next(made)
+        steps.append(seen.names)
+    assert {sum(name != "upload" for name in names) for names in steps} <= {operations, operations + 1}
+    assert [names.count("upload") for names in steps if "upload" in names] == [1, 1]

@@ -880,11 +880,11 @@ def test_without_the_order_the_oracle_fails(
 ) -> None:  # fmt: skip
     # Each attempt begins the order of the images anew, as a loader does that knows no step.
     patch = (
-        "from cifar.data import order\n"
-        "real = order.RankBatches.__init__\n"
+        "from cifar.data import sampler\n"
+        "real = sampler.DistributedBatchSampler.__init__\n"
         "def anew(self, recipe, images, start, end, rank, ranks):\n"
         "    real(self, recipe, images, 0, end - start, rank, ranks)\n"
-        "order.RankBatches.__init__ = anew\n"
+        "sampler.DistributedBatchSampler.__init__ = anew\n"
     )
     reference = undisturbed()
     slowly.touch()

@@ -233,7 +233,7 @@ class Observer:
         """Makes so many training images here, on one core."""
         import torch
 
-        from cifar.data import order
+        from cifar.data import sampler
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -241,11 +241,11 @@ class Observer:
             import cv2
 
             cv2.setNumThreads(0)
-        samples = order.batch(self.recipe.seed, 0, 1024, amount)
+        epochs, indices = sampler.batch(self.recipe.seed, 0, 1024, amount)
         size = min(amount, self.recipe.global_batch_size)
         began = time.perf_counter()
         for start in range(0, amount, size):
-            self.images.__getitems__(samples[start : start + size])
+            self.images.__getitems__(sampler.Samples(epochs[start : start + size], indices[start : start + size]))
         seconds = time.perf_counter() - began
         torch.set_num_threads(threads)
         return {"amount": amount, "seconds": seconds}

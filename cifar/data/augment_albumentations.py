@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar.data.augment import LEVELS, Pipeline, Statistics, amount
-from cifar.data.order import AUGMENTATION
+from cifar.data.sampler import AUGMENTATION
 from cifar.data.sources import SIZE
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks a package index for its newest version at import

@@ -1,25 +1,23 @@
 """Augmentation of whole batches on the device that trains: what augment_albumentations.py does, many times as fast.
 
-The random numbers are drawn on the host, each image's from (seed, epoch, index) alone, so a CPU and a GPU make the
-same images bit for bit.
+The random numbers are drawn on the host, for many batches at once and each image's from (seed, epoch, index) alone, so
+a CPU and a GPU make the same images bit for bit.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cifar.data import philox
 from cifar.data.augment import LEVELS, Pipeline, Statistics, amount, normalize
-from cifar.data.order import AUGMENTATION, Sample
+from cifar.data.sampler import AUGMENTATION, Integers, Samples
 from cifar.data.sources import SIZE
-
-Integers = npt.NDArray[np.int64]
 
 
 class Draws(NamedTuple):
-    """What was drawn for each of n images, int64 [n]."""
+    """What was drawn for each image, int64 [...] as the samples."""
 
     top: Integers  # of the crop within the padded image: 0 to 2 * padding
     left: Integers
@@ -30,59 +28,92 @@ class Draws(NamedTuple):
     contrast: Integers
 
 
-def draw(pipeline: Pipeline, seed: int, samples: list[Sample]) -> Draws:
-    """The random numbers of the samples (epoch, index). A choice that a pipeline lacks has one value, 0."""
+def draw(pipeline: Pipeline, seed: int, samples: Samples) -> Draws:
+    """The random numbers of the samples, of any shape. A choice that a pipeline lacks has one value, 0."""
     offsets, sides, places = 2 * pipeline.padding + 1, 1 + (pipeline.flip == "random"), SIZE - pipeline.cutout + 1
     lights = (LEVELS if most else 1 for most in (pipeline.brightness, pipeline.contrast))
     bounds = np.array((offsets, offsets, sides, places, places, *lights), np.uint64)
-    counters = np.empty((4, 2, len(samples)), np.uint64)  # two blocks of four words: seven are used
-    counters[0], counters[1] = np.array(samples, np.uint64).T[::-1, None]
-    counters[2], counters[3] = [[0], [1]], AUGMENTATION
-    words = philox.words(seed, counters).reshape(8, -1)[: len(bounds)]
-    draws = Draws(*philox.below(bounds[:, None], words))
+    epochs, indices = (part.reshape(-1).astype(np.uint64) for part in samples)
+    use, blocks = np.uint64(AUGMENTATION), np.array([[0], [1]], np.uint64)  # of four words: seven of eight are used
+    words = philox.words(seed, indices, epochs, blocks, use).reshape(8, -1)[: len(bounds)]
+    draws = Draws(*philox.below(bounds[:, None], words).reshape(-1, *samples.indices.shape))
     if pipeline.flip == "alternating":
-        epochs = counters[1, 0].astype(np.int64)
-        counters[1], counters[2] = 0, 2  # a word of the image's own, the same in all epochs
-        first = philox.below(np.array(2, np.uint64), philox.words(seed, counters[:, :1])[0, 0])
-        draws = draws._replace(mirrored=(first + epochs) % 2)
+        # A word of the image's own, the same in all epochs.
+        own = philox.words(seed, indices, np.uint64(0), np.uint64(2), use)[0].reshape(samples.indices.shape)
+        draws = draws._replace(mirrored=(philox.below(np.uint64(2), own) + samples.epochs) % 2)
     return draws
 
 
-def augment(
-    images: torch.Tensor, indices: Integers, draws: Draws, pipeline: Pipeline, mean: Statistics, std: Statistics
-) -> torch.Tensor:
-    """The images [n] of `images` (uint8 [all, 32, 32, 3], on any device) at `indices`, as the draws have it.
+class Plan(NamedTuple):
+    """How to make each image of a batch [n] or of several [k, n]: int64 tensors of one upload."""
+
+    image: torch.Tensor  # its place within the training images
+    rows: torch.Tensor  # of the crop: its place in the first of `_crops`
+    columns: torch.Tensor  # in the second
+    hole: torch.Tensor  # its first pixel, among all pixels of the batch
+    brightness: torch.Tensor  # its place in `_light`
+    contrast: torch.Tensor
+
+
+def plan(indices: Integers, draws: Draws, device: torch.device) -> Plan:
+    """Sends to the device what was drawn for the images at `indices` [..., n]: in one piece, and not waited for."""
+    numbers = torch.empty((len(Plan._fields), *indices.shape), dtype=torch.int64, pin_memory=device.type == "cuda")
+    columns = 2 * draws.left + draws.mirrored
+    hole = (np.arange(indices.shape[-1]) * SIZE + draws.hole_top) * SIZE + draws.hole_left
+    np.stack((indices, draws.top, columns, hole, draws.brightness, draws.contrast), out=numbers.numpy())
+    return Plan(*numbers.to(device, non_blocking=True))
+
+
+def augment(images: torch.Tensor, batch: Plan, pipeline: Pipeline, mean: Statistics, std: Statistics) -> torch.Tensor:
+    """A batch [n] from `images` (uint8 [all, 32, 32, 3], on the device of the plan).
 
     Returns normalised float32 [n, 3, 32, 32], channels-last, on the same device.
     """
-    device, n = images.device, len(indices)
-    places = draws.top, draws.left, draws.mirrored, draws.hole_top, draws.hole_left
-    # In one piece and unwaited for: the copy goes on while a GPU still works on the step before.
-    numbers = torch.from_numpy(np.stack((indices, *places))).to(device, non_blocking=True)
-    index, top, left, mirrored, hole_top, hole_left = numbers[:, :, None].unbind()  # each [n, 1]
-
-    # Which row and column of the image each row and column of the crop shows. A gather of whole rows and then of
-    # single bytes within them takes half as long as a gather of pixels.
-    place = torch.arange(SIZE, device=device)
-    rows = _reflect(top + place - pipeline.padding)
-    columns = _reflect(left + torch.where(mirrored > 0, SIZE - 1 - place, place) - pipeline.padding)
-    strips = images.view(-1, SIZE * 3).index_select(0, (index * SIZE + rows).view(-1))
-    channels = (columns[:, :, None] * 3 + torch.arange(3, device=device)).view(n, 1, SIZE * 3)
-    crops = strips.view(n, SIZE, SIZE * 3).gather(2, channels.expand(n, SIZE, SIZE * 3))
-    augmented = normalize(crops.view(n, SIZE, SIZE, 3), mean, std)
+    n, device = len(batch.image), images.device
+    # A gather of whole rows and then of single bytes within them takes half as long as a gather of pixels.
+    rows, columns = _crops(pipeline.padding, device)
+    places = rows.index_select(0, batch.rows).add_(batch.image[:, None], alpha=SIZE)
+    strips = images.view(-1, SIZE * 3).index_select(0, places.view(-1)).view(n, SIZE, SIZE * 3)
+    shown = columns.index_select(0, batch.columns)[:, None].expand(n, SIZE, SIZE * 3)
+    augmented = normalize(strips.gather(2, shown).view(n, SIZE, SIZE, 3), mean, std)
 
     if pipeline.brightness or pipeline.contrast:
-        light = np.stack((amount(draws.brightness, pipeline.brightness), 1 + amount(draws.contrast, pipeline.contrast)))
-        shift, scale = torch.from_numpy(light).to(device, non_blocking=True)[:, :, None, None, None].unbind()
-        augmented.add_(shift).mul_(scale)
+        shift, scale = _light(pipeline.brightness, pipeline.contrast, device)
+        augmented.add_(shift.index_select(0, batch.brightness)[:, None, None, None])
+        augmented.mul_(scale.index_select(0, batch.contrast)[:, None, None, None])
 
-    hole = torch.arange(pipeline.cutout, device=device)
-    hole_rows = (torch.arange(n, device=device)[:, None] * SIZE + hole_top + hole)[:, :, None]
-    hole_pixels = hole_rows * SIZE + (hole_left + hole)[:, None, :]
-    augmented.permute(0, 2, 3, 1).view(-1, 3).index_fill_(0, hole_pixels.view(-1), 0)
+    if pipeline.cutout:
+        hole = batch.hole[:, None] + _hole(pipeline.cutout, device)
+        augmented.permute(0, 2, 3, 1).view(-1, 3).index_fill_(0, hole.view(-1), 0)
     return augmented
 
 
-def _reflect(place: torch.Tensor) -> torch.Tensor:
-    """Places beyond an edge as their mirror images within; the edge itself comes once (OpenCV's REFLECT_101)."""
-    return SIZE - 1 - (SIZE - 1 - place.abs()).abs()
+# What does not change from batch to batch, sent to each device once.
+
+
+@lru_cache
+def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What crops show of an image: which row [2 * padding + 1, 32], which bytes of a row [2 * (2 * padding + 1), 96].
+
+    The first by the crop's top; the second by twice its left side, plus 1 if it is mirrored. Places beyond an edge are
+    their mirror images within; the edge itself comes once (OpenCV's REFLECT_101).
+    """
+    place = np.arange(-padding, padding + 1)[:, None] + np.arange(SIZE)
+    rows = SIZE - 1 - abs(SIZE - 1 - abs(place))
+    columns = np.stack((rows, rows[:, ::-1]), axis=1).reshape(-1, SIZE, 1) * 3 + np.arange(3)
+    return torch.from_numpy(rows).to(device), torch.from_numpy(columns.reshape(-1, SIZE * 3)).to(device)
+
+
+@lru_cache
+def _light(brightness: float, contrast: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each level of brightness adds, and each of contrast multiplies by, float32 [LEVELS]."""
+    levels = np.arange(LEVELS)
+    shift, scale = amount(levels, brightness), 1 + amount(levels, contrast)
+    return torch.from_numpy(shift).to(device), torch.from_numpy(scale).to(device)
+
+
+@lru_cache
+def _hole(cutout: int, device: torch.device) -> torch.Tensor:
+    """The pixels of a cutout, counted from its first: int64 [cutout * cutout]."""
+    side = np.arange(cutout)
+    return torch.from_numpy((side[:, None] * SIZE + side).reshape(-1)).to(device)

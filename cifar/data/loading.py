@@ -19,8 +19,9 @@ from accelerate.utils import DynamoBackend
 from cifar import failure, stop
 from cifar.data import augment, augment_device
 from cifar.data.augment import Pipeline
+from cifar.data.augment_device import Plan
 from cifar.data.cache import Data, open_cache, open_data
-from cifar.data.order import RankBatches, Sample
+from cifar.data.sampler import DistributedBatchSampler, Samples
 from cifar.data.sources import SIZE
 from cifar.errors import LostError, UserError
 from cifar.ranks import raise_on_all_ranks
@@ -28,12 +29,14 @@ from cifar.recipes import Recipe
 
 FIRST_IMAGES = 5000
 LONGEST = 2_000_000  # seconds: what poll() takes, some 23 days
+PIXELS = SIZE * SIZE * 3
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 [n, 3, 32, 32] (channels-last), labels int64 [n]
+# Images float32 [n, 3, 32, 32] (channels-last) and labels int64 [n], on the device that trains.
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class WorkerImages:
-    """Training images that Albumentations augments, fetched a batch at a time by (epoch, index)."""
+class WorkerDataset:
+    """Training images that Albumentations augments, fetched a batch at a time by worker processes."""
 
     def __init__(self, data: Data, pipeline: Pipeline, seed: int) -> None:
         from cifar.data.augment_albumentations import Augmentation  # half a second to import, and only needed here
@@ -42,43 +45,54 @@ class WorkerImages:
         self.path, self.augmentation = data.path, Augmentation(pipeline, data.mean, data.std, seed)
         self.data: Data | None = None
 
-    def __getitems__(self, samples: list[Sample]) -> Batch:
+    def __getitems__(self, samples: Samples) -> Batch:
         self.data = self.data or open_cache(self.path)
-        images = np.empty((len(samples), *self.data.train_images.shape[1:]), np.float32)
-        for image, (epoch, index) in zip(images, samples, strict=True):
+        images = np.empty((len(samples.indices), *self.data.train_images.shape[1:]), np.float32)
+        for image, epoch, index in zip(images, samples.epochs.tolist(), samples.indices.tolist(), strict=True):
             image[:] = self.augmentation(self.data.train_images[index], epoch, index)
-        labels = self.data.train_labels[[index for _, index in samples]].astype(np.int64)
+        labels = self.data.train_labels[samples.indices].astype(np.int64)
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
-class ResidentImages:
-    """All training images as uint8 on the device, augmented there a batch at a time by (epoch, index).
+class DeviceDataset:
+    """All training images as uint8, and their labels, on the device, augmented there a batch at a time.
 
-    On a CPU they are the cache's memory map, which all processes share; on a GPU a copy for each process, 154 MB
-    for CIFAR-10.
+    On a CPU the images are the cache's memory map, which all processes share; on a GPU a copy for each process,
+    154 MB for CIFAR-10.
     """
 
     def __init__(self, data: Data, pipeline: Pipeline, seed: int, device: torch.device) -> None:
         self.pipeline, self.seed, self.mean, self.std = pipeline, seed, data.mean, data.std
         self.images = torch.from_numpy(data.train_images).to(device)
-        self.labels = data.train_labels.astype(np.int64)
+        self.labels = torch.from_numpy(data.train_labels.astype(np.int64)).to(device)
 
-    def __getitems__(self, samples: list[Sample]) -> Batch:
+    def __getitems__(self, samples: Samples) -> Batch:
+        return self._batch(self._plan(samples))
+
+    def batches(self, sampler: DistributedBatchSampler) -> Iterator[Batch]:
+        """The sampler's batches. Random numbers are drawn, and sent to the device, for a block of steps at once."""
+        for samples in sampler.blocks():
+            for of_step in zip(*self._plan(samples), strict=True):
+                yield self._batch(Plan(*of_step))
+
+    def _plan(self, samples: Samples) -> Plan:
         draws = augment_device.draw(self.pipeline, self.seed, samples)
-        indices = np.array([index for _, index in samples])
-        images = augment_device.augment(self.images, indices, draws, self.pipeline, self.mean, self.std)
-        return images, torch.from_numpy(self.labels[indices])
+        return augment_device.plan(samples.indices, draws, self.images.device)
+
+    def _batch(self, batch: Plan) -> Batch:
+        images = augment_device.augment(self.images, batch, self.pipeline, self.mean, self.std)
+        return images, self.labels.index_select(0, batch.image)
 
 
-TrainingImages = WorkerImages | ResidentImages
+TrainingImages = WorkerDataset | DeviceDataset
 
 
 def training_images(recipe: Recipe, data: Data, device: torch.device) -> TrainingImages:
     """The training images, augmented as the recipe says. Raises UserError for an unknown augmentation."""
     pipeline = augment.find(recipe.augmentation)
     if recipe.augment == "device":
-        return ResidentImages(data, pipeline, recipe.seed, device)
-    return WorkerImages(data, pipeline, recipe.seed)
+        return DeviceDataset(data, pipeline, recipe.seed, device)
+    return WorkerDataset(data, pipeline, recipe.seed)
 
 
 def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, TrainingImages]:
@@ -101,36 +115,50 @@ def first_images(data: Data, device: torch.device) -> torch.Tensor:
 
 
 def training_batches(
-    images: TrainingImages, batches: RankBatches, workers: int, device: torch.device
+    images: TrainingImages, sampler: DistributedBatchSampler, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Goes through `batches`: with `workers` processes, each two batches ahead, or here where images are resident.
+    """The sampler's batches, on the device: made there, or by `workers` processes, each two batches ahead.
 
     Raises UserError where a worker cannot be started, fails, is killed or hangs.
     """
-    if isinstance(images, ResidentImages) or not workers:
-        return map(images.__getitems__, batches)
+    if isinstance(images, DeviceDataset):
+        return images.batches(sampler)
     started: list[_Worker] = []
     atexit.register(_end, started)
     started.extend(
-        _Worker(images, batches.every(workers, number), f"loader worker {number + 1} of {workers}")
+        _Worker(images, sampler.every(workers, number), f"loader worker {number + 1} of {workers}")
         for number in range(workers)
     )
-    return _received(started, batches, device)
+    return _received(started, sampler, device)
 
 
-def _received(workers: "list[_Worker]", batches: RankBatches, device: torch.device) -> Iterator[Batch]:
+def _received(workers: "list[_Worker]", sampler: DistributedBatchSampler, device: torch.device) -> Iterator[Batch]:
     seconds = failure.hang_seconds()
     limit = max(failure.HANG_SECONDS, seconds)  # for the first one, as for a job's first step
-    pinned = device.type == "cuda"  # so that the copy to the device does not wait
+    n, on_gpu = sampler.size, device.type == "cuda"
+    uploads = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
     try:
-        for _, worker in zip(batches.steps, itertools.cycle(workers), strict=False):
-            images = torch.empty((batches.size, SIZE, SIZE, 3), pin_memory=pinned)
-            labels = torch.empty(batches.size, dtype=torch.int64, pin_memory=pinned)
-            worker.receive(limit, images, labels)
-            yield images.permute(0, 3, 1, 2), labels
+        for _, worker in zip(sampler.steps, itertools.cycle(workers), strict=False):
+            # In one piece, and pinned, so that the copy to a GPU does not wait: images, then labels.
+            content = torch.empty(n * (4 * PIXELS + 8), dtype=torch.uint8, pin_memory=on_gpu)
+            worker.receive(limit, content)
+            if uploads:
+                content = _uploaded(content, uploads)
+            images, labels = content[: n * 4 * PIXELS], content[n * 4 * PIXELS :]
+            yield images.view(torch.float32).view(n, SIZE, SIZE, 3).permute(0, 3, 1, 2), labels.view(torch.int64)
             limit = seconds
     finally:
         _end(workers)
+
+
+def _uploaded(content: torch.Tensor, uploads: torch.cuda.Stream) -> torch.Tensor:
+    """Pinned memory's copy on the GPU, made beside the steps that the GPU still has before it; nothing waits here."""
+    with torch.cuda.stream(uploads):
+        uploaded = content.to(uploads.device, non_blocking=True)
+    steps = torch.cuda.current_stream(uploads.device)
+    steps.wait_stream(uploads)
+    uploaded.record_stream(steps)
+    return uploaded
 
 
 class _Worker:
@@ -141,12 +169,12 @@ class _Worker:
     a checkpoint; and it waits for one that hangs for ever.
     """
 
-    def __init__(self, images: WorkerImages, batches: RankBatches, name: str) -> None:
+    def __init__(self, images: WorkerDataset, sampler: DistributedBatchSampler, name: str) -> None:
         try:
             self.connection, theirs = socket.socketpair()
             with theirs:  # only the worker may hold it open: that is how its death is seen
                 make = multiprocessing.get_context("fork").Process
-                self.process = make(target=_work, args=(theirs, images, batches, os.getpid()), daemon=True)
+                self.process = make(target=_work, args=(theirs, images, sampler, os.getpid()), daemon=True)
                 self.process.start()
         except OSError as error:
             raise UserError(
@@ -155,8 +183,8 @@ class _Worker:
             ) from None
         self.name = f"{name} (process {self.process.pid} on {socket.gethostname()})"
 
-    def receive(self, limit: int, *tensors: torch.Tensor) -> None:
-        """Fills the tensors with the next batch. Raises UserError where none comes, or none within `limit` seconds."""
+    def receive(self, limit: int, content: torch.Tensor) -> None:
+        """Fills `content` with the next batch. Raises UserError where none comes, or none within `limit` seconds."""
         self.connection.settimeout(min(limit, LONGEST))
         status = bytearray(1)
         try:
@@ -166,8 +194,7 @@ class _Worker:
                 while part := self.connection.recv(4096):
                     words += part
                 raise (UserError if status == _REFUSED else LostError)(f"{self.name}: {words.decode()}")
-            for tensor in tensors:
-                self._fill(tensor.numpy().data.cast("B"))
+            self._fill(content.numpy().data)
         except TimeoutError:
             raise LostError(
                 f"no batch from {self.name} for {limit} s: it hangs, perhaps in a file system that does not answer; "
@@ -192,7 +219,7 @@ class _Worker:
 _MADE, _FAILED, _REFUSED = b"0", b"1", b"2"
 
 
-def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches, parent: int) -> None:
+def _work(connection: socket.socket, images: WorkerDataset, sampler: DistributedBatchSampler, parent: int) -> None:
     import cv2
 
     stop.obey_parent()  # a stop request is for the training process, which still wants its batches
@@ -201,7 +228,7 @@ def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches,
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
-        _make(connection, images, batches)
+        _make(connection, images, sampler)
     except UserError as error:
         connection.sendall(_REFUSED + str(error).encode())
     except ConnectionError:
@@ -212,7 +239,7 @@ def _work(connection: socket.socket, images: WorkerImages, batches: RankBatches,
         connection.sendall(_FAILED + " ".join(words.split()).encode())
 
 
-def _make(connection: socket.socket, images: WorkerImages, batches: RankBatches) -> None:
+def _make(connection: socket.socket, images: WorkerDataset, sampler: DistributedBatchSampler) -> None:
     """Makes a batch while the one before is on its way."""
 
     def send(made: torch.Tensor, labels: torch.Tensor) -> None:
@@ -221,7 +248,7 @@ def _make(connection: socket.socket, images: WorkerImages, batches: RankBatches)
 
     with ThreadPoolExecutor(1) as sender:
         before: Future[None] | None = None
-        for samples in batches:
+        for samples in sampler:
             batch = images.__getitems__(samples)
             if before:
                 before.result()

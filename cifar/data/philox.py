@@ -13,9 +13,14 @@ _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key after each round
 
 
-def words(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Four 32-bit random words [4, ...] for each counter [4, ...] of four 32-bit words; `key` has 64 bits."""
-    a, b, c, d = counters
+Words = npt.NDArray[np.uint64]  # of 32 bits each
+
+
+def words(key: int, a: Words | np.uint64, b: Words | np.uint64, c: Words | np.uint64, d: Words | np.uint64) -> Words:
+    """Four random words [4, ...] for each counter of four words, which are broadcast; `key` has 64 bits.
+
+    A word that many counters share is given once: the first rounds are then cheaper.
+    """
     left, right = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
         product_a, product_c = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
@@ -25,6 +30,6 @@ def words(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return np.stack((a, b, c, d))
 
 
-def below(bounds: npt.NDArray[np.uint64], random_words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def below(bounds: Words | np.uint64, random_words: Words) -> npt.NDArray[np.int64]:
     """Each 32-bit word as a whole number from 0 to below its bound; no value is off 1/bound by more than 2**-32."""
-    return ((random_words * bounds) >> _HIGH).astype(np.int64)
+    return ((random_words * bounds) >> _HIGH).view(np.int64)
