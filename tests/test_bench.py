@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from cifar.bench import model, shaped, turns
+from cifar.bench import counts, model, scaling, shaped, turns
 from cifar.bench.context import Bench
 from cifar.bench.plain import TRANSFORMS, Images, Plain
 from cifar.bench.turns import Program
@@ -187,6 +187,26 @@ def test_every_figure_has_its_turns_its_limit_and_its_baseline(bench: Measure, t
     assert [sum(parts) for parts in starts] == pytest.approx(values("launch to the end"))
     summed = sum(size for name, size in result["counts"]["collectives_per_step"] if name == "gloo:all_reduce")
     assert values("summed over") == [summed / 1e6] * 2
+
+
+def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "RANKS", (1, 4))
+    bench = Bench("digits", 2, 0.01, tmp_path, machine={"native_bf16": False, "gpus": 0})
+    found = scaling.on_one_gpu(bench)
+    assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == [
+        (what, unit, 2)
+        for how in ("eager", "by graph")
+        for ranks, images in ((1, 64), (4, 16))
+        for what, unit in ((f"a step of {images} images, {how}", "ms"), (f"{ranks} GPUs computed from it", "images/s"))
+    ]
+    assert all(value > 0 for figure in found for value in figure.values)
+    assert found[1].ratios == [1, 1]
+    assert found[1].values[0] == pytest.approx(64 / found[0].values[0] * 1e3)  # alone it waits for nobody
+
+
+def test_the_time_of_overlapping_kernels_counts_once() -> None:
+    assert counts.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
+    assert counts.covered([]) == 0
 
 
 # ---- the model of a step's time

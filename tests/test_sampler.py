@@ -1,6 +1,5 @@
 """Which images make up batch k."""
 
-
 import numpy as np
 import pytest
 

@@ -5,7 +5,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ KINDS = {
     "fills and copies": r"(?i)copy|copies|clone|contiguous|zero|fill|aten::cat$",
 }
 OPTIMIZER = "optimizer"
+GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 COLLECTIVE = re.compile(r"(gloo|nccl):")
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "unsigned char": 1,
          "signed char": 1, "bool": 1}  # fmt: skip
@@ -53,6 +54,8 @@ class Record(NamedTuple):
     copies: dict[str, int]  # aten::copy_ by what for: see `_purpose`
     optimizer: dict[str, int]  # operators called directly by the optimizer's step
     collectives: list[tuple[str, int]]  # each one's name and bytes
+    kernels: int  # launched on a GPU
+    gpu_seconds: float  # in which it had something to do
 
 
 def recorder() -> profile:
@@ -67,6 +70,7 @@ def read(recorded: profile) -> Record:
         path = Path(folder, "trace.json")
         recorded.export_chrome_trace(str(path))  # the one place where types and strides can be had
         events = json.loads(path.read_text())["traceEvents"]
+    on_gpu = [event for event in events if event.get("cat") in GPU_EVENTS]
     events = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
     copies = Counter(_purpose(event["args"]) for event in events if event["name"] == "aten::copy_")
     collectives = [(event["name"], _bytes(event["args"])) for event in events if COLLECTIVE.match(event["name"])]
@@ -83,7 +87,17 @@ def read(recorded: profile) -> Record:
         if kind:
             time = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
             seconds[kind] += time / 1e6
-    return Record(seconds, dict(copies), dict(direct), sorted(collectives))
+    spans = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
+    return Record(seconds, dict(copies), dict(direct), sorted(collectives), len(on_gpu), covered(spans) / 1e6)
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How much of the time lies in at least one of the spans (begin, end)."""
+    total, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 def _kind(name: str) -> str | None:

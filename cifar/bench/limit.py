@@ -1,7 +1,8 @@
 """What the machine can do at most: matrix products in each precision, and copying memory.
 
-The products have the shapes of the convolutions of network `resnet`: positions x (9 x channels in) x channels out.
-A precision's limit is the fastest of them, so that no fraction of it flatters.
+The products have the shapes of the convolutions of network `resnet`: positions x (9 x channels in) x channels out. On a
+GPU, which those do not fill, there is a large one, too. A precision's limit is the fastest of them, so that no fraction
+of it flatters.
 """
 
 import time
@@ -16,6 +17,7 @@ from cifar.bench.turns import Answer, Program
 
 ROWS = 8192  # positions: those of 8 images of 32x32, or of 512 of 4x4
 SHAPES = ((576, 128), (1152, 128), (1152, 256), (2304, 512), (4608, 512))
+FILLS_A_GPU = (8192, 8192)
 COPIED = 1 << 28  # bytes, many times the caches
 
 
@@ -23,19 +25,20 @@ def measure(bench: Bench) -> list[Figure]:
     """Also tells `bench` its machine and its limits."""
     with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
         bench.machine = program.turn("facts")
+        shapes = (*SHAPES, FILLS_A_GPU) if bench.machine["gpus"] else SHAPES
         contestants: dict[str, tuple[Program, dict[str, Any]]] = {
             f"{precision} {shape}": (program, {"do": "multiply", "precision": precision, "shape": shape})
             for precision in bench.machine["precisions"]
-            for shape in SHAPES
+            for shape in shapes
         }
         contestants[COPY] = (program, {"do": "copy"})
-        answers = turns.alternate(contestants, bench.repeats, bench.seconds / len(SHAPES))
+        answers = turns.alternate(contestants, bench.repeats, bench.seconds / len(shapes))
     figures = []
     for precision in bench.machine["precisions"]:
         figures += bench.best(products(precision), 1e9, [
             Figure("limit", f"{products(precision)}, {ROWS}x{shape[0]}x{shape[1]}", "10^9 multiply-adds/s",
                    turns.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
-            for shape in SHAPES
+            for shape in shapes
         ])  # fmt: skip
     copied = turns.rates(answers[COPY], 2 * COPIED / 1e9)
     figures += bench.best(COPY, 1e9, [Figure("limit", f"{COPY}, read and written", "GB/s", copied)])

@@ -41,6 +41,7 @@ class Observer:
         self.ready: float | None = None  # when the first step began
         self.passing, self.since = "pause", 0.0
         self.spans: dict[str, list[float]] = {}
+        self.host = 0.0  # processor seconds of this thread at the turn's beginning
         self.asked: Answer | None = None  # the turn that is under way
         self.uncounted = self.counted = 0  # its steps to come
         self.profiler: Any = None
@@ -119,7 +120,7 @@ class Observer:
             return
         if self.counted == self.asked["amount"]:
             self.settle()
-            self.spans = {}
+            self.spans, self.host = {}, time.thread_time()
             if self.asked["do"] == "profile":
                 from cifar.bench import counts
 
@@ -155,11 +156,12 @@ class Observer:
         """What the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
         assert self.asked is not None
         self.settle()
-        spans = self.spans
+        spans, host = self.spans, time.thread_time() - self.host
         facts = {
             "amount": self.asked["amount"],
             "seconds": sum(spans["input"]) + sum(spans["work"]),
             "input": sum(spans["input"]),
+            "host": host,
             "save": spans.get("save", []),
             "at": time.time(),
         }

@@ -1,14 +1,20 @@
 """Two processes, each with half of the threads or a GPU of its own, against one; and the bytes that they exchange."""
 
-from cifar.bench import turns
+from contextlib import ExitStack
+
+from cifar.bench import model, turns
 from cifar.bench.context import Bench
 from cifar.bench.figures import Figure
+from cifar.recipes import RECIPES
+
+RANKS = (1, 2, 4, 8)  # whose part of the recipe's batch one GPU computes
+GRAPHS = ("off", "auto")
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """The same global batch on both sides. Nothing on a machine with a single GPU."""
+    """The same global batch on both sides. A single GPU computes the parts of several, see `on_one_gpu`."""
     if bench.machine["gpus"] == 1:
-        return []
+        return on_one_gpu(bench)
     with bench.ours("one") as one, bench.ours("two", processes=2) as two:
         contestants = {"one": (one, {"do": "train"}), "two": (two, {"do": "train"})}
         answers = turns.alternate(contestants, bench.repeats, bench.seconds)
@@ -28,3 +34,37 @@ def measure(bench: Bench) -> list[Figure]:
         Figure("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
         Figure("scaling", "sent from the first to the others", "MB a step", [b / 1e6 for b in others], gradient),
     ]  # fmt: skip
+
+
+def on_one_gpu(bench: Bench) -> list[Figure]:
+    """Steps of the part that one of n GPUs has of the recipe's batch; and what n of them would do, by the model.
+
+    Measured is what a GPU computes; assumed is how gradients are summed within a machine (model.py).
+    """
+    figures: list[Figure] = []
+    for graph in GRAPHS:
+        with ExitStack() as stack:
+            programs = {
+                ranks: stack.enter_context(
+                    bench.ours(f"{graph}-{ranks}", "--global-batch-size", bench.batch // ranks, "--cuda-graph", graph)
+                )
+                for ranks in RANKS
+            }
+            contestants = {str(ranks): (program, {"do": "train"}) for ranks, program in programs.items()}
+            answers = turns.alternate(contestants, bench.repeats, bench.seconds)
+        how, rates = "by graph" if graph == "auto" else "eager", {}
+        for ranks in RANKS:
+            seconds = [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]]
+            rates[ranks] = [bench.batch / _step_on(ranks, step, bench) for step in seconds]
+            what = f"a step of {bench.batch // ranks} images, {how}"
+            figures += [
+                Figure("scaling", what, "ms", [1e3 * step for step in seconds]),
+                Figure("scaling", f"{ranks} GPUs computed from it", "images/s", rates[ranks], None, "1 GPU",
+                       turns.quotients(rates[ranks], rates[1])),
+            ]  # fmt: skip
+    return figures
+
+
+def _step_on(gpus: int, computing: float, bench: Bench) -> float:
+    machine, parts = model.Machine(), model.buckets(RECIPES[bench.recipe]().network)
+    return model.step(computing, parts, gpus, machine.inside, machine.deviation * computing).seconds

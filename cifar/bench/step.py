@@ -1,8 +1,11 @@
 """A training step as the launcher runs it, where its time goes, and an evaluation."""
 
+from collections.abc import Sequence
+
 from cifar.bench import turns
 from cifar.bench.context import Bench
 from cifar.bench.figures import Figure
+from cifar.bench.turns import Answer
 
 EVALUATED = 500  # images: evaluation's batch, and what it is measured in
 
@@ -31,6 +34,7 @@ def measure(bench: Bench) -> list[Figure]:
         Figure("step", name, "images/s", rates, limit, "plain", turns.quotients(rates, plain_rates)),
         Figure("step", name, "10^9 multiply-adds/s", [rate * per_image for rate in rates],
                (limit[0], limit[1] * per_image)),
+        *(_on_a_gpu(trained["ours"], profiles) if bench.machine["gpus"] else ()),
         Figure("step", "training, plain", "images/s", plain_rates, limit),
         *(
             Figure("step", f"time for {kind}", "of a step",
@@ -43,4 +47,16 @@ def measure(bench: Bench) -> list[Figure]:
                turns.quotients(evaluating, plain_evaluating)),
         Figure("step", "evaluation", "images/s", evaluating, forward_limit, "forward pass",
                turns.quotients(evaluating, forward)),
+    ]  # fmt: skip
+
+
+def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Figure]:
+    """What hides between a step's milliseconds: launching, and waiting for it."""
+    seconds = [turn["seconds"] / turn["amount"] for turn in trained]
+    return [
+        Figure("step", "a step", "ms", [1e3 * step for step in seconds]),
+        Figure("step", "the host's part of it", "ms", [1e3 * turn["host"] / turn["amount"] for turn in trained]),
+        Figure("step", "kernels", "of a step", [profile["kernels"] for profile in profiles]),
+        Figure("step", "the GPU has nothing to do", "of a step",
+               [max(0.0, 1 - profile["gpu_seconds"] / step) for profile, step in zip(profiles, seconds, strict=True)]),
     ]  # fmt: skip
