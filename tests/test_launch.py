@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, Train, command
+from safetensors.torch import load_file
 
-from cifar import launch
+from cifar import launch, models
 
 CORES = len(os.sched_getaffinity(0))
 TWO = ("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml"), "--main_process_port", "0")
@@ -174,3 +177,30 @@ def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert json.loads((run / "result.json").read_text())["world_size"] == 2
     assert (run / "explain" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_compiled_network_trains_stops_and_goes_on_under_its_own_names(
+    ranks: int, shapes: Path, tmp_path: Path
+) -> None:
+    arguments = ["--data", shapes, "--run", tmp_path / "run", "--network", "whitened", "--epochs", 20, "--checkpoint-every", 1,
+                 "--global-batch-size", 16, "--freeze-at", 0.8]  # fmt: skip
+    launcher = (*(TWO if ranks == 2 else ("--mixed_precision", "no")), "--dynamo_backend", "inductor")
+    # Compiling takes longer than a step may: the first one has the limit that also a download has.
+    environment = {**os.environ, "CIFAR_HANG_SECONDS": "60"}
+    process = subprocess.Popen(
+        command(ROOT / "train.py", *arguments, launcher=launcher), env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not list((tmp_path / "run/checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=900)[0]
+    assert "stopped on request after step" in output, output
+    done = subprocess.run(command(ROOT / "train.py", *arguments, launcher=launcher), env=environment,
+                          capture_output=True, text=True, timeout=900, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    network = models.build("whitened", classes=4, dropout=0)
+    assert set(load_file(tmp_path / "run/model.safetensors")) == set(network.state_dict())
