@@ -183,8 +183,8 @@ def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:
 def test_a_compiled_network_trains_stops_and_goes_on_under_its_own_names(
     ranks: int, shapes: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--data", shapes, "--run", tmp_path / "run", "--network", "whitened", "--epochs", 20, "--checkpoint-every", 1,
-                 "--global-batch-size", 16, "--freeze-at", 0.8]  # fmt: skip
+    arguments = ["--data", shapes, "--run", tmp_path / "run", "--network", "whitened", "--epochs", 20,
+                 "--checkpoint-every", 1, "--global-batch-size", 16, "--freeze-at", 0.8]  # fmt: skip
     launcher = (*(TWO if ranks == 2 else ("--mixed_precision", "no")), "--dynamo_backend", "inductor")
     # Compiling takes longer than a step may: the first one has the limit that also a download has.
     environment = {**os.environ, "CIFAR_HANG_SECONDS": "60"}
