@@ -82,10 +82,7 @@ FINGERPRINT = "fbcf3db827d1e9414f45088413786197ef96d70875ecbbc1266531509af91b2b"
 GOLDEN = {  # by the way and the augmentation
     "albumentations crop_flip_cutout": "af5e1cab526800d8f5786db1ea513bfd08aecd66d1b1184e86c896581f2afec0",
     "albumentations crop_alternating_flip": "7655b60382e2e4be335f6ddbf89d55df47267e41c8e4f5ec51658e1803d32047",
-    (
-        "albumentations",
-        "crop_alternating_flip_light",
-    ): "8471b0ec2ae03898287451fd54ad1de491f57a7cae4ac2c19e63f0e8e7ab0566",
+    "albumentations crop_alternating_flip_light": "8471b0ec2ae03898287451fd54ad1de491f57a7cae4ac2c19e63f0e8e7ab0566",
     "albumentations crop_cutout": "dbe40cb83f91642b3d51a6790f92216ac6c482bdaae93963e8f8fc5a3b5ef9ee",
     "albumentations none": "cd6238fde3059a500a8a0e15d6e9301f27c6c6767dd78aac0f78d68d7e1ec6b7",
     "device crop_flip_cutout": "e5b78afffb353d27a05a041fb1fba2ddab50d5a7362bdaef7c14272234e22d0d",
