@@ -66,8 +66,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [
-        # An evaluation uses rank 0's batch-norm statistics, as a checkpoint does: no step has to send them.
-        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook, broadcast_buffers=False),
+        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook),
         InitProcessGroupKwargs(timeout=limit),
     ]
     # By its own default it would take a number from the environment, and divide gradients by it.
@@ -257,6 +256,9 @@ def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Mod
     """
     if accelerator.num_processes == 1:
         return
+    # An evaluation uses rank 0's batch-norm statistics, as a checkpoint does: no step has to send them. (From torch 2.14
+    # on, DDP's constructor has another name for it.)
+    model.broadcast_buffers = False  # type: ignore[assignment]
     buffers = [buffer.clone() for buffer in network.buffers()]
     for _ in range(2):  # they are arranged at the beginning of the second forward pass
         images = torch.zeros(2, 3, 32, 32, device=accelerator.device).contiguous(memory_format=torch.channels_last)
