@@ -256,7 +256,7 @@ def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Mod
     """
     if accelerator.num_processes == 1:
         return
-    # An evaluation uses rank 0's batch-norm statistics, as a checkpoint does: no step has to send them. (From torch 2.14
+    # An evaluation uses rank 0's batch-norm statistics, as a checkpoint does: no step sends them. (From torch 2.14
     # on, DDP's constructor has another name for it.)
     model.broadcast_buffers = False  # type: ignore[assignment]
     buffers = [buffer.clone() for buffer in network.buffers()]
