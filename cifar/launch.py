@@ -21,7 +21,8 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed import is_nccl_available
 
-from cifar import device, failure, ranks, stop
+from cifar import cores, device, failure, ranks
+from cifar.cores import local_processes
 from cifar.errors import UserError
 
 # Gradients are summed in parts of so many MB, each while the next is computed; only the last is waited for. With DDP's
@@ -82,7 +83,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
         raise AssertionError(f"{launched} processes were launched, but this one knows of {accelerator.num_processes}")
     failure.introduce(ranks.gathered(accelerator, socket.gethostname()))
     # The launcher leaves a process on a machine with GPUs one thread, however many cores there are.
-    torch.set_num_threads(_threads_asked_for() or max(1, _cores() // local_processes()))
+    torch.set_num_threads(cores.asked_for() or max(1, cores.available() // local_processes()))
     if on_cpu:
         _keep_freed_memory()
     return accelerator
@@ -153,41 +154,9 @@ def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_s
         )
 
 
-def local_processes() -> int:
-    """How many of the job's processes run on this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def loader_workers() -> int:
     """Data-loading processes for each training process: a share of the cores, between 1 and 8."""
-    return max(1, min(8, _cores() // local_processes() - 1))
-
-
-def _cores() -> int:
-    """How many cores this process may use: those that it may run on, or fewer where a container has a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        limit = int(quota) // int(period)
-    except (OSError, ValueError):  # another system, or no limit ("max")
-        return len(os.sched_getaffinity(0))
-    return min(len(os.sched_getaffinity(0)), max(1, limit))
-
-
-def _threads_asked_for() -> int:
-    """The CPU threads that somebody gave by OMP_NUM_THREADS or --num_cpu_threads_per_process, 0 where nobody did.
-
-    Launchers set the variable to 1 where nobody has said anything, which would leave all cores but one idle; what was
-    there before them is seen in their own environment.
-    """
-    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # by nesting depth
-    try:
-        launcher = psutil.Process().parent()
-        before, words = launcher.environ(), " ".join(launcher.cmdline())
-    except (psutil.Error, AttributeError):  # it is gone, or another user's
-        before, words = {}, ""
-    launched = any(name in os.environ and name not in before for name in stop.SET_BY_LAUNCHERS)
-    asked = not launched or "OMP_NUM_THREADS" in before or "num_cpu_threads_per_process" in words.replace("-", "_")
-    return int(number) if asked and number.isdecimal() else 0
+    return max(1, min(8, cores.available() // local_processes() - 1))
 
 
 def _keep_freed_memory() -> None:

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from cifar.app import pictures
-from cifar.data import image_files, sources
+from cifar.data import decoding, image_files, sources
 from cifar.data.cache import open_data
 from cifar.errors import UserError
 
@@ -530,7 +530,8 @@ def test_a_stop_request_is_heard_while_images_are_decoded(
     assert said.startswith("SIGTERM asked to stop while ")
     assert said.endswith("nothing was kept\n")
     assert said.count("\n") == 1
-    assert not list((tmp_path / "cache").rglob("*"))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not list((tmp_path / "cache").glob("cifar/.*"))
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["no answer", "a byte now and then"])
@@ -572,7 +573,7 @@ def test_a_stop_request_is_heard_while_a_download_waits(silent: bool, tmp_path: 
 def test_a_wait_for_a_disk_that_never_answers_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = as_folder(tmp_path / "data", PLAIN)
     read = Path.read_bytes
-    monkeypatch.setattr(image_files, "PART_SECONDS", 1)
+    monkeypatch.setattr(decoding, "PART_SECONDS", 1)
     monkeypatch.setattr(Path, "read_bytes", lambda path: time.sleep(60) if "train/b" in str(path) else read(path))
     assert "takes more than 1 s; look at the disk or network" in refused(root)
 

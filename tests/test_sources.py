@@ -20,7 +20,7 @@ import pytest
 from conftest import SHAPES
 from PIL import Image
 
-from cifar.data import cache, image_files, sources
+from cifar.data import cache, decoding, image_files, sources
 from cifar.data.cache import open_data
 from cifar.errors import UserError
 
@@ -55,7 +55,7 @@ def test_a_zip_and_a_folder_of_the_same_images_are_the_same_data(shapes: Path, s
 
 
 def test_many_files_keep_their_order(tmp_path: Path) -> None:
-    n = 3 * image_files.PART + 1  # read in parts, by several threads
+    n = 3 * decoding.PART + 1  # read in parts
     for split, count in (("train", n), ("test", 1)):
         for number in range(count):
             path = tmp_path / split / "ab"[number % 2] / f"{number:04d}.png"
@@ -350,10 +350,10 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 def test_cifar10_is_downloaded_checked_and_kept(official: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/{official.name}")
     there = official.parent / "download"
-    assert len(sources.find("cifar10", there).decode()[1]["train"].images) == 50
+    assert len(sources.find("cifar10", there).decode(there)[1]["train"].images) == 50
     assert [path.name for path in there.iterdir()] == [official.name]
     monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/gone/{official.name}")
-    assert len(sources.find("cifar10", there).decode()[1]["test"].images) == 10
+    assert len(sources.find("cifar10", there).decode(there)[1]["test"].images) == 10
 
 
 @pytest.mark.parametrize("served", ["made/cifar-10-batches-py/test_batch", "gone.tar.gz", "cut.tar.gz"])

@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from cifar import files
 from cifar.data import sources
-from cifar.data.image_files import Split
+from cifar.data.layout import images_file
+from cifar.data.sources import Source
 from cifar.errors import UserError
 
 FORMAT = 1
@@ -77,11 +78,8 @@ def open_data(data: str) -> Data:
     if fault is not None:
         if fault:
             print(f"image cache {path}: {fault}; it is made anew", flush=True)
-        classes, splits = source.decode()
-        if sources.find(data).key != source.key:
-            raise UserError(f"--data {data} changed while it was being read; start again when it is complete")
         try:
-            _write(path, classes, splits)
+            _make(path, source, data)
         except OSError as error:
             mend = f"make room or change permissions there, or {OWN_FOLDER}"
             wrong = f"the image cache cannot be written ({error.strerror or error})"
@@ -177,18 +175,23 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _write(path: Path, classes: list[str], splits: dict[str, Split]) -> None:
-    """Raises OSError."""
+def _make(path: Path, source: Source, data: str) -> None:
+    """Raises UserError for what is wrong with the source, OSError where the cache cannot be written."""
     _make_directory(path.parent)
     sources.remove_abandoned(path.parent, ".*")
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # made as any folder is: for whom the umask allows
     temporary.mkdir()
     try:
+        classes, splits = source.decode(temporary)
+        if sources.find(data).key != source.key:
+            raise UserError(f"--data {data} changed while it was being read; start again when it is complete")
         fingerprint = hashlib.sha256(json.dumps(classes).encode())
         for split, (images, labels, _) in splits.items():
-            for kind, array in (("images", images), ("labels", labels)):
-                np.save(temporary / f"{split}_{kind}.npy", array)
-                fingerprint.update(array.data)
+            if not images_file(temporary, split).exists():
+                np.save(images_file(temporary, split), images)
+            np.save(temporary / f"{split}_labels.npy", labels)
+            fingerprint.update(images.data)
+            fingerprint.update(labels.data)
         mean, std = statistics(splits["train"].images)
         (temporary / "files.json").write_text(json.dumps({split: splits[split].files for split in splits}))
         meta = {"classes": classes, "mean": mean, "std": std, "fingerprint": fingerprint.hexdigest()}

@@ -27,8 +27,11 @@ import numpy as np
 from PIL import Image
 
 from cifar import files
-from cifar.data import image_files
-from cifar.data.image_files import SPLITS, Listing, Split, raise_if_stopped
+from cifar.data import image_files, layout
+from cifar.data.decoding import InFolder, InMemory, InZip
+from cifar.data.image_files import Listing
+from cifar.data.layout import SPLITS, Split
+from cifar.data.waiting import Progress, in_thread, wait_for
 from cifar.errors import UserError
 
 SIZE = image_files.SIZE
@@ -54,10 +57,13 @@ OFFICIAL_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "fro
 
 
 class Source(NamedTuple):
-    """A set of images that can be decoded: `key` changes when its content does, `decode` gives classes and splits."""
+    """A set of images that can be decoded: `key` changes when its content does, `decode` gives classes and splits.
+
+    It is given an empty folder, into which it may write images (layout.images_file) instead of holding them in memory.
+    """
 
     key: str
-    decode: Callable[[], tuple[list[str], dict[str, Split]]]
+    decode: Callable[[Path], tuple[list[str], dict[str, Split]]]
 
 
 def find(data: str, download_to: Path = Path("data")) -> Source:
@@ -66,7 +72,7 @@ def find(data: str, download_to: Path = Path("data")) -> Source:
     Raises UserError for a path that is missing or is no source of images.
     """
     if data == "digits":
-        return Source("digits-1", decode_digits)
+        return Source("digits-1", lambda _: decode_digits())
     if data == "cifar10":
         folder, archive = download_to / OFFICIAL_FOLDER, download_to / Path(OFFICIAL_URL).name
         if not folder.is_dir() and not archive.is_file():
@@ -91,19 +97,17 @@ def find(data: str, download_to: Path = Path("data")) -> Source:
 def _folder(path: Path) -> Source:
     if (path / OFFICIAL_FOLDER).is_dir():
         path = path / OFFICIAL_FOLDER
-    if (path / "data_batch_1").exists():
-        return Source(_key(image_files.list_folder(path)), lambda: decode_official(_official_folder_reader(path)))
     listing = image_files.list_folder(path)
-    return Source(_key(listing), lambda: image_files.decode_folder(path, listing))
+    if (path / "data_batch_1").exists():
+        return Source(_key(listing), lambda _: decode_official(_official_folder_reader(path)))
+    return Source(_key(listing), lambda folder: layout.decode(listing, InFolder(path), folder))
 
 
 def _key(listing: Listing) -> str:
     """Names, sizes and modification times: reading 50,000 files at every start would cost seconds to minutes."""
-    found = listing.files
-    digest = hashlib.sha256()
-    for name in sorted(found, key=lambda name: name.split("/")):
-        digest.update(f"{name}\0{found[name].size}\0{found[name].modified}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    sizes, modified = listing.sizes, listing.modified
+    words = "".join([f"{name}\0{sizes[name]}\0{modified[name]}\n" for name in layout.sorted_names(sizes)])
+    return hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()
 
 
 def _archive(path: Path) -> Source:
@@ -115,9 +119,9 @@ def _archive(path: Path) -> Source:
             digest.update(block)
     key = digest.hexdigest()
     if zipfile.is_zipfile(path):
-        return Source(key, lambda: image_files.decode_zip(path))
+        return Source(key, partial(_decode_zip, path))
     if _is_tar(path):
-        return Source(key, lambda: _decode_tar(path))
+        return Source(key, partial(_decode_tar, path))
     if start == b"PK\3\4":
         raise UserError(f"{path} is a zip that was cut short; copy or make it again")
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX")):  # gzip, bzip2, xz
@@ -136,9 +140,11 @@ def _is_tar(path: Path) -> bool:
 def blocks(file: io.BufferedIOBase | io.RawIOBase, doing: str) -> Iterator[memoryview]:
     """The file's content, in one buffer that is used again. Raises UserError where a stop is asked for meanwhile."""
     buffer = memoryview(bytearray(BLOCK))
-    while count := file.readinto(buffer):
-        raise_if_stopped(doing)
-        yield buffer[:count]
+    with Progress(doing, "B", os.fstat(file.fileno()).st_size) as progress:
+        while count := file.readinto(buffer):
+            progress.done += count
+            progress.look()
+            yield buffer[:count]
 
 
 # ---- digits
@@ -176,9 +182,9 @@ def download(url: str, path: Path, md5: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, f".{path.name}.*.part")
-        with part.open("xb") as file:
-            fetched = image_files.in_thread(partial(_fetch, url, file))  # a stop is heard whatever the network does
-            found = image_files.wait_for(fetched, DOWNLOAD_SECONDS, f"downloading {url}")
+        with part.open("xb") as file, Progress(f"downloading {url}", "B") as progress:
+            fetched = in_thread(partial(_fetch, url, file, progress))  # a stop is heard whatever the network does
+            found = wait_for(fetched, DOWNLOAD_SECONDS, progress)
             os.fsync(file.fileno())
         if found != md5:
             raise UserError(f"{url}: the download has md5 {found}, not {md5}; {mend}")
@@ -191,7 +197,7 @@ def download(url: str, path: Path, md5: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _fetch(url: str, file: BinaryIO) -> str:
+def _fetch(url: str, file: BinaryIO, progress: Progress) -> str:
     """Writes what the address holds, and returns its md5 sum."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
@@ -200,9 +206,11 @@ def _fetch(url: str, file: BinaryIO) -> str:
         with error:  # it holds the connection
             raise OSError(f"{error.code} {error.reason}") from None
     with response:
-        while block := response.read(BLOCK):
+        progress.total = response.length
+        while block := response.read1(BLOCK):  # what has come, be it little
             digest.update(block)
             file.write(block)
+            progress.done += len(block)
     file.flush()
     return digest.hexdigest()
 
@@ -223,12 +231,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _decode_tar(path: Path) -> tuple[list[str], dict[str, Split]]:
+def _decode_zip(path: Path, folder: Path) -> tuple[list[str], dict[str, Split]]:
+    listing, entries = image_files.list_zip(path)
+    return layout.decode(listing, InZip(path, entries), folder)
+
+
+def _decode_tar(path: Path, folder: Path) -> tuple[list[str], dict[str, Split]]:
     batches = {name for names in OFFICIAL_FILES.values() for name in names}
     listing, contents = image_files.read_tar(path, batches)
     official = {name.rpartition("/")[2]: content for name, content in contents.items()}
     if not batches & official.keys():
-        return image_files.decode(listing, contents.__getitem__)
+        return layout.decode(listing, InMemory(contents), folder)
     mend = f"it is damaged or another file; download {OFFICIAL_URL} again, or give images of your own"
 
     def read(name: str, md5: str) -> bytes:

@@ -1,0 +1,131 @@
+"""Classes and splits of images that are laid out as <train|test>/<class>/<image> in a folder, zip or tar archive.
+
+What would have to be guessed is refused in a line that names the file. What is passed over is printed.
+"""
+
+import unicodedata
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cifar.data import decoding
+from cifar.data.decoding import Reader
+from cifar.data.image_files import LARGEST_FILE, SIZE, UNFIT_NAME, Listing
+from cifar.errors import UserError
+
+SPLITS = ("train", "test")
+LAYOUT = "give <train|test>/<class>/<image>"
+
+
+class Split(NamedTuple):
+    """Images uint8 [n, 32, 32, 3], labels uint8 [n], and the file that each image came from (or no names)."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.uint8]
+    files: list[str]
+
+
+def images_file(folder: Path, split: str) -> Path:
+    """Where the images of a split are written to, in a folder for them."""
+    return folder / f"{split}_images.npy"
+
+
+def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[str, Split]]:
+    """Classes in alphabetical order, and the images of both splits in that of their paths, written to a folder.
+
+    Hidden files and folders, and what lies beside train/ and test/, are passed over, which is printed.
+
+    Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss; OSError
+    where the folder cannot be written.
+    """
+    where, files = listing.where, listing.sizes
+    if not files:
+        raise UserError(f"{where} holds no images; {LAYOUT}")
+    root = _root(listing)
+    by_split = {split: sorted_names(name for name in files if name.startswith(f"{root}{split}/")) for split in SPLITS}
+    for split, found in by_split.items():
+        if not found:
+            raise UserError(f"{where} has no images under {root}{split}/; {LAYOUT}")
+        for name in found:
+            _check(listing, root, name)
+    classes = {split: {_class_of(name) for name in found} for split, found in by_split.items()}
+    if classes["train"] != classes["test"]:
+        odd = min(classes["train"] ^ classes["test"])
+        there, missing = SPLITS if odd in classes["train"] else SPLITS[::-1]
+        raise UserError(f"{where}: class {odd!r} has images under {there}/ but none under {missing}/; {LAYOUT}")
+    names = sorted(classes["train"])
+    if not 2 <= len(names) <= 256:
+        raise UserError(f"{where} has {len(names)} class(es); between 2 and 256 can be told apart here")
+    _say_what_is_passed_over(listing, root, [name for found in by_split.values() for name in found])
+    decoding.decode_all(
+        [
+            part
+            for split, found in by_split.items()
+            for part in decoding.parts(where, reader, found, images_file(to, split))
+        ]
+    )
+    number = {name: index for index, name in enumerate(names)}
+    splits = {}
+    for split, found in by_split.items():
+        images = np.load(images_file(to, split), mmap_mode="r")
+        labels = np.array([number[_class_of(name)] for name in found], np.uint8)
+        splits[split] = Split(images, labels, found)
+    return names, splits
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Relative paths in the order of their parts, whatever signs come before the slash in the alphabet."""
+    return sorted(names, key=lambda name: name.replace("/", "\0"))
+
+
+def _root(listing: Listing) -> str:
+    """Where train/ and test/ are: '' or a folder around them, as 'photos/'."""
+    parts = (name.split("/") for name in listing.sizes)
+    roots = {"/".join([*part[:-3], ""]) for part in parts if len(part) >= 3 and part[-3] in SPLITS}
+    if "" in roots or not roots:
+        return ""
+    if len(roots) > 1:
+        raise UserError(f"{listing.where} has images under {_some(roots)}, each with train/ or test/; give one of them")
+    return roots.pop()
+
+
+def _class_of(name: str) -> str:
+    """The class's folder. macOS takes accents apart, other systems do not: a name is the same either way."""
+    return unicodedata.normalize("NFC", name.split("/")[-2])
+
+
+def _check(listing: Listing, root: str, name: str) -> None:
+    """Raises UserError for a file that does not lie in a class's folder, or is known to be no image."""
+    if UNFIT_NAME.search(name):
+        wrong = "has a line break, a control character or bytes that are not UTF-8 in its name; rename it"
+        raise UserError(f"{listing.where}: {name!r} {wrong}")
+    if name.count("/") != root.count("/") + 2:
+        raise UserError(f"{listing.where}: {name} does not lie in a class's folder; {LAYOUT}")
+    if name in listing.wrong:
+        raise UserError(f"{listing.where}: {name} {listing.wrong[name]}")
+    if listing.sizes[name] > LARGEST_FILE:
+        raise UserError(f"{listing.where}: {name} has {listing.sizes[name]} bytes; give {SIZE}x{SIZE} images")
+
+
+def _say_what_is_passed_over(listing: Listing, root: str, taken: list[str]) -> None:
+    with_images = {name.rpartition("/")[0] for name in taken}
+    class_folders = (name for name in listing.folders if name.count("/") == root.count("/") + 1)
+    empty = {name for name in class_folders if name.startswith((f"{root}train/", f"{root}test/"))} - with_images
+    outside = listing.sizes.keys() - set(taken)
+    counts = {
+        "hidden": listing.hidden,
+        f"outside {root}train/ and {root}test/": outside,
+        "class folders without images": empty,
+    }
+    said = [f"{len(names):,} {kind} ({_some(names)})" for kind, names in counts.items() if names]
+    if said:
+        print(f"{listing.where}: passed over {', '.join(said)}", flush=True)
+
+
+def _some(names: Collection[str]) -> str:
+    """The first three, as Python writes them where they hold what cannot be printed."""
+    shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:3]]
+    return ", ".join([*shown, "..."] if len(names) > 3 else shown)
