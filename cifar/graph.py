@@ -138,11 +138,16 @@ class _Graph:
         generator = _generator(self.flat.device)
         state = generator.get_state()
 
-        def gradients() -> torch.Tensor:
-            self.run(*self.batch)
+        def restore() -> None:
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             generator.set_state(state)
+            for parameter in self.parameters:
+                parameter.grad = None
+
+        def gradients() -> torch.Tensor:
+            self.run(*self.batch)
+            restore()
             return self.flat.clone()
 
         try:
@@ -153,6 +158,7 @@ class _Graph:
             self.replay = capture(self._step)
             replayed = gradients()
         except RuntimeError as error:
+            restore()
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
             del self.batch

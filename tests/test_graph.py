@@ -111,5 +111,5 @@ def test_if_one_rank_has_no_graph_none_uses_one(finished: Finished) -> None:
 
 def test_a_device_without_graphs_trains_without_a_word(finished: Finished) -> None:
     output, directory = finished("dropout", "", ONE)
-    assert "graph" not in output
+    assert "CUDA graph" not in output
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"
