@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -378,6 +379,63 @@ run = runs.open_run(Path(sys.argv[1]))
 shown = material.of_run(run, run.recipe["data"])
 print(json.dumps(page.build(Engine(run), shown, Path()).get_config_file(), default=str))
 """
+
+
+CHOICES = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from cifar.app import material, page
+from cifar.app.engine import Engine
+from cifar.app.handlers import Handlers
+from cifar.explain import runs
+opened, folder, classes = runs.open_run(Path(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
+shown, run = material.of_run(opened, opened.recipe["data"]), replace(opened, classes=classes)
+engine = Engine(run)
+parts = page.build(engine, shown, folder).get_config_file()["components"]
+lists = {}
+for part in parts:
+    if part["type"] == "dropdown":
+        lists.setdefault(part["props"]["label"], part["props"])
+handlers, picture = Handlers(engine, shown, folder), {"path": str(folder / "x.png")}
+def wrong(true, predicted):
+    rows = handlers.misclassified(True, 60, true, predicted, "confident", 0, "(no map)", "gradcam", "layer2")[1]
+    return [[row["true"], row["predicted"]] for row in rows]
+anyone = lists["True class"]["value"], lists["Predicted class"]["value"]
+classified = {value: handlers.classify(picture, 1, True, value, "gradcam", ["layer2"])[1]
+              for _, value in lists["Map for class"]["choices"]}
+print(json.dumps({
+    "choices": {label: props["choices"] for label, props in lists.items()},
+    "defaults": {label: props["value"] for label, props in lists.items()},
+    "all": wrong(*anyone),
+    "true": {value: wrong(value, anyone[1]) for _, value in lists["True class"]["choices"]},
+    "predicted": {value: wrong(anyone[0], value) for _, value in lists["Predicted class"]["choices"]},
+    "map for": {value: answer["map for"] for value, answer in classified.items()},
+    "top": [answer["top"][0]["class"] for answer in classified.values()],
+}))
+"""
+
+
+@pytest.mark.parametrize(
+    "classes", [["(any)", "(predicted)", "(true)", "(no map)"], ["((any))", "(any)", "(predicted)", "\uff08any\uff09 "]]
+)
+def test_a_class_may_be_called_as_a_choice_of_the_page(
+    classes: list[str], run: Path, data: Data, tmp_path: Path
+) -> None:
+    Image.fromarray(data.test_images[0]).save(tmp_path / "x.png")
+    words = [sys.executable, "-W", "ignore", "-c", CHOICES, str(run), str(tmp_path), json.dumps(classes)]
+    told = json.loads(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    for label in ("True class", "Predicted class", "Map for class"):
+        shown, sent = zip(*told["choices"][label], strict=True)
+        assert len({unicodedata.normalize("NFKC", name).strip() for name in shown}) == len(sent) == 5
+        assert sent[0] == told["defaults"][label]
+        assert list(sent[1:]) == classes
+    assert len(told["all"]) > 1
+    for name in classes:
+        assert told["true"][name] == [row for row in told["all"] if row[0] == name]
+        assert told["predicted"][name] == [row for row in told["all"] if row[1] == name]
+        assert told["map for"][name] == name
+    assert told["map for"][told["defaults"]["Map for class"]] == told["top"][0]
 
 
 @pytest.mark.parametrize("mistaken", [0, 1])

@@ -3,7 +3,9 @@
 Nothing here knows Gradio. Values are unchecked as they come; what is wrong with them is a UserError.
 """
 
+import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,18 @@ from cifar.explain.options import METHODS, ORDERS
 from cifar.figures import enlarged
 
 MOST = 60  # mistakes on the page at once
-PREDICTED, TRUE, NO_MAP, ANY = "(predicted)", "(true)", "(no map)", "(any)"
+PREDICTED, TRUE, NO_MAP, ANY = "(predicted)", "(true)", "(no map)", "(any)"  # among classes: see `distinct`
 HINT = "Upload, paste or photograph a picture, or choose one of the test images."
 
 Shown = tuple[str, Any]  # HTML, and the same as plain values
+
+
+def distinct(word: str, classes: list[str]) -> str:
+    """The word, in more brackets where a class is called so, or is shown so."""
+    taken = {*classes, *(unicodedata.normalize("NFKC", name) for name in names.on_pages(classes))}
+    while word in taken:
+        word = f"({word})"
+    return word
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,26 @@ class Handlers:
     material: Material
     uploads: Path
 
+    @cached_property
+    def any_class(self) -> str:
+        """What stands for all classes among their names."""
+        return distinct(ANY, self.engine.run.classes)
+
+    @cached_property
+    def predicted_class(self) -> str:
+        """What stands for the class that is predicted among their names."""
+        return distinct(PREDICTED, self.engine.run.classes)
+
     def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Shown:
         """Classes of a picture with their probabilities, and where the network looked."""
         if picture is None:
             return views.hint(HINT), None
         classes, known = self.engine.run.classes, list(self.engine.layers)
         top = asked.whole("the number of classes", top, 1, len(classes))
-        map_for = asked.one_of("class", map_for, [PREDICTED, *classes])
+        map_for = asked.one_of("class", map_for, [self.predicted_class, *classes])
         method = asked.one_of("method", method, list(METHODS))
         layers = asked.some_of("layer", layers, known) if asked.switch("the switch", maps) else []
-        target = None if map_for == PREDICTED else classes.index(map_for)
+        target = None if map_for == self.predicted_class else classes.index(map_for)
         answer = self.engine.answer(pictures.read(self._uploaded(picture)), target, method, layers)
         return views.answer(answer, self.engine, top), views.answer_numbers(answer, self.engine, top)
 
@@ -64,14 +84,14 @@ class Handlers:
             return "", None
         wrong, classes, cells = self.material.mistakes, self.engine.run.classes, self.engine.layers
         count = asked.whole("the number of mistakes", count, 1, MOST)
-        true = asked.one_of("true class", true, [ANY, *classes])
-        predicted = asked.one_of("predicted class", predicted, [ANY, *classes])
+        true = asked.one_of("true class", true, [self.any_class, *classes])
+        predicted = asked.one_of("predicted class", predicted, [self.any_class, *classes])
         order = asked.one_of("order", order, ORDERS)
         seed = asked.whole("seed", seed, 0, 2**32 - 1)
         map_for = asked.one_of("map", map_for, [NO_MAP, PREDICTED, TRUE])
         method = asked.one_of("method", method, list(METHODS))
         layer = asked.one_of("layer", layer, list(cells))
-        of_true, of_predicted = (None if name == ANY else classes.index(name) for name in (true, predicted))
+        of_true, of_predicted = (None if name == self.any_class else classes.index(name) for name in (true, predicted))
         found = mistakes.select(wrong.labels, wrong.predictions, of_true, of_predicted, order, seed)
         shown = self._mistakes(found[:count], map_for, method, layer)
         names_shown = names.on_pages(classes)

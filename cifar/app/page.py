@@ -15,7 +15,7 @@ from PIL import Image
 from cifar import names
 from cifar.app import pictures, views
 from cifar.app.engine import Engine
-from cifar.app.handlers import ANY, HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Shown
+from cifar.app.handlers import HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Shown
 from cifar.app.material import Material
 from cifar.errors import UserError
 from cifar.explain.options import COUNT, METHODS, ORDERS
@@ -77,7 +77,8 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                     maps = gr.Checkbox(True, label="Show where it looked")
                     opacity = gr.Slider(0, 1, OPACITY, step=0.01, label="Map opacity")
                     at = gr.CheckboxGroup(layers, value=[engine.default_layer], label="Layers, side by side")
-                    map_for = gr.Dropdown([PREDICTED, *choices], value=PREDICTED, label="Map for class")
+                    its_own = handlers.predicted_class
+                    map_for = gr.Dropdown([its_own, *choices], value=its_own, label="Map for class")
                     method = gr.Dropdown(methods, value=methods[0], label="Method")
             asks: Any = [picture, top, maps, map_for, method, at]
             gr.on([component.change for component in asks], _in_words(handlers.classify), asks, [answer, numbers],
@@ -91,8 +92,9 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                         show = gr.Checkbox(True, label="Show mistakes")
                         most = max(2, min(MOST, wrong))  # a slider wants two values at least
                         count = gr.Slider(1, most, min(COUNT, wrong), step=1, label="How many", visible=wrong > 1)
-                        true = gr.Dropdown([ANY, *choices], value=ANY, label="True class")
-                        predicted = gr.Dropdown([ANY, *choices], value=ANY, label="Predicted class")
+                        any_class = handlers.any_class
+                        true = gr.Dropdown([any_class, *choices], value=any_class, label="True class")
+                        predicted = gr.Dropdown([any_class, *choices], value=any_class, label="Predicted class")
                         order = gr.Dropdown(list(ORDERS), value=ORDERS[0], label="Order")
                         seed = gr.Number(0, precision=0, minimum=0, label="Seed of the order", visible=False)
                         map_for = gr.Dropdown([PREDICTED, TRUE, NO_MAP], value=PREDICTED, label="Map for class")
