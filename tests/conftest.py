@@ -47,6 +47,12 @@ def gpus() -> int:
     return int(done.stdout or 0)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What needs a browser says so by its fixtures."""
+    if "browser" in getattr(item, "fixturenames", ()):
+        item.add_marker("browser")
+
+
 @pytest.hookimpl(trylast=True)  # once -m has left out what was not asked for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cluster's tests take longest and mostly wait: first, while another process goes through the others."""

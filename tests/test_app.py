@@ -35,6 +35,8 @@ from cifar.errors import UserError
 from cifar.explain import evidence, figures, maps, mistakes, options, runs
 from cifar.explain.runs import Run
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 

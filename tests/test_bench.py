@@ -23,6 +23,8 @@ from cifar.data.cache import open_data
 from cifar.errors import UserError
 from cifar.recipes import RECIPES, Recipe
 
+pytestmark = pytest.mark.slow
+
 Measure = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -19,6 +19,8 @@ from cifar.bench import counts, model
 from cifar.bench.context import Bench
 from cifar.recipes import RECIPES
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = 6_572_292  # with the four classes of the shapes
 CONVOLUTIONS, NORMS = 8, 8
 CHANNELS_LAST = 6  # convolutions whose filters are channels-last; the other two see small maps

@@ -22,6 +22,8 @@ from conftest import ROOT, command
 
 from cifar import checkpoint
 
+pytestmark = pytest.mark.slow
+
 TWO = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
        "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 THREE = ("--multi_gpu", "--num_processes", "3", "--num_machines", "1", "--mixed_precision", "no",

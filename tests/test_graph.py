@@ -13,6 +13,8 @@ import torch
 from conftest import command
 from test_failure import TWO, project
 
+pytestmark = pytest.mark.slow
+
 ON_A_CPU = (
     "from cifar import graph\n"
     "graph.KINDS = ('cpu',)\n"

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from cifar import launch, models
 
+pytestmark = pytest.mark.slow
+
 CORES = len(os.sched_getaffinity(0))
 TWO = ("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml"), "--main_process_port", "0")
 FLAG = "--num_cpu_threads_per_process"

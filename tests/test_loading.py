@@ -27,6 +27,8 @@ from cifar.data.cache import open_data
 from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RECIPE = Recipe(global_batch_size=16)
 NAME = rf"loader worker 1 of 2 \(process \d+ on {re.escape(os.uname().nodename)}\)"

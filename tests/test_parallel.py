@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from cifar.data import sampler
 
+pytestmark = pytest.mark.slow
+
 TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no")
 
 

@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, SHAPES
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 BENCH = (ROOT / "cifar/bench/README.md").read_text()
 OTHERS = [(ROOT / folder / "README.md").read_text() for folder in ("cifar/explain", "cifar/app")]

@@ -205,6 +205,7 @@ def variants(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
     return run_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "variant"),
     [(3, None), (4, None), (3, "device"), (8, "speedrun")],
@@ -242,6 +243,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         assert steps == sorted(set(steps)), f"{tag} goes back"
 
 
+@pytest.mark.slow
 def test_images_augmented_on_the_device_are_another_run(finished: Path, variants: Callable[[str], Path]) -> None:
     ways = [json.loads((run / "recipe.json").read_text())["recipe"] for run in (finished, variants("device"))]
     assert [way.pop("augment") for way in ways] == ["albumentations", "device"]
@@ -249,6 +251,7 @@ def test_images_augmented_on_the_device_are_another_run(finished: Path, variants
     assert without_times(finished) != without_times(variants("device"))
 
 
+@pytest.mark.slow
 def test_views_are_judged_at_the_end_alone_and_told_beside_the_plain_accuracy(
     finished: Path, variants: Callable[[str], Path]
 ) -> None:
@@ -264,6 +267,7 @@ def test_views_are_judged_at_the_end_alone_and_told_beside_the_plain_accuracy(
     assert json.loads((finished / "result.json").read_text())["test_accuracy_of_views"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
     number: signal.Signals, finished: Path, shapes: Path, train: Train, tmp_path: Path
@@ -316,6 +320,7 @@ def test_a_new_run_branches_off_a_named_checkpoint(finished: Path, shapes: Path,
 LATE = "loop.DELAY['cpu'] = 3\n"  # as on a GPU
 
 
+@pytest.mark.slow
 def test_metrics_that_come_back_later_change_no_result(finished: Path, shapes: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command(project(tmp_path, LATE), *arguments(shapes, tmp_path / "run")),
@@ -352,6 +357,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", MOMENTS.values(), ids=MOMENTS)
 def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on_to_the_same_bytes(
     function: str, finished: Path, shapes: Path, train: Train, tmp_path: Path
@@ -379,6 +385,7 @@ def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on_to_the_same_
     assert without_times(directory) == without_times(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint.write", "tracking.Tracker.draw"])
 def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(what: str, shapes: Path, tmp_path: Path) -> None:
     patch = (
