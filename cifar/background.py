@@ -3,6 +3,9 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
+
+NAMES = ("writer", "drawer")  # of its threads, by which failure.py finds what the main thread waits for
 
 
 class Background:
@@ -11,7 +14,7 @@ class Background:
     The thread is a daemon: a task that hangs, in a file system that does not answer, keeps no process from ending.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Literal["writer", "drawer"]) -> None:
         self.name = name
         self.error: BaseException | None = None  # of the task that failed
         self._tasks: deque[Callable[[], None]] = deque()

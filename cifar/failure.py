@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from cifar import stop
+from cifar import background, stop
 from cifar.errors import UserError, outlive_readers
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
@@ -154,17 +154,25 @@ class _Watch:
         return self.peers is not None and self.peers.succeeds_first
 
     def position(self) -> str:
-        """Where the main thread is: the innermost line of this project's code."""
-        frame = sys._current_frames().get(self.main_thread)
-        while frame is not None:
-            code = frame.f_code
-            file = Path(code.co_filename)
-            if file.is_relative_to(_ROOT) and file != Path(__file__):
-                place = file.relative_to(_ROOT)
-                if "site-packages" not in place.parts:
-                    return f"{place}:{frame.f_lineno} ({code.co_name})"
-            frame = frame.f_back
-        return "no code of this project"
+        """Where the main thread is, or the thread that it waits for: the innermost line of this project's code."""
+        place = _place(self.main_thread)
+        if place.startswith("cifar/background.py"):
+            writing = [_place(thread.ident or 0) for thread in threading.enumerate() if thread.name in background.NAMES]
+            place = next((other for other in writing if not other.startswith("cifar/background.py")), place)
+        return place
+
+
+def _place(thread: int) -> str:
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        code = frame.f_code
+        file = Path(code.co_filename)
+        if file.is_relative_to(_ROOT) and file != Path(__file__):
+            place = file.relative_to(_ROOT)
+            if "site-packages" not in place.parts:
+                return f"{place}:{frame.f_lineno} ({code.co_name})"
+        frame = frame.f_back
+    return "no code of this project"
 
 
 class _Peers:

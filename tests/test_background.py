@@ -10,7 +10,7 @@ from cifar.clock import Clock
 
 
 def test_tasks_are_done_one_after_the_other_and_waited_for() -> None:
-    background, done, go = Background("test"), [], threading.Event()
+    background, done, go = Background("writer"), [], threading.Event()
     background.submit(lambda: done.append(go.wait(60)))
     for number in range(5):
         background.submit(lambda number=number: done.append(number))
@@ -27,7 +27,7 @@ def test_tasks_are_done_one_after_the_other_and_waited_for() -> None:
 
 
 def test_after_one_that_failed_nothing_more_is_done_and_who_waits_is_told() -> None:
-    background, done = Background("test"), []
+    background, done = Background("writer"), []
 
     def fail() -> None:
         raise OSError(28, "No space left on device")

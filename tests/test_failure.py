@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(
     assert len(set(lines(output))) == 1, output
     line = lines(output)[0]
     assert f"rank 0 on {HOST} is in cifar/checkpoint.py:" in line
-    assert "(save), the others in cifar/launch.py:" in line
+    assert "(write), the others in cifar/loop.py:" in line
     assert "(no step for 8 s)" in line
     assert status(tmp_path / "run")["reason"] == line.removeprefix("train.py: error: ")
 
@@ -220,7 +220,7 @@ def test_a_rank_that_hangs_before_its_first_step_is_named_with_the_place(
     output = processes[0].communicate(timeout=900)[0]
     assert len(set(lines(output))) == 1, output
     assert f"rank 1 on {HOST} is in train.py:" in lines(output)[0]
-    assert "(train), the others in cifar/launch.py:" in lines(output)[0]
+    assert "(train), the others in cifar/ranks.py:" in lines(output)[0]
     assert "(no step for 8 s)" in lines(output)[0]
 
 
