@@ -159,7 +159,10 @@ class RunRecord:
 
     def log_due(self) -> bool:
         """Whether the step that is under way shall be a point of the training curves."""
-        return self.tracker is not None and time.monotonic() - self.logged >= LOG_SECONDS
+        if self.tracker is None or time.monotonic() - self.logged < LOG_SECONDS:
+            return False
+        self.logged = time.monotonic()
+        return True
 
     def count(self, arrived: list[StepMetrics], seconds: float) -> bool:
         """Takes note of the metrics of steps, and of the seconds that the newest step took on this rank.
@@ -179,9 +182,8 @@ class RunRecord:
             if self.attempt and self.tracker and metrics.gradient_norm is not None:
                 rate = self.schedule.learning_rate(metrics.step - 1)
                 self.tracker.log_step(metrics, rate, launch.memory_bytes(self.accelerator.device))
-                self.logged = time.monotonic()
-                if self.logged - self.checked > CHECK_SECONDS and self.drawer.idle():
-                    self.checked = self.logged
+                if time.monotonic() - self.checked > CHECK_SECONDS and self.drawer.idle():
+                    self.checked = time.monotonic()
                     self.drawer.submit(self.attempt.check)
         return any(metrics.stop for metrics in arrived)
 
