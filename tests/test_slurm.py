@@ -64,7 +64,7 @@ def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files, with one network more."""
+    """The project's files, with one network more, and with every step a point of the curves."""
     root = tmp_path_factory.mktemp("project") / "cifar"
     root.mkdir()
     for name in ("accelerate_configs", "slurm", "cifar"):
@@ -72,6 +72,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train.py", "explain.py"):
         shutil.copy(ROOT / name, root)
     shutil.copy(ROOT / "tests" / "small.py", root / "cifar" / "models")
+    record = root / "cifar/record.py"
+    text, found = re.subn(r"^LOG_SECONDS = [0-9.]+", "LOG_SECONDS = 0", record.read_text(), flags=re.MULTILINE)
+    assert found == 1
+    record.write_text(text)
     return root
 
 
@@ -208,7 +212,7 @@ def assert_nothing_happened(job: Job, reference: Path, *, attempts: int) -> None
     assert job.status() == {"state": "finished", "step": STEPS, "reason": ""}, job.text()
     assert job.text().count("finished: test accuracy") == 1
     assert job.attempts() == attempts, job.text()
-    assert curve(job.run) == list(range(10, STEPS + 1, 10))
+    assert curve(job.run) == list(range(1, STEPS + 1))
     assert equal_bytes(job.run, reference)
     assert not list(job.run.rglob("*.tmp*"))
 
