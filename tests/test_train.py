@@ -408,6 +408,27 @@ def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(what: str, shapes
     assert state["step"] < 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("augment", "said"), [("albumentations", True), ("device", False)])
+def test_a_run_that_waits_for_images_says_what_would_help(
+    augment: str, said: bool, shapes: Path, tmp_path: Path
+) -> None:
+    patch = (
+        "from cifar.data import loading\n"
+        "for kind in (loading.WorkerDataset, loading.DeviceDataset):\n"
+        "    def late(self, *arguments, real=kind.__getitems__):\n"
+        "        time.sleep(2)\n"
+        "        return real(self, *arguments)\n"
+        "    kind.__getitems__ = late"
+    )
+    done = subprocess.run(
+        command(project(tmp_path, patch), *arguments(shapes, tmp_path / "run", "--augment", augment)),
+        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("of training was waiting for images; --augment device, in a new --run" in done.stdout) == said
+
+
 # ---- refusals
 
 
