@@ -230,30 +230,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
         description=f"Train an image classifier.\n\nRecipe {name}: {inspect.getdoc(RECIPES[name])}",
         epilog="Processes and precision are set by the launcher: accelerate launch --mixed_precision bf16 train.py ...",
     )
-    parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
-    # torchrun takes --run for the beginning of a flag of its own.
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=f"run directory (runs/{name})")
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="go on from the run's newest complete checkpoint (auto), start in a new directory (never), "
-        "or go on from the checkpoint at PATH (auto)",
-    )
-    parser.add_argument(
-        "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, epochs' ends aside (500)"
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="use only operations that give the same bits again, on the same hardware, libraries and processes",
-    )
-    parser.add_argument(
-        "--cuda-graph",
-        default="off",
-        choices=("auto", "off"),
-        help="on a GPU, launch each step as one CUDA graph where that gives the same gradients (off)",
-    )
+    _add_options(parser, name)
     group = parser.add_argument_group("fields of the recipe")
     for field, info in Recipe.model_fields.items():
         group.add_argument(
@@ -278,6 +255,34 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     if "epochs" in overrides and "peak_epoch" not in overrides:
         overrides["peak_epoch"] = _moved_peak(defaults, overrides["epochs"], options)
     return override(defaults, overrides), options
+
+
+def _add_options(parser: Parser, name: str) -> None:
+    """The flags that are no field of a recipe."""
+    parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
+    # torchrun takes --run for the beginning of a flag of its own.
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=f"run directory (runs/{name})")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the run's newest complete checkpoint (auto), start in a new directory (never), "
+        "or go on from the checkpoint at PATH (auto)",
+    )
+    parser.add_argument(
+        "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, epochs' ends aside (500)"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use only operations that give the same bits again, on the same hardware, libraries and processes",
+    )
+    parser.add_argument(
+        "--cuda-graph",
+        default="off",
+        choices=("auto", "off"),
+        help="on a GPU, launch each step as one CUDA graph where that gives the same gradients (off)",
+    )
 
 
 def _moved_peak(defaults: Recipe, epochs: str, options: Options) -> float:
