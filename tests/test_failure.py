@@ -500,7 +500,7 @@ def test_a_terminal_shows_a_bar_or_lines(
 ) -> None:
     mine, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    patch = "from cifar import tracking\ntracking.LINE_EVERY = 0"
+    patch = "from cifar import record, tracking\nrecord.LOG_SECONDS = tracking.LINE_EVERY = 0"
     process = started(
         project(tmp_path, patch), shapes, tmp_path / "run", (), more=("--epochs", 2), stdout=theirs, stderr=theirs
     )
