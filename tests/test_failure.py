@@ -107,6 +107,15 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", read: int | None = No
         time.sleep(0.02)
 
 
+def wait_for_steps(run: Path, steps: int, process: "subprocess.Popen[str]") -> None:
+    """Waits for a checkpoint so many steps further, or more: not every step has one."""
+    newest, deadline = checkpoint.step_of(checkpoint.found(run / "checkpoints")[0]), time.monotonic() + 300
+    while checkpoint.step_of(checkpoint.found(run / "checkpoints")[0]) < newest + steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_rank_that_raises_ends_all_with_its_own_error_as_their_last_line(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
@@ -429,11 +438,10 @@ def test_processes_that_were_all_suspended_go_on(
     whole = [psutil.Process(processes[0].pid), *psutil.Process(processes[0].pid).children(recursive=True)]
     for process in whole:
         process.suspend()
-    newest = checkpoint.found(run / "checkpoints")[0]
     time.sleep(15)
     for process in whole:
         process.resume()
-    wait_for(run / "checkpoints" / f"step-{checkpoint.step_of(newest) + 6:07d}", processes[0])
+    wait_for_steps(run, 6, processes[0])
     processes[0].terminate()
     assert "stopped on request after step" in processes[0].communicate(timeout=900)[0]
 
@@ -468,9 +476,8 @@ def test_nohup_is_respected(shapes: Path, tmp_path: Path, processes: list["subpr
         started(ROOT / "train.py", shapes, run, (), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     )
     wait_for(run / "checkpoints/step-0000003", processes[0])
-    newest = checkpoint.found(run / "checkpoints")[0]
     processes[0].send_signal(signal.SIGHUP)
-    wait_for(run / "checkpoints" / f"step-{checkpoint.step_of(newest) + 6:07d}", processes[0])
+    wait_for_steps(run, 6, processes[0])
     assert status(run)["state"] == "running"
     processes[0].terminate()
     processes[0].communicate(timeout=900)
@@ -537,8 +544,7 @@ def test_a_run_that_is_started_twice_belongs_to_the_later_one_and_the_earlier_on
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
     assert "was taken over by attempt 2" in lines(output)[0]
-    newest = checkpoint.found(run / "checkpoints")[0]
-    wait_for(run / "checkpoints" / f"step-{checkpoint.step_of(newest) + 6:07d}", processes[1])
+    wait_for_steps(run, 6, processes[1])
     assert attempts(run) == 2
     processes[1].terminate()
     processes[1].communicate(timeout=900)
