@@ -21,7 +21,7 @@ ON_A_CPU = (
     "counted = graph.GraphedGradients.__call__\n"
     "def call(self, *arguments):\n"
     "    totals = counted(self, *arguments)\n"
-    "    print('replayed', self.replayed, 'of', len(self.graphs), 'graphs')\n"
+    "    os.write(1, f'replayed {self.replayed} of {len(self.graphs)} graphs\\n'.encode())\n"  # in one piece
     "    return totals\n"
     "graph.GraphedGradients.__call__ = call\n"
 )
