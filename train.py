@@ -31,7 +31,7 @@ def train(recipe: Recipe, options: Options) -> None:
     from cifar.record import TRAINING, WAITING, RunRecord, finished_before
     from cifar.schedule import Schedule
 
-    clock, began = Clock(), time.monotonic()
+    clock = Clock()
     accelerator = launch.start(recipe.gradient_compression, options.deterministic)
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     launch.check_split(accelerator, recipe.global_batch_size, recipe.gradient_accumulation_steps)
@@ -60,8 +60,8 @@ def train(recipe: Recipe, options: Options) -> None:
     # Batches are augmented ahead by other processes, or on the device; an epoch's end does not interrupt them.
     sampler = DistributedBatchSampler(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
-    record.start(network, training_images, began)
-    compute_gradients = graph.gradient_function(options.cuda_graph, network, device)
+    record.start(network, training_images)
+    compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, network)
     delayed, stopping = loop.DelayedMetrics(accelerator), False
     with record.running():
         while not stopping:
@@ -90,7 +90,7 @@ def train(recipe: Recipe, options: Options) -> None:
                 model = launch.rewrap_ddp(accelerator, network)
             optim.set_lr(optimizer, schedule.learning_rate(step))
             torch.manual_seed(schedule.generator_seed(step, rank))  # for dropout
-            totals = compute_gradients(accelerator, model, batch, labels, recipe, record.write_failed())
+            totals = compute_gradients(model, batch, labels, record.write_failed())
             norm = loop.gradient_norm(accelerator, network) if record.log_due() else None
             with accelerator.autocast():  # for what an optimizer multiplies
                 prepared.step()

@@ -15,6 +15,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
+        self.began = time.monotonic()  # when this clock was made
         self.seconds: Counter[str] = Counter()
         self._what = "start"
         self._since = time.perf_counter() - (time.time() - psutil.Process().create_time())

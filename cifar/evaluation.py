@@ -88,10 +88,10 @@ def _predict(
     """
     for buffer in network.buffers():
         broadcast(buffer)
-    count, ranks_ = len(chosen), accelerator.num_processes
+    count, world_size = len(chosen), accelerator.num_processes
     # Filled up with -1 to the same number of images on all ranks.
-    mine = np.full(-(-count // ranks_), -1)
-    own = np.arange(accelerator.process_index, count, ranks_)
+    mine = np.full(-(-count // world_size), -1)
+    own = np.arange(accelerator.process_index, count, world_size)
     mine[: len(own)] = own
     index = torch.from_numpy(chosen[own]).to(images.device)
     rows = torch.zeros(len(mine), len(data.classes), device=accelerator.device)

@@ -8,13 +8,13 @@ not overlap with the backward pass, as DDP's do, which is why DDP stays wherever
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
-from torch.nn import functional as F
 
 from cifar import failure, loop, ranks
 from cifar.recipes import Recipe
@@ -25,14 +25,16 @@ TOLERANCE = 1e-3  # of the gradients' norm, by which a replay may differ from th
 KINDS = ("cuda",)  # of devices that have graphs
 
 Replay = Callable[[], None]
-GradientFunction = Callable[[Accelerator, nn.Module, torch.Tensor, torch.Tensor, Recipe, bool], torch.Tensor]
+GradientFunction = Callable[[nn.Module, torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
-def gradient_function(wanted: Literal["auto", "off"], network: nn.Module, device: torch.device) -> GradientFunction:
+def gradient_function(
+    wanted: Literal["auto", "off"], accelerator: Accelerator, recipe: Recipe, network: nn.Module
+) -> GradientFunction:
     """What computes the gradients of a step: graphs where they are wanted and there are such, or the eager step."""
-    if wanted == "auto" and device.type in KINDS:
-        return GraphedGradients(network)
-    return loop.accumulate_gradients
+    if wanted == "auto" and accelerator.device.type in KINDS:
+        return GraphedGradients(accelerator, recipe, network)
+    return partial(loop.accumulate_gradients, accelerator, recipe)
 
 
 class GraphedGradients:
@@ -43,51 +45,45 @@ class GraphedGradients:
     one line says so, and all ranks go on eagerly.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, network: nn.Module) -> None:
+        self.accelerator, self.recipe, self.network = accelerator, recipe, network
         self.graphs: dict[tuple[object, ...], _Graph] = {}
         self.trusted = True
         self.replayed = 0  # steps
 
     def __call__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        recipe: Recipe,
-        write_failed: bool = False,
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, write_failed: bool
     ) -> torch.Tensor:
         """See `loop.accumulate_gradients`; `model` is used where no graph is."""
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         key = (images.shape, len(parameters))
         if self.trusted and key not in self.graphs:
-            self.graphs[key] = _Graph(accelerator, self.network, parameters, images, labels, recipe)
-            problem = self.graphs[key].problem()
-            self.trusted = not ranks.any_rank(accelerator, bool(problem))
+            self.graphs[key] = _Graph(self.accelerator, self.recipe, self.network, parameters, images, labels)
+            problem = self.graphs[key].problem(images, labels)
+            self.trusted = not ranks.any_rank(self.accelerator, bool(problem))
             if not self.trusted:
                 self.graphs.clear()
-                if accelerator.is_main_process:
+                if self.accelerator.is_main_process:
                     print(f"no CUDA graph ({problem or 'another rank has none'}): training goes on without", flush=True)
         if not self.trusted:
-            return loop.accumulate_gradients(accelerator, model, images, labels, recipe, write_failed)
+            return loop.accumulate_gradients(self.accelerator, self.recipe, model, images, labels, write_failed)
         graph = self.graphs[key]
         graph.run(images, labels)
-        graph.average_gradients(recipe.gradient_compression)
+        graph.average_gradients()
         self.replayed += 1
         failure.beat()
-        return loop.reduced_totals(accelerator, graph.totals, write_failed)
+        return loop.reduced_totals(self.accelerator, graph.totals, write_failed)
 
 
 class _Graph:
     """The captured step for one size of images and one set of parameters, with the tensors that it reads and writes."""
 
     def __init__(
-        self, accelerator: Accelerator, network: nn.Module, parameters: list[nn.Parameter], images: torch.Tensor,
-        labels: torch.Tensor, recipe: Recipe,
+        self, accelerator: Accelerator, recipe: Recipe, network: nn.Module, parameters: list[nn.Parameter],
+        images: torch.Tensor, labels: torch.Tensor,
     ) -> None:  # fmt: skip
-        self.accelerator, self.network, self.parameters = accelerator, network, parameters
-        self.parts, self.smoothing = recipe.gradient_accumulation_steps, recipe.label_smoothing
+        self.accelerator, self.recipe, self.network, self.parameters = accelerator, recipe, network, parameters
+        self.parts = recipe.gradient_accumulation_steps
         self.images = torch.empty_like(images[: len(images) // self.parts])
         self.labels = torch.empty_like(labels[: len(labels) // self.parts])
         self.totals = torch.zeros(2, device=images.device)  # loss and correct predictions
@@ -99,17 +95,15 @@ class _Graph:
             for part, parameter in zip(torch.split(self.flat, sizes), parameters, strict=True)
         ]
         self.replay: Replay = self._step
-        self.batch = images, labels
 
     def _step(self) -> None:
         """Adds a micro-batch's gradients and totals to those that are there."""
-        logits = self.network(self.images)
-        loss = F.cross_entropy(logits, self.labels, label_smoothing=self.smoothing) / self.parts
+        loss, correct = loop.loss_and_correct(self.network, self.images, self.labels, self.recipe)
         scaler = self.accelerator.scaler
         # Not backward(): it would accumulate by nodes that belong to DDP's stream.
         gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self.parameters)
         torch._foreach_add_(self.gradients, gradients)
-        self.totals.add_(torch.stack((loss.detach(), (logits.argmax(dim=1) == self.labels).sum())))
+        self.totals.add_(torch.stack((loss.detach(), correct)))
 
     def run(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Leaves this rank's gradients in the parameters, and its totals."""
@@ -122,15 +116,15 @@ class _Graph:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
-    def average_gradients(self, compression: str) -> None:
+    def average_gradients(self) -> None:
         """Averages the gradients over the ranks; divided before they are added, as DDP does."""
         if self.accelerator.num_processes > 1:
-            sent = self.flat.bfloat16() if compression == "bf16" else self.flat
+            sent = self.flat.bfloat16() if self.recipe.gradient_compression == "bf16" else self.flat
             torch.distributed.all_reduce(sent.div_(self.accelerator.num_processes))
             if sent is not self.flat:
                 self.flat.copy_(sent)
 
-    def problem(self) -> str:
+    def problem(self, images: torch.Tensor, labels: torch.Tensor) -> str:
         """Captures the step and compares; returns what is wrong, or ''. Leaves buffers and generator as they were."""
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return "the network is compiled"
@@ -146,7 +140,7 @@ class _Graph:
                 parameter.grad = None
 
         def gradients() -> torch.Tensor:
-            self.run(*self.batch)
+            self.run(images, labels)
             restore()
             return self.flat.clone()
 
@@ -160,8 +154,6 @@ class _Graph:
         except RuntimeError as error:
             restore()
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        finally:
-            del self.batch
         difference, allowed = (eager - replayed).norm(), (eager - again).norm()
         if not torch.are_deterministic_algorithms_enabled():
             allowed += TOLERANCE * eager.norm()

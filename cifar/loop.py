@@ -61,10 +61,10 @@ class DelayedMetrics:
 
 def accumulate_gradients(
     accelerator: Accelerator,
+    recipe: Recipe,
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    recipe: Recipe,
     write_failed: bool = False,
 ) -> torch.Tensor:
     """Leaves the mean gradient of the global batch in the parameters; returns its totals for DelayedMetrics.
@@ -74,13 +74,11 @@ def accumulate_gradients(
     not enough memory.
     """
     parts = recipe.gradient_accumulation_steps
-    loss_sum = torch.zeros((), device=accelerator.device)
-    correct = torch.zeros((), device=accelerator.device)
+    totals = torch.zeros(2, device=accelerator.device)
     for part, (piece, piece_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), start=1):
         with nullcontext() if part == parts else accelerator.no_sync(model):
             try:
-                logits = model(piece)
-                loss = F.cross_entropy(logits, piece_labels, label_smoothing=recipe.label_smoothing) / parts
+                loss, correct = loss_and_correct(model, piece, piece_labels, recipe)
                 accelerator.backward(loss)
             except torch.OutOfMemoryError:
                 who = f"rank {accelerator.process_index} on {socket.gethostname()}"
@@ -88,11 +86,18 @@ def accumulate_gradients(
                     f"{who} is out of memory with {len(piece)} images at a time; "
                     f"give --gradient-accumulation-steps {2 * parts}, in a new --run, or more processes"
                 ) from None
-        loss_sum += loss.detach()
-        correct += (logits.argmax(dim=1) == piece_labels).sum()
+        totals += torch.stack((loss.detach(), correct))
         failure.beat()
+    return reduced_totals(accelerator, totals, write_failed)
 
-    return reduced_totals(accelerator, torch.stack((loss_sum, correct)), write_failed)
+
+def loss_and_correct(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A micro-batch's part of the batch's mean loss, and how many of its images are predicted correctly."""
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    return loss / recipe.gradient_accumulation_steps, (logits.argmax(dim=1) == labels).sum()
 
 
 def reduced_totals(accelerator: Accelerator, totals: torch.Tensor, write_failed: bool) -> torch.Tensor:

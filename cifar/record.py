@@ -60,7 +60,6 @@ class RunRecord:
     ) -> None:
         self.accelerator, self.options, self.recipe = accelerator, options, recipe
         self.data, self.schedule, self.clock = data, schedule, clock
-        self.began = time.monotonic()
         self.attempt: attempts.Attempt | None = None
         self.tracker: Tracker | None = None
         number, chosen, evaluated = 0, Chosen(), 0
@@ -100,9 +99,8 @@ class RunRecord:
         self.seconds_before = self.progress.seconds
         return self.progress
 
-    def start(self, network: nn.Module, images: TrainingImages, began: float) -> None:
-        """Says what is trained where, and that it is `running`. `began`: when the run did, by time.monotonic."""
-        self.began = began
+    def start(self, network: nn.Module, images: TrainingImages) -> None:
+        """Says what is trained where, and that it is `running`."""
         if self.attempt is None:
             return
         batch, path = self.recipe.global_batch_size, self.chosen.path
@@ -259,7 +257,7 @@ class RunRecord:
             self.tracker.draw(list(self.history.epochs))
 
     def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.began
+        return self.seconds_before + time.monotonic() - self.clock.began
 
     # ---- the end
 

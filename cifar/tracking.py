@@ -1,11 +1,10 @@
 """What a person watches: TensorBoard, the pictures beside it, and the lines on the terminal. Rank 0 alone."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from cifar.attempt import Attempt
 from cifar.data import sampler
 from cifar.data.cache import Data
 from cifar.data.loading import TrainingImages
+from cifar.data.waiting import has_room_for_a_bar
 from cifar.evaluation import Evaluation
 from cifar.lettering import Labels
 from cifar.loop import StepMetrics
@@ -25,7 +25,6 @@ from cifar.recipes import Recipe
 from cifar.run import EpochMetrics
 
 LINE_EVERY = 30  # seconds between lines where there is no progress bar
-NARROWEST = 20  # columns of a terminal
 PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them from all that it is given
 
 
@@ -38,7 +37,7 @@ class Tracker:
         # What an earlier attempt logged beyond this step is purged, so that the curves do not overlap. That includes
         # one that still does so: its file comes before this one.
         self.writer = SummaryWriter(str(attempt.run), purge_step=step + 1 if step else 0)
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not _has_a_bar(sys.stderr))
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not has_room_for_a_bar(sys.stderr))
         self.said = time.monotonic()
         self.counted: list[tuple[int, float]] = []  # images and seconds of each step of this attempt
         self.epoch_began = self.logged = 0  # entries of `counted` before this epoch, and before the last point
@@ -162,8 +161,3 @@ class Tracker:
         """Writes what is pending."""
         self.bar.close()
         self.writer.close()
-
-
-def _has_a_bar(stream: TextIO) -> bool:
-    """Whether it is a terminal with room for a progress bar: some say that they are 0 columns wide."""
-    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= NARROWEST

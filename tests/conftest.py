@@ -122,6 +122,21 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", path], check=True)
 
 
+def poisoned(step: int) -> str:
+    """A patch of train.py: the loss of that step is NaN."""
+    return (
+        "from cifar import loop\n"
+        "healthy, steps = loop.accumulate_gradients, 0\n"
+        "def poison(*arguments):\n"
+        "    global steps\n"
+        "    steps += 1\n"
+        "    totals = healthy(*arguments)\n"
+        f"    if steps == {step}: totals[0] = float('nan')\n"
+        "    return totals\n"
+        "loop.accumulate_gradients = poison\n"
+    )
+
+
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 

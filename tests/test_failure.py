@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, poisoned
 
 from cifar import checkpoint
 
@@ -555,15 +555,7 @@ def test_a_users_error_is_not_tried_again_in_place(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     run = tmp_path / "run"
-    patch = (
-        "import torch\n"
-        "def poison(*arguments):\n"
-        "    totals = real_accumulate(*arguments)\n"
-        "    if count == 5: totals[0] = float('nan')\n"
-        "    return totals\n"
-        "real_accumulate, loop.accumulate_gradients = loop.accumulate_gradients, poison"
-    )
-    processes.append(started(project(tmp_path, patch), shapes, run, RESTARTING))
+    processes.append(started(project(tmp_path, poisoned(5)), shapes, run, RESTARTING))
     output = processes[0].communicate(timeout=900)[0]
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output

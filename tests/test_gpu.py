@@ -110,7 +110,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
 
 
-def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
+def runs_through(script: str) -> None:
+    """A program of its own, which asserts."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu() -> None:
     script = (
         "import sys, torch\nfrom cifar import device\nfrom cifar.data import augment, loading, sampler\n"
         "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
@@ -121,12 +128,10 @@ def test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu(tmp_pa
         "                   .__getitems__(samples)[0].cpu() for kind in ('cpu', device.decide(1).kind))\n"
         "    assert torch.equal(here, there), name\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    runs_through(script)
 
 
-def test_batches_that_are_sent_beside_the_steps_arrive_whole(tmp_path: Path) -> None:
+def test_batches_that_are_sent_beside_the_steps_arrive_whole() -> None:
     script = (
         "import torch\nfrom cifar import device\nfrom cifar.data import loading, sampler\n"
         "from cifar.data.cache import open_data\nfrom cifar.recipes import Recipe\n"
@@ -147,9 +152,7 @@ def test_batches_that_are_sent_beside_the_steps_arrive_whole(tmp_path: Path) -> 
         "for way in ('albumentations', 'device'):\n"
         "    assert sums('cpu', way) == sums(device.decide(1).kind, way), way\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    runs_through(script)
 
 
 def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -189,17 +192,21 @@ COUNTED = "from cifar import graph\n" + REHEARSAL * "graph.KINDS, graph.capture 
     "graph.GraphedGradients.__call__ = call\n"
 )  # fmt: skip
 # In the middle of the first epoch every hidden read of the device is an error.
-NO_READS = REHEARSAL * "" or (
-    "import torch\n"
-    "from cifar import loop\n"
-    "taken, real_add = 0, loop.DelayedMetrics.add\n"
-    "def add(*arguments):\n"
-    "    global taken\n"
-    "    taken += 1\n"
-    "    metrics = real_add(*arguments)\n"
-    "    torch.cuda.set_sync_debug_mode('error' if 5 <= taken < 20 else 'default')\n"
-    "    return metrics\n"
-    "loop.DelayedMetrics.add = add\n"
+NO_READS = (
+    ""
+    if REHEARSAL
+    else (
+        "import torch\n"
+        "from cifar import loop\n"
+        "taken, real_add = 0, loop.DelayedMetrics.add\n"
+        "def add(*arguments):\n"
+        "    global taken\n"
+        "    taken += 1\n"
+        "    metrics = real_add(*arguments)\n"
+        "    torch.cuda.set_sync_debug_mode('error' if 5 <= taken < 20 else 'default')\n"
+        "    return metrics\n"
+        "loop.DelayedMetrics.add = add\n"
+    )
 )
 
 

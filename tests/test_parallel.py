@@ -18,13 +18,25 @@ pytestmark = pytest.mark.slow
 TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no")
 
 
-def parity(data: Path, output: Path, accumulation_steps: int, *launcher: str) -> list[dict[str, torch.Tensor]]:
+def parity(
+    data: Path, output: Path, accumulation_steps: int, *launcher: str, env: dict[str, str] | None = None
+) -> list[dict[str, torch.Tensor]]:
     """What each rank of tests/parity.py wrote."""
     arguments = command(ROOT / "tests" / "parity.py", data, output, accumulation_steps, launcher=launcher)
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     files = sorted(output.glob(f"*-{accumulation_steps}-*.safetensors"))
     return [load_file(file) for file in files]
+
+
+def assert_the_same(ranks: list[dict[str, torch.Tensor]], alone: dict[str, torch.Tensor]) -> None:
+    """What the ranks were given makes up what one process was, and what they computed is what it computed."""
+    for name in (name for name in alone if name.startswith(("images", "labels"))):
+        assert torch.equal(torch.cat([rank[name] for rank in ranks]), alone[name]), name
+    for rank in ranks:
+        # Sums of float32 in another order: equal but for rounding.
+        for name in ("gradient", "totals", "probabilities", "evaluation"):
+            torch.testing.assert_close(rank[name], alone[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +51,7 @@ def test_batches_gradient_and_evaluation_are_those_of_one_process(
 ) -> None:
     ranks = parity(shapes, tmp_path, accumulation_steps, *launcher)
     assert len(ranks) == (2 if launcher else 1)
-    for name in (name for name in alone if name.startswith(("images", "labels"))):
-        assert torch.equal(torch.cat([rank[name] for rank in ranks]), alone[name]), name
-    for rank in ranks:
-        # Sums of float32 in another order: equal but for rounding.
-        for name in ("gradient", "totals", "probabilities", "evaluation"):
-            torch.testing.assert_close(rank[name], alone[name], rtol=1e-5, atol=1e-6)
+    assert_the_same(ranks, alone)
 
 
 def arguments(shapes: Path, run: Path) -> list[object]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Disk, Train, command
+from conftest import ROOT, Disk, Train, command, poisoned
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_failure import TWO, project
@@ -332,15 +332,8 @@ def test_metrics_that_come_back_later_change_no_result(finished: Path, shapes: P
 
 
 def test_a_loss_that_comes_back_later_is_refused_by_its_own_step(shapes: Path, tmp_path: Path) -> None:
-    patch = (
-        "def poison(*arguments):\n"
-        "    totals = real_accumulate(*arguments)\n"
-        "    if count == 2: totals[0] = float('nan')\n"
-        "    return totals\n"
-        "real_accumulate, loop.accumulate_gradients = loop.accumulate_gradients, poison"
-    )
     done = subprocess.run(
-        command(project(tmp_path, LATE + patch), *arguments(shapes, tmp_path / "run", "--checkpoint-every", 500)),
+        command(project(tmp_path, LATE + poisoned(2)), *arguments(shapes, tmp_path / "run", "--checkpoint-every", 500)),
         env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
