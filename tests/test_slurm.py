@@ -792,8 +792,8 @@ def test_starts_that_end_without_a_step_are_tried_again_later_and_later(
             cluster.wait(lambda: cluster.field(job.number, "Reason") == "BeginTime", "it to wait for its time")
             starts = time.mktime(time.strptime(cluster.field(job.number, "StartTime"), "%Y-%m-%dT%H:%M:%S"))
             assert 60 * (minutes - 1) < starts - time.time() <= 60 * minutes
-            # Slurm revokes what the last attempt was allowed to do to the second: a start within it would be refused, and
-            # end the job ("Job credential revoked"). Left to itself it waits longer than that.
+            # Slurm revokes an attempt's credential to the second: a start within it is refused, and ends the job ("Job
+            # credential revoked"). Left to itself, Slurm starts the next one later.
             time.sleep(2)
             if minutes == 8:
                 (tmp_path / "healed").touch()
