@@ -103,7 +103,8 @@ class _Graph:
         # Not backward(): it would accumulate by nodes that belong to DDP's stream.
         gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self.parameters)
         torch._foreach_add_(self.gradients, gradients)
-        self.totals.add_(torch.stack((loss.detach(), correct)))
+        self.totals[0] += loss.detach()
+        self.totals[1] += correct
 
     def run(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Leaves this rank's gradients in the parameters, and its totals."""

@@ -86,7 +86,8 @@ def accumulate_gradients(
                     f"{who} is out of memory with {len(piece)} images at a time; "
                     f"give --gradient-accumulation-steps {2 * parts}, in a new --run, or more processes"
                 ) from None
-        totals += torch.stack((loss.detach(), correct))
+        totals[0] += loss.detach()
+        totals[1] += correct
         failure.beat()
     return reduced_totals(accelerator, totals, write_failed)
 
