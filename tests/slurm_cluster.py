@@ -1,10 +1,11 @@
 """A Slurm cluster of several nodes on one machine: the real daemons, each node with its own address and processes.
 
 A node is a network namespace on a bridge and a process namespace with a slurmd in it, so it can die, freeze or be cut
-off as a machine would. Needs root, the packages slurmctld, slurmd, slurm-client, munge and iproute2, and nothing
-else: no systemd, no database, no cgroups. Files of the host are left as they are.
+off as a machine would. The bridge and slurmctld are in a namespace of their own: a browser in the host's would take a
+new interface for a new network and drop its connections. Needs root, the packages slurmctld, slurmd, slurm-client,
+munge and iproute2, and nothing else: no systemd, no database, no cgroups. Files of the host are left as they are.
 
-    python tests/slurm_cluster.py DIRECTORY    # a cluster until Ctrl-C; then, elsewhere: export SLURM_CONF=...
+    python tests/slurm_cluster.py DIRECTORY    # a cluster until Ctrl-C, and how to get a shell in it
 """
 
 import os
@@ -22,6 +23,8 @@ import psutil
 NODES = 4
 NEEDS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "nsenter", "unshare", "taskset", "setpriv")
 DIE_WITH_THE_TESTS = ("setpriv", "--pdeathsig", "KILL")
+LOGIN = "slurm0"  # the namespace of slurmctld, in which Slurm's commands are typed
+INSIDE = ("nsenter", f"--net=/run/netns/{LOGIN}")
 
 CONF = """\
 ClusterName=test
@@ -99,11 +102,13 @@ class Cluster:
         # Asking a name server that these networks do not reach would cost half a minute for each job.
         (self.root / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
         key, munge = self.root / "munge.key", self.root / "munge.socket"
-        self.call("mungekey", "--create", f"--keyfile={key}")
+        subprocess.run(["mungekey", "--create", f"--keyfile={key}"], check=True)
         self._daemon("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}",
                      f"--pid-file={self.root}/munge.pid", f"--log-file={self.root}/log/munged",
                      f"--seed-file={self.root}/munge.seed")  # fmt: skip
         self.wait(munge.exists, "munged")
+        subprocess.run(["ip", "netns", "add", LOGIN], check=True)
+        self.call("ip", "link", "set", "lo", "up")
         self.call("ip", "link", "add", "br-slurm", "type", "bridge")
         self.call("ip", "address", "add", "10.77.0.254/24", "dev", "br-slurm")
         self.call("ip", "link", "set", "br-slurm", "up")
@@ -127,24 +132,22 @@ class Cluster:
         for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
-        for n in range(1, NODES + 1):
-            subprocess.run(["ip", "link", "delete", f"slurm{n}"], capture_output=True, check=False)
-            subprocess.run(["ip", "netns", "delete", f"slurm{n}"], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "delete", "br-slurm"], capture_output=True, check=False)
+        for name in (LOGIN, *(f"slurm{n}" for n in range(1, NODES + 1))):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
     def start_controller(self, *flags: str) -> None:
         """Starts slurmctld; it takes its state from where the one before left it."""
-        self._daemon("slurmctld", "-D", *flags)
+        self._daemon("slurmctld", "-D", *flags, inside=INSIDE)
 
     def kill_controller(self) -> None:
         """Slurmctld dies on the spot."""
         self.daemons["slurmctld"].kill()
         self.daemons["slurmctld"].wait()
 
-    def _daemon(self, *words: str) -> None:
+    def _daemon(self, *words: str, inside: tuple[str, ...] = ()) -> None:
         with (self.root / "log" / f"{words[0]}.out").open("ab") as log:
             self.daemons[words[0]] = subprocess.Popen(
-                [*DIE_WITH_THE_TESTS, *words],
+                [*DIE_WITH_THE_TESTS, *inside, *words],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -214,11 +217,18 @@ class Cluster:
 
     # ---- jobs
 
-    def call(self, *words: str) -> str:
-        """Runs a command, by default one of Slurm's, to its end."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+    def call(self, *words: str, cwd: Path | None = None) -> str:
+        """Runs a command where slurmctld is, to its end."""
+        done = self.run(*words, cwd=cwd)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
+
+    def run(self, *words: str, cwd: Path | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """The same for a command that may fail."""
+        return subprocess.run(
+            [*INSIDE, *words], cwd=cwd, env=self.environment, capture_output=True, text=True, check=False,
+            timeout=timeout,
+        )  # fmt: skip
 
     def field(self, job: str, name: str) -> str:
         """One field of `scontrol show job`."""
@@ -234,11 +244,8 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                shown = [
-                    subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout
-                    for words in (["squeue", "--long"], ["sinfo", "-N", "-p", "low", "-o", "%N %T %E"])
-                ]
-                raise AssertionError(f"waited {seconds:.0f} s for {what}\n" + "\n".join(shown))
+                shown = (self.run("squeue", "--long"), self.run("sinfo", "-N", "-p", "low", "-o", "%N %T %E"))
+                raise AssertionError(f"waited {seconds:.0f} s for {what}\n" + "\n".join(each.stdout for each in shown))
             time.sleep(every)
 
 
@@ -253,7 +260,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         cluster.up()
-        print(f"export SLURM_CONF={cluster.root}/slurm.conf")
+        print(f"SLURM_CONF={cluster.root}/slurm.conf {' '.join(INSIDE)} bash")
         while True:
             time.sleep(3600)
     finally:

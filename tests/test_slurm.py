@@ -118,6 +118,16 @@ class Job:
         """As Slurm does before the time limit, and before preemption."""
         self.cluster.call("scancel", "--batch", "--signal=USR1", self.number)
 
+    def ranks(self, node: int) -> list[psutil.Process]:
+        """The training processes of its newest attempt on a node, in the order of their ranks.
+
+        A rank that was frozen may be left of an attempt before: nobody continues it once its launcher is gone.
+        """
+        there = self.cluster.ranks(node)
+        attempts = [(int(variables["SLURM_JOB_ID"]), int(variables.get("SLURM_RESTART_COUNT", "0")))
+                    for variables in (process.environ() for process in there)]  # fmt: skip
+        return [process for process, attempt in zip(there, attempts, strict=True) if attempt == max(attempts)]
+
     def nodes(self) -> list[int]:
         """The numbers of its nodes, in the order of their ranks."""
         names = self.cluster.call("scontrol", "show", "hostnames", self.cluster.field(self.number, "NodeList"))
@@ -155,10 +165,9 @@ def start(
     options = ["--data", str(data), "--network", "small", "--run", str(folder / run),
                "--epochs", str(EPOCHS), "--peak-epoch", "1",
                "--global-batch-size", "8", "--checkpoint-every", str(EVERY), *arguments]  # fmt: skip
-    done = subprocess.run(
-        ["sbatch", "--parsable", f"--output={folder}/job-%j.out", *flags, "slurm/train.sbatch", *options],
-        cwd=project, env=cluster.environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = cluster.run(
+        "sbatch", "--parsable", f"--output={folder}/job-%j.out", *flags, "slurm/train.sbatch", *options, cwd=project
+    )
     assert done.returncode == 0, done.stderr
     number = done.stdout.strip()
     return Job(cluster, folder / run, number, folder / f"job-{number}.out")
@@ -382,7 +391,7 @@ def test_a_network_cable_is_pulled(struck: Struck) -> None:
 def test_a_rank_is_killed(rank: int, struck: Struck) -> None:
     job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
     node = job.nodes()[rank]
-    job.cluster.ranks(node)[0].kill()
+    job.ranks(node)[0].kill()
     said = struck.goes_on(said_before)
     # With rank 0 its launcher has gone, and the store with it.
     words = ("its node does not answer", "no answer, so killed, frozen or cut off")[rank]
@@ -393,7 +402,7 @@ def test_a_rank_is_killed(rank: int, struck: Struck) -> None:
 def test_a_rank_freezes(struck: Struck) -> None:
     job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
     node = job.nodes()[1]
-    job.cluster.ranks(node)[0].suspend()
+    job.ranks(node)[0].suspend()
     said = struck.goes_on(said_before)
     assert f"rank 1 on node{node}: no answer, so killed, frozen or cut off (no heartbeat for 5 s)" in said
     assert resumed_at(said) >= newest
@@ -410,7 +419,7 @@ def test_one_node_alone_is_asked_to_stop_before_the_attempt_has_come_as_far_as_t
     job, said_before = struck.job, len(struck.job.text())
     job.wait_step(struck.newest() + EVERY)
     time.sleep(3 * SECONDS)  # some steps further, which are lost now and are not made again before the next fault
-    job.cluster.ranks(job.nodes()[1])[0].kill()
+    job.ranks(job.nodes()[1])[0].kill()
     failed = struck.goes_on(said_before, compare=False)
     job.cluster.launcher(job.nodes()[1]).terminate()
     said = struck.goes_on(said_before + len(failed))
@@ -419,7 +428,7 @@ def test_one_node_alone_is_asked_to_stop_before_the_attempt_has_come_as_far_as_t
 
 def test_killed_while_writing_a_checkpoint(struck: Struck) -> None:
     job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
-    (rank0,) = job.cluster.ranks(job.nodes()[0])
+    (rank0,) = job.ranks(job.nodes()[0])
 
     def half_written() -> bool:
         return any((job.run / "checkpoints").glob(".step-*.tmp"))
@@ -495,7 +504,7 @@ def test_a_node_that_only_seems_dead_does_not_write_any_more(
     job = submit("--nodes=1")
     job.wait_step(EVERY)
     node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
-    (old,) = job.cluster.ranks(node)
+    (old,) = job.ranks(node)
     job.cluster.lag(node)  # Slurm gives the job to another node, and the processes on this one train on
     try:
         job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
@@ -516,7 +525,7 @@ def test_a_crash_on_one_node_is_repaired_in_place(
     job = submit("--nodes=1", "--ntasks-per-node=2")
     job.wait_step(EVERY)
     node = int(job.cluster.field(job.number, "BatchHost").removeprefix("node"))
-    job.cluster.ranks(node)[1].kill()
+    job.ranks(node)[1].kill()
     job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
     slowly.unlink()
     job.wait_state("COMPLETED")
@@ -595,11 +604,10 @@ def test_the_explanation_waits_for_the_training_job(
     monkeypatch.delitem(cluster.environment, "CIFAR_PRECISION")
     slowly.touch()
     job = submit("--nodes=1")
-    explain = subprocess.run(
-        ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/explain.out",
-         "slurm/explain.sbatch", "--run", str(job.run)],
-        cwd=project, env=job.cluster.environment, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    explain = cluster.call(
+        "sbatch", "--parsable", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/explain.out",
+        "slurm/explain.sbatch", "--run", str(job.run), cwd=project,
+    ).strip()  # fmt: skip
     job.wait_step(EVERY)
     job.warn()
     job.cluster.wait(lambda: job.attempts() == 2, "the next attempt")
@@ -634,10 +642,7 @@ def test_the_commands_of_the_readme(
         assert words in script, words
         script = script.replace(words, instead)
     assert script.count("sbatch ") >= 4
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=cluster.environment, capture_output=True,
-        text=True, timeout=1200, check=False,
-    )  # fmt: skip
+    done = cluster.run("bash", "-euo", "pipefail", "-c", script, cwd=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished: test accuracy" in done.stdout
     assert f'"state": "finished", "step": {2 * EPOCH}, "reason": ""' in done.stdout
@@ -667,7 +672,7 @@ def test_the_example_of_the_readme(
     monkeypatch.setitem(cluster.environment, "CIFAR_INTERFACE", "eth0")
     job = submit("--nodes=3", arguments=("--global-batch-size", "12", "--checkpoint-every", "1000"))
     job.cluster.wait(lambda: "epoch 1/4" in job.text(), "the first epoch")
-    (first,) = job.cluster.ranks(1)
+    (first,) = job.ranks(1)
     environment = first.environ()
     assert [environment[name] for name in ("INSIDE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")] == [
         "container", "eth0", "eth0",
@@ -738,10 +743,7 @@ def test_a_script_outside_a_job_or_its_directory_says_so(name: str, cluster: Clu
     assert (done.returncode, done.stderr) == (
         2, f"{name}.sbatch: error: no Slurm job; submit it: sbatch slurm/{name}.sbatch ...\n"
     )  # fmt: skip
-    number = subprocess.run(
-        ["sbatch", "--parsable", script], cwd=tmp_path, env=cluster.environment, capture_output=True, text=True,
-        check=True,
-    ).stdout.strip()  # fmt: skip
+    number = cluster.call("sbatch", "--parsable", str(script), cwd=tmp_path).strip()
     Job(cluster, tmp_path, number, tmp_path / "no log").wait_state("FAILED")
     (log,) = tmp_path.glob("*.out")
     assert f"error: no {name}.py in {tmp_path}; submit from the directory that holds it" in log.read_text()
@@ -911,6 +913,6 @@ def test_without_the_agreement_the_oracle_fails(
     slowly.touch()
     job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=2")
     job.wait_step(EVERY)
-    job.cluster.ranks(2)[0].send_signal(signal.SIGUSR1)  # one rank hears it before the other
+    job.ranks(2)[0].send_signal(signal.SIGUSR1)  # one rank hears it before the other
     job.wait_state("COMPLETED", "FAILED", "PENDING")
     assert "failed at step" in job.text()  # instead of "preempted": the steps since the last checkpoint are lost
