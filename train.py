@@ -61,7 +61,8 @@ def train(recipe: Recipe, options: Options) -> None:
     sampler = DistributedBatchSampler(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images)
-    compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, network)
+    own_work = loop.OwnWork(device)
+    compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network)
     delayed, stopping = loop.DelayedMetrics(accelerator), False
     with record.running():
         while not stopping:
@@ -75,13 +76,14 @@ def train(recipe: Recipe, options: Options) -> None:
                     if evaluated is None:
                         stopping = True
                         break
-                    record.log_epoch(evaluated)
+                    record.log_epoch(evaluated, own_work.seconds())
                 progress.begin_epoch()
             if step == schedule.total_steps:
                 break
 
             clock.on(WAITING)
             started = time.perf_counter()
+            own_work.begins()
             batch, labels = next(batches)
             clock.on(TRAINING)
             batch = resize(batch, schedule.image_size(step))

@@ -8,6 +8,7 @@ compares the ranks' choices.
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -73,16 +74,25 @@ def compare(kinds: Mapping[str, str]) -> None:
 
 
 class Mark:
-    """A place in what a device has been given to do, and that somebody can wait for."""
+    """A place in what a device has been given to do, and that somebody can wait for; on a CPU, this moment."""
 
-    def __init__(self, device: "torch.device") -> None:
+    def __init__(self, device: "torch.device", timed: bool = False) -> None:
         import torch
 
-        self._event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        if self._event is not None:
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()
+        self._made = time.perf_counter()
 
     def wait(self) -> None:
         """Returns once the device has done all that it was given before."""
         if self._event is not None:
             self._event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """The time that lies between two timed marks. Waits until the device has come to this one."""
+        self.wait()
+        if self._event is None or earlier._event is None:
+            return self._made - earlier._made
+        return float(earlier._event.elapsed_time(self._event)) / 1000

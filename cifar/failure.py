@@ -315,6 +315,11 @@ def introduce(hosts: list[str]) -> None:
         _watch.peers.hosts = hosts
 
 
+def name(rank: int) -> str:
+    """A rank and its host."""
+    return _watch.peers.name(rank) if _watch and _watch.peers else f"rank {rank}"
+
+
 def exchange(what: str, value: str) -> list[str]:
     """What each rank says about something before the ranks have met. The watch ends a wait for one that never comes."""
     peers = _watch.peers if _watch else None

@@ -29,12 +29,16 @@ GradientFunction = Callable[[nn.Module, torch.Tensor, torch.Tensor, bool], torch
 
 
 def gradient_function(
-    wanted: Literal["auto", "off"], accelerator: Accelerator, recipe: Recipe, network: nn.Module
+    wanted: Literal["auto", "off"],
+    accelerator: Accelerator,
+    recipe: Recipe,
+    own_work: loop.OwnWork,
+    network: nn.Module,
 ) -> GradientFunction:
     """What computes the gradients of a step: graphs where they are wanted and there are such, or the eager step."""
     if wanted == "auto" and accelerator.device.type in KINDS:
-        return GraphedGradients(accelerator, recipe, network)
-    return partial(loop.accumulate_gradients, accelerator, recipe)
+        return GraphedGradients(accelerator, recipe, own_work, network)
+    return partial(loop.accumulate_gradients, accelerator, recipe, own_work)
 
 
 class GraphedGradients:
@@ -45,8 +49,9 @@ class GraphedGradients:
     one line says so, and all ranks go on eagerly.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, network: nn.Module) -> None:
-        self.accelerator, self.recipe, self.network = accelerator, recipe, network
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, own_work: loop.OwnWork, network: nn.Module) -> None:
+        self.accelerator, self.recipe, self.own_work, self.network = accelerator, recipe, own_work, network
+        self.eager = partial(loop.accumulate_gradients, accelerator, recipe, own_work)
         self.graphs: dict[tuple[object, ...], _Graph] = {}
         self.trusted = True
         self.replayed = 0  # steps
@@ -66,9 +71,10 @@ class GraphedGradients:
                 if self.accelerator.is_main_process:
                     print(f"no CUDA graph ({problem or 'another rank has none'}): training goes on without", flush=True)
         if not self.trusted:
-            return loop.accumulate_gradients(self.accelerator, self.recipe, model, images, labels, write_failed)
+            return self.eager(model, images, labels, write_failed)
         graph = self.graphs[key]
         graph.run(images, labels)
+        self.own_work.ends()
         graph.average_gradients()
         self.replayed += 1
         failure.beat()

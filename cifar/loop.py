@@ -3,7 +3,9 @@
 Precision is in `model` already: Accelerator.prepare has put the launcher's autocast around its forward.
 """
 
+import math
 import socket
+import statistics
 from collections import deque
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from cifar.recipes import Recipe
 # Steps after which a step's metrics are read, by kind of device. To read a GPU's at once is to let it run dry before
 # each step; on a CPU there is nothing to wait for.
 DELAY = {"cpu": 0, "cuda": 3}
+MEASURED_STEPS = 10  # of a rank's own work, of which the first ones warm up
 
 
 class StepMetrics(NamedTuple):
@@ -59,9 +62,39 @@ class DelayedMetrics:
         return found
 
 
+class OwnWork:
+    """The time of this rank's own work in a step: from the step's start until it first waits for the other ranks.
+
+    Ranks that average their gradients all take equally long for a step; this tells for which one the others wait.
+    """
+
+    def __init__(self, of: torch.device) -> None:
+        self.device = of
+        self.steps: deque[tuple[device.Mark, device.Mark]] = deque(maxlen=1000)
+        self._began: device.Mark | None = None
+
+    def begins(self) -> None:
+        """Call it at a step's start, before its images are waited for."""
+        self._began = device.Mark(self.device, timed=True)
+
+    def ends(self) -> None:
+        """Call it before the step's first collective."""
+        if self._began is not None:
+            self.steps.append((self._began, device.Mark(self.device, timed=True)))
+
+    def seconds(self) -> float:
+        """The median over the steps since this last gave one; NaN while they are fewer than MEASURED_STEPS."""
+        if len(self.steps) < MEASURED_STEPS:
+            return math.nan
+        times = [end.seconds_since(start) for start, end in self.steps]
+        self.steps.clear()
+        return statistics.median(times)
+
+
 def accumulate_gradients(
     accelerator: Accelerator,
     recipe: Recipe,
+    own_work: OwnWork,
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -79,6 +112,8 @@ def accumulate_gradients(
         with nullcontext() if part == parts else accelerator.no_sync(model):
             try:
                 loss, correct = loss_and_correct(model, piece, piece_labels, recipe)
+                if part == parts:
+                    own_work.ends()
                 accelerator.backward(loss)
             except torch.OutOfMemoryError:
                 who = f"rank {accelerator.process_index} on {socket.gethostname()}"

@@ -6,11 +6,13 @@ either reaches all ranks with the metrics of the next step.
 """
 
 import math
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn, optim
@@ -36,6 +38,7 @@ PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a seco
 CHECK_SECONDS = 5  # between looks for a newer attempt, beside the one before each write
 WAITING, TRAINING = "waiting for images", "training"  # on the clock
 LATE = 0.1  # of training that may be waiting for images without a word
+SLOW = 1.5  # times the others' own work in a step that a rank's may take without a word
 LAST_SAVE_SECONDS = 3  # that a job which has failed leaves to a save that is under way
 
 
@@ -79,6 +82,8 @@ class RunRecord:
         self.logged = self.checked = -math.inf
         self.drawn = time.monotonic()
         self.ended, self.status_lock = False, threading.Lock()
+        self.own_works: list[float] = []  # seconds in a step, of each rank
+        self.slow: set[int] = set()  # the ranks that were called so
         self.metadata = {
             "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
             "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
@@ -221,9 +226,13 @@ class RunRecord:
             checkpoint.write(self.attempt, snapshot, self.metadata)
             self._write_status("running", step=snapshot.progress.step)
 
-    def log_epoch(self, evaluation: Evaluation) -> None:
-        """Records an evaluation: metrics and predictions at once, pictures when they are due."""
+    def log_epoch(self, evaluation: Evaluation, own_work: float) -> None:
+        """Records an evaluation: metrics and predictions at once, pictures when they are due.
+
+        `own_work` is what this rank alone needed for a step, in seconds, or NaN.
+        """
         self.evaluated = self.schedule.epochs_completed(self.progress.step)
+        own_works = self.accelerator.gather(torch.tensor([own_work], device=self.accelerator.device)).tolist()
         if self.tracker is None:
             return
         progress = self.progress
@@ -240,6 +249,9 @@ class RunRecord:
             test_accuracy_of_views=evaluation.accuracy_of_views,
         )
         self.tracker.say_epoch(metrics)
+        if not math.isnan(sum(own_works)):
+            self.own_works = own_works
+            self._say_if_a_rank_is_slow()
         self.writer.submit(lambda: self._write_epoch(metrics, evaluation))
         if time.monotonic() - self.drawn > PICTURE_SECONDS and self.drawer.idle():
             self.drawn = time.monotonic()
@@ -260,6 +272,18 @@ class RunRecord:
         return self.seconds_before + time.monotonic() - self.clock.began
 
     # ---- the end
+
+    def _say_if_a_rank_is_slow(self) -> None:
+        assert self.tracker
+        slowest = max(self.own_works)
+        rank = self.own_works.index(slowest)
+        others = statistics.median(self.own_works[:rank] + self.own_works[rank + 1 :] or [slowest])
+        if slowest > SLOW * others and rank not in self.slow:
+            self.slow.add(rank)
+            self.tracker.say(
+                f"{failure.name(rank)} is slow: its own work in a step takes {1000 * slowest:.3g} ms, that of the "
+                f"others {1000 * others:.3g} ms, and they wait for it"
+            )
 
     def _say_if_images_are_late(self) -> None:
         assert self.tracker
@@ -302,6 +326,7 @@ class RunRecord:
             "steps": self.progress.step,
             "epochs": self.recipe.epochs,
             "world_size": self.accelerator.num_processes,
+            "step_seconds_of_ranks": [round(seconds, 6) for seconds in self.own_works],
             "precision": self.accelerator.mixed_precision,
             "parameters": summary.parameter_count(network),
         }

@@ -34,7 +34,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
         torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, len(data.classes))
     )
     model = accelerator.prepare(network)
-    totals = loop.accumulate_gradients(accelerator, recipe, model, *batches[0])
+    totals = loop.accumulate_gradients(accelerator, recipe, loop.OwnWork(accelerator.device), model, *batches[0])
     (metrics,) = loop.DelayedMetrics(accelerator).add(1, totals)
     images = torch.from_numpy(data.test_images)
     evaluated = evaluation.evaluate(accelerator, network, images, data, tta=True)

@@ -26,7 +26,7 @@ def test_too_little_memory_is_one_line_with_the_number_of_images() -> None:
     images, labels = torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
     words = r"rank 0 on \S+ is out of memory with 32 images at a time; give --gradient-accumulation-steps 4, in a new"
     with pytest.raises(UserError, match=words):
-        loop.accumulate_gradients(accelerator, recipe, Greedy(), images, labels)
+        loop.accumulate_gradients(accelerator, recipe, loop.OwnWork(accelerator.device), Greedy(), images, labels)
 
 
 def test_metrics_are_read_after_so_many_further_steps_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:

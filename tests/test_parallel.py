@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, Train, command
 from safetensors.torch import load_file
+from test_failure import project
 
 from cifar.data import sampler
 
@@ -99,6 +100,18 @@ def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, tr
     kept = {name for name, weight in weights.items() if torch.equal(weight, earlier[name])}
     learnt = {name.removesuffix(".momentum_buffer") for name in state}
     assert kept & learnt == {name for name in learnt if name.startswith("stage1")}
+
+
+def test_a_rank_for_which_the_other_waits_is_named_once(shapes: Path, tmp_path: Path) -> None:
+    script = project(tmp_path, "def step(rank, number):\n    if rank == 1: time.sleep(0.5)")
+    more = (*arguments(shapes, tmp_path / "run"), "--global-batch-size", 6)
+    done = subprocess.run(command(script, *more, launcher=TWO), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    named = [line for line in done.stdout.splitlines() if " is slow: its own work in a step takes " in line]
+    assert len(named) == 1
+    assert named[0].startswith(f"rank 1 on {os.uname().nodename} ")
+    quick, slow = json.loads((tmp_path / "run" / "result.json").read_text())["step_seconds_of_ranks"]
+    assert 0 < quick < 0.5 <= slow
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(

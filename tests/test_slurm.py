@@ -658,7 +658,7 @@ def masked(log: str) -> list[str]:
     slurm = ("slurmstepd", "srun: Job ", "srun: Step created")
     # Where the time went, and whether images were late, depends on what else the machine does.
     log = re.sub(r" \(\d+ s since this process began.*?\)", "", log)
-    varying = (" MB in ", " of training was waiting ")
+    varying = (" MB in ", " of training was waiting ", " is slow: ")
     lines = [line for line in log.splitlines() if line and not line.startswith(table + slurm)]
     lines = [line for line in lines if not any(words in line for words in varying)]
     return [re.sub(r"(/\S+)?/run\b", "runs/resnet", re.sub(r"\d+([.,:]\d+)*", "#", line)) for line in lines]

@@ -72,7 +72,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert set(result) == {
         "test_accuracy", "test_loss", "images_per_second", "seconds", "steps", "epochs", "world_size", "precision",
-        "parameters", "test_accuracy_of_views", "seconds_of_this_attempt",
+        "parameters", "test_accuracy_of_views", "seconds_of_this_attempt", "step_seconds_of_ranks",
     }  # fmt: skip
     spent = result["seconds_of_this_attempt"]
     assert set(spent) == {"start", "data", "set-up", "training", "waiting for images", "evaluation", "saving"}
