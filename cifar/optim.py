@@ -17,7 +17,7 @@ ITERATIONS = 3  # of Newton-Schulz: 2 cost 1.8 points in airbench's runs
 
 
 def build(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Each group of parameters has a share of the learning rate, see set_lr.
+    """The recipe's optimizer. Each group of parameters has a factor `lr_scale` of the learning rate, see set_lr.
 
     Raises UserError for a parameter that muon has no rule for.
     """
@@ -25,7 +25,7 @@ def build(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adam":
         # An L2 penalty; fused: one kernel for all parameters, on CPUs and GPUs alike.
         parameters = [parameter for _, parameter in named]
-        group = {"params": parameters, "share": 1.0}
+        group = {"params": parameters, "lr_scale": 1.0}
         return torch.optim.Adam([group], lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay, fused=True)
     for name, parameter in named:
         if parameter.ndim not in (1, 2, 4):
@@ -36,10 +36,12 @@ def build(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     filters = [parameter for _, parameter in named if parameter.ndim == 4]
     heads = [parameter for _, parameter in named if parameter.ndim == 2]
     others = [parameter for _, parameter in named if parameter.ndim == 1]
-    groups = [{"params": filters, "share": 1.0, "orthogonal": True, "momentum": FILTER_MOMENTUM, "weight_decay": 0.0}]
+    groups = [
+        {"params": filters, "lr_scale": 1.0, "orthogonal": True, "momentum": FILTER_MOMENTUM, "weight_decay": 0.0}
+    ]
     for parameters, rate in ((heads, recipe.head_learning_rate), (others, recipe.bias_learning_rate)):
-        share, decay = rate / recipe.peak_learning_rate, recipe.weight_decay / rate
-        groups.append({"params": parameters, "share": share, "orthogonal": False, "weight_decay": decay})
+        lr_scale, decay = rate / recipe.peak_learning_rate, recipe.weight_decay / rate
+        groups.append({"params": parameters, "lr_scale": lr_scale, "orthogonal": False, "weight_decay": decay})
     return Muon(groups, lr=recipe.peak_learning_rate, momentum=OTHER_MOMENTUM, nesterov=True, fused=True)
 
 
@@ -134,6 +136,6 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Gives every parameter group its share of the rate."""
+    """Gives every parameter group its part of the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["share"]
+        group["lr"] = learning_rate * group["lr_scale"]

@@ -27,7 +27,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cifar.app import engine, material, server
+from cifar.app import content, engine, server
 from cifar.app.engine import Engine
 from cifar.app.gate import Gate
 from cifar.data.cache import Data, open_data
@@ -276,8 +276,8 @@ def test_what_the_page_does_not_offer_is_refused_in_words(
 
 
 def test_a_file_that_is_no_picture_is_refused_in_words(client: Client, tmp_path: Path) -> None:
-    for name, content in (("zero.png", b""), ("text.png", b"hello"), ("half.png", b"\x89PNG\r\n\x1a\n\0\0")):
-        (tmp_path / name).write_bytes(content)
+    for name, written in (("zero.png", b""), ("text.png", b"hello"), ("half.png", b"\x89PNG\r\n\x1a\n\0\0")):
+        (tmp_path / name).write_bytes(written)
         view, answer = client.predict(handle_file(tmp_path / name), *DEFAULT, api_name="/classify")
         assert re.search(r"not a picture|is damaged", answer["error"])
         assert "Traceback" not in view
@@ -373,12 +373,12 @@ def test_other_mistakes_are_refused_in_words(position: int, value: Any, words: s
 PAGE = """
 import json, sys
 from pathlib import Path
-from cifar.app import material, page
+from cifar.app import content, page
 from cifar.app.engine import Engine
 from cifar.app.gate import Gate
 from cifar.explain import runs
 run = runs.open_run(Path(sys.argv[1]))
-shown = material.of_run(run, run.recipe["data"])
+shown = content.of_run(run, run.recipe["data"])
 print(json.dumps(page.build(Engine(run), shown, Path()).get_config_file(), default=str))
 """
 
@@ -387,12 +387,12 @@ CHOICES = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
-from cifar.app import material, page
+from cifar.app import content, page
 from cifar.app.engine import Engine
 from cifar.app.handlers import Handlers
 from cifar.explain import runs
 opened, folder, classes = runs.open_run(Path(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
-shown, run = material.of_run(opened, opened.recipe["data"]), replace(opened, classes=classes)
+shown, run = content.of_run(opened, opened.recipe["data"]), replace(opened, classes=classes)
 engine = Engine(run)
 parts = page.build(engine, shown, folder).get_config_file()["components"]
 lists = {}
@@ -450,7 +450,7 @@ def test_a_run_with_hardly_a_mistake_has_a_page_too(mistaken: int, run: Path, tm
     save_file(judged, copy / "predictions.safetensors")
     (Path(copy) / "predictions.log").unlink()
     opened = runs.open_run(copy)
-    shown = material.of_run(opened, opened.recipe["data"])
+    shown = content.of_run(opened, opened.recipe["data"])
     assert shown.mistakes.indices.tolist() == [0][:mistaken]
     assert shown.mistakes.predictions.tolist() == [3][:mistaken]
     assert shown.facts["accuracy"].startswith(f"{(36 - mistaken) / 36:.2%} of 36")
@@ -661,8 +661,8 @@ def test_a_space_has_all_that_it_needs_and_says_nothing_of_this_machine(space: P
     for path in space.rglob("*"):
         if path.suffix in {".json", ".md", ".txt", ".py"}:
             assert str(run.parents[2]) not in path.read_text(), path
-    shown = material.read(space)
-    expected = material.of_run(runs.open_run(run), str(data.path.parent) and runs.open_run(run).recipe["data"])
+    shown = content.read(space)
+    expected = content.of_run(runs.open_run(run), str(data.path.parent) and runs.open_run(run).recipe["data"])
     for ours, theirs in ((shown.examples, expected.examples), (shown.mistakes, expected.mistakes)):
         for mine, its in zip(vars(ours).values(), vars(theirs).values(), strict=True):
             assert np.array_equal(mine, its)
@@ -800,7 +800,7 @@ def test_a_visitor_is_told_when_the_network_does_not_come_free(
     one = Engine(opened)
     with one._alone(), pytest.raises(UserError, match="the network has been busy for"):
         one.answer(data.test_images[0], None, "gradcam", [])
-    assert one.answer(data.test_images[0], None, "gradcam", []).looks == []
+    assert one.answer(data.test_images[0], None, "gradcam", []).heatmaps == []
 
 
 HANGS = """
@@ -810,10 +810,10 @@ from cifar.app import server
 from cifar.app.engine import Engine
 server.ENDS_WITHIN = 1
 Engine.warm_up = lambda self: threading.Event().wait()
-from cifar.app import engine, material, server
+from cifar.app import engine, content, server
 from cifar.explain import runs
 run = runs.open_run(Path(sys.argv[1]))
-server.serve(Engine(run), material.of_run(run, run.recipe["data"]), "127.0.0.1", int(sys.argv[2]))
+server.serve(Engine(run), content.of_run(run, run.recipe["data"]), "127.0.0.1", int(sys.argv[2]))
 """
 
 
@@ -941,7 +941,7 @@ def test_an_uploaded_picture_is_classified_and_shown_as_the_network_sees_it(
     assert shares == [f"{100 * row['probability']:.1f} %" for row in answer["top"]]
     seen = visited.shot(".input")
     assert (seen == data.test_images[7].repeat(6, axis=0).repeat(6, axis=1)).all()
-    text = visited.page.inner_text(".looks")
+    text = visited.page.inner_text(".heatmaps")
     assert "layer2, 8x8 cells" in text
     assert f"raw maximum {answer['maps'][0]['raw maximum']:.3g}" in text
     votes = answer["votes"]
@@ -983,8 +983,8 @@ def test_every_control_changes_the_answer(visit: Callable[..., Visit]) -> None:
     assert page.get_by_label("range slider for Top classes").get_attribute("max") == "4"
     page.get_by_label("layer3 (4x4)").check()
     page.get_by_label("prep (32x32)").check()
-    page.wait_for_function("document.querySelectorAll('.looks figure').length == 4")
-    assert [line.split(",")[0] for line in page.locator(".looks b").all_inner_texts()] == [
+    page.wait_for_function("document.querySelectorAll('.heatmaps figure').length == 4")
+    assert [line.split(",")[0] for line in page.locator(".heatmaps b").all_inner_texts()] == [
         "prep",
         "layer2",
         "layer3",
@@ -997,7 +997,7 @@ def test_every_control_changes_the_answer(visit: Callable[..., Visit]) -> None:
     page.get_by_role("option", name="eigencam").click()
     page.get_by_text("the same map for every class").wait_for()
     page.get_by_label("Show where it looked").uncheck()
-    page.wait_for_function("document.querySelectorAll('.looks').length == 0")
+    page.wait_for_function("document.querySelectorAll('.heatmaps').length == 0")
     assert page.locator(".seen .bars li").count() == 2
 
 
@@ -1117,7 +1117,7 @@ def test_every_tab_fits_and_can_be_read(width: int, scheme: str, visit: Callable
     page = visited.page
     page.locator("#examples button").nth(1).click()
     page.get_by_label("layer3 (4x4)").check()
-    page.wait_for_function("document.querySelectorAll('.looks figure').length == 3")
+    page.wait_for_function("document.querySelectorAll('.heatmaps figure').length == 3")
     for tab, sign in (("Classify", ".answer"), ("Misclassified", ".mistakes button"), ("About", ".about")):
         visited.tab(tab)
         page.locator(sign).first.wait_for()

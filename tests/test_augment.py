@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from cifar.data import augment_device, loading, philox
-from cifar.data.augment import AUGMENTATIONS, LEVELS, Pipeline, Statistics, amount, normalize, resize
+from cifar.data.augment import AUGMENTATIONS, LEVELS, Pipeline, Statistics, normalize, resize, uniform_offset
 from cifar.data.augment_albumentations import Augmentation
 from cifar.data.cache import Data, open_data
 from cifar.data.sampler import DistributedBatchSampler, Samples
@@ -317,7 +317,7 @@ def test_brightness_is_added_to_a_normalised_image_and_contrast_multiplies_the_s
     plain = (100 / 255 - np.array(mean)) / np.array(std)
     expected = [(plain + shift) * scale for shift in (-0.5, 0.5) for scale in (0.75, 1.25)]
     torch.testing.assert_close(seen.double(), torch.tensor(np.array(expected)), rtol=1e-6, atol=1e-6)
-    assert amount(np.arange(LEVELS), 0.5).mean() == pytest.approx(0, abs=1e-7)
+    assert uniform_offset(np.arange(LEVELS), 0.5).mean() == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from cifar.bench import counts, model, scaling, shaped, turns
+from cifar.bench import counts, interleave, scaling, scaling_model, shaped
 from cifar.bench.context import Bench
+from cifar.bench.interleave import Program
 from cifar.bench.plain import TRANSFORMS, Images, Plain
-from cifar.bench.turns import Program
 from cifar.data.augment import normalize
 from cifar.data.cache import open_data
 from cifar.errors import UserError
@@ -45,24 +45,24 @@ def test_programs_take_turns_and_the_first_one_is_not_counted(tmp_path: Path) ->
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from cifar.bench import turns\n"
+        "from cifar.bench import interleave\n"
         "def work(amount):\n"
         "    with Path(sys.argv[1]).open('a') as file: file.write(f'{sys.argv[2]} {amount}\\n')\n"
         "    print('a line of its own')\n"
         "    return {'amount': amount, 'seconds': 0.5 * amount / int(sys.argv[3])}\n"
-        "turns.serve({'work': work})\n"
+        "interleave.serve({'work': work})\n"
     )
     with (
         Program("a", ["-c", script, str(log), "a", "4"], {}) as a,
         Program("b", ["-c", script, str(log), "b", "1"], {}) as b,
     ):
         contestants = {"a": (a, {"do": "work"}), "b": (b, {"do": "work"})}
-        answers = turns.alternate(contestants, repeats=3, seconds=2.0, least=4)
+        answers = interleave.alternate(contestants, repeats=3, seconds=2.0, least=4)
     # In the first turn a takes 0.5 s for 4, so that 16 fit into 2 s; b takes 2 s.
     assert log.read_text().splitlines() == ["a 4", "b 4", *["a 16", "b 4"] * 3]
-    rates, slower = turns.rates(answers["a"]), turns.rates(answers["b"], each=10)
+    rates, slower = interleave.rates(answers["a"]), interleave.rates(answers["b"], each=10)
     assert (rates, slower) == ([8, 8, 8], [20, 20, 20])
-    assert turns.quotients(slower, rates) == [2.5, 2.5, 2.5]
+    assert interleave.quotients(slower, rates) == [2.5, 2.5, 2.5]
 
 
 def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
@@ -115,7 +115,7 @@ def test_the_plain_loop_augments_as_the_recipes_do(shapes: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("bench.app", "bench"), ("bench.curves", "bench"), ("bench.model", "bench"), ("preflight", "preflight")],
+    [("bench.app", "bench"), ("bench.curves", "bench"), ("bench.scaling_model", "bench"), ("preflight", "preflight")],
 )
 def test_a_wrong_command_line_of_every_other_program_is_one_line(module: str, name: str) -> None:
     done = subprocess.run(
@@ -215,36 +215,38 @@ def test_the_time_of_overlapping_kernels_counts_once() -> None:
 
 
 def test_the_model_is_arithmetic() -> None:
-    parts = [model.Bucket(1000, 0.5), model.Bucket(3000, 1.0)]
-    slow, near = model.Network(1000.0, 0.0, 1), model.Network(1e12, 0.0, 1)
-    assert model.step(4.0, parts, 1, slow, 1.0) == (4, 0, 0)
+    parts = [scaling_model.Bucket(1000, 0.5), scaling_model.Bucket(3000, 1.0)]
+    slow, near = scaling_model.Network(1000.0, 0.0, 1), scaling_model.Network(1e12, 0.0, 1)
+    assert scaling_model.step(4.0, parts, 1, slow, 1.0) == (4, 0, 0)
     # Two processes: 1 s for the first bucket, which is hidden, and 3 s for the last, which is not.
-    assert model.step(4.0, parts, 2, slow).exposed == pytest.approx(3)
-    assert model.step(1.0, parts, 2, slow).exposed == pytest.approx(0.5 + 1 + 3 - 1)  # the first is in the last's way
-    assert model.step(4.0, parts, 2, near).seconds == pytest.approx(4)
+    assert scaling_model.step(4.0, parts, 2, slow).exposed == pytest.approx(3)
+    assert scaling_model.step(1.0, parts, 2, slow).exposed == pytest.approx(
+        0.5 + 1 + 3 - 1
+    )  # the first is in the last's way
+    assert scaling_model.step(4.0, parts, 2, near).seconds == pytest.approx(4)
     # Around a ring of four each sends 2 x 3/4 of the bytes.
-    assert model.step(4.0, parts, 4, slow).exposed == pytest.approx(1.5 * 3)
+    assert scaling_model.step(4.0, parts, 4, slow).exposed == pytest.approx(1.5 * 3)
     # A small sum, and the last bucket's: along trees each has 2 log2(n) messages.
-    far = model.Network(1e12, 0.01, 2, nccl=True)
-    assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * 2 * 8, rel=1e-6)
+    far = scaling_model.Network(1e12, 0.01, 2, nccl=True)
+    assert scaling_model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * 2 * 8, rel=1e-6)
     # gloo's rings have 2(n-1), each of a large sum in two segments or more, two of which are under way.
-    far = model.Network(1e12, 0.01, 2)
-    assert model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * 2 * 30, rel=1e-6)
+    far = scaling_model.Network(1e12, 0.01, 2)
+    assert scaling_model.step(4.0, parts, 16, far).exposed == pytest.approx(0.02 * 2 * 30, rel=1e-6)
     # 8 MB over two: four segments of 1 MB there and four back, of 1 s each; or, two at a time, of 3 s.
-    assert model.sum_seconds(8 << 20, 2, model.Network(1 << 20, 0.5, 2)) == pytest.approx(8)
-    assert model.sum_seconds(8 << 20, 2, model.Network(1 << 20, 2.5, 2)) == pytest.approx(8 * 6 / 2)
-    assert model.step(4.0, parts, 16, near, 0.1).waiting == pytest.approx(0.1 * math.sqrt(2 * math.log(16)))
+    assert scaling_model.sum_seconds(8 << 20, 2, scaling_model.Network(1 << 20, 0.5, 2)) == pytest.approx(8)
+    assert scaling_model.sum_seconds(8 << 20, 2, scaling_model.Network(1 << 20, 2.5, 2)) == pytest.approx(8 * 6 / 2)
+    assert scaling_model.step(4.0, parts, 16, near, 0.1).waiting == pytest.approx(0.1 * math.sqrt(2 * math.log(16)))
 
 
 @pytest.mark.parametrize("network", ["resnet", "whitened"])
 def test_the_last_gradients_are_ready_at_the_end(network: str) -> None:
-    parts = model.buckets(network)
+    parts = scaling_model.buckets(network)
     assert 1 / 3 < parts[0].ready < parts[-1].ready == pytest.approx(1, abs=0.01)
 
 
 def test_the_table_of_gpus() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cifar.bench.model"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "cifar.bench.scaling_model"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     rows = [line.split() for line in done.stdout.splitlines() if line.lstrip()[:1].isdigit()]
     assert [int(row[0]) for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -276,8 +278,8 @@ def test_what_goes_through_the_link_arrives(tmp_path: Path) -> None:
 
 def test_the_model_is_measured_only_where_namespaces_can_be_made(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cifar.bench.model", "--measure"], cwd=ROOT, env={**os.environ, "PATH": str(tmp_path)},
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "cifar.bench.scaling_model", "--measure"], cwd=ROOT,
+        env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "bench: error: no ip here; install iproute2, util-linux and procps\n"

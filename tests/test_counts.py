@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import launch, models, optim
-from cifar.bench import counts, model
+from cifar.bench import counts, scaling_model
 from cifar.bench.context import Bench
 from cifar.recipes import RECIPES
 
@@ -145,7 +145,7 @@ def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> N
     assert figures == 4 * 4  # loss, correct predictions, stop request, failure to write
     assert sum(gradient) == 4 * PARAMETERS
     assert len(gradient) == 4  # buckets: each is summed while the next is computed, and the last is small
-    assert gradient == sorted(bucket.size for bucket in model.buckets("resnet", classes=4))
+    assert gradient == sorted(bucket.size for bucket in scaling_model.buckets("resnet", classes=4))
     assert min(gradient) < 0.06 * sum(gradient)
     assert len(sent) == 5  # batch-norm's statistics are rank 0's alone, and sent when they are used
 
@@ -155,4 +155,4 @@ def test_compressed_gradients_are_half_the_bytes(shapes: Path, tmp_path: Path) -
     figures, *gradient = sorted(size for name, size in sent if name == "gloo:all_reduce")
     assert figures == 4 * 4
     assert sum(gradient) == 2 * PARAMETERS
-    assert gradient == sorted(bucket.size for bucket in model.buckets("resnet", 2, classes=4))
+    assert gradient == sorted(bucket.size for bucket in scaling_model.buckets("resnet", 2, classes=4))

@@ -62,7 +62,7 @@ def test_beside_muon_everything_else_follows_torchs_sgd_at_its_own_rate() -> Non
         {
             "params": [p for p in theirs.parameters() if p.ndim == n],
             "lr": rate,
-            "share": 1,
+            "lr_scale": 1,
             "weight_decay": 0.005 / rate,
         }
         for n, rate in rates.items()

@@ -26,7 +26,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", "\n".join((README, *OTHERS, BENCH)), re.
 COMMANDS = list(dict.fromkeys(line.partition("  #")[0].rstrip() for block in BLOCKS for line in block.splitlines()))
 INSTALLS = [line for line in COMMANDS if line.startswith("pip install")]  # .ci/run begins with the second of them
 APP, EXPORT = (line for line in COMMANDS if "cifar.app" in line)
-MODEL, SHAPED = (line for line in COMMANDS if "cifar.bench.model" in line)
+MODEL, SHAPED = (line for line in COMMANDS if "cifar.bench.scaling_model" in line)
 CURVES = next(line for line in COMMANDS if "cifar.bench.curves" in line)
 LOAD = next(line for line in COMMANDS if "cifar.bench.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
@@ -74,7 +74,7 @@ def test_every_command_is_run_by_a_test_here() -> None:
         "python train.py",
         "python explain.py",
         "python -m cifar.bench",
-        "sudo python -m cifar.bench.model",
+        "sudo python -m cifar.bench.scaling_model",
         APP,
         EXPORT,
     )

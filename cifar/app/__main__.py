@@ -51,10 +51,10 @@ def start(asked: argparse.Namespace) -> None:
     else:
         host, port = server.address(asked.host, asked.port)
 
-    from cifar.app import material
+    from cifar.app import content
     from cifar.app.engine import Engine
 
-    shown, engine = material.of_run(run, asked.data or run.recipe["data"]), Engine(run)
+    shown, engine = content.of_run(run, asked.data or run.recipe["data"]), Engine(run)
     if asked.export_space:
         from cifar.app import space
 

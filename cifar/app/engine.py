@@ -18,7 +18,7 @@ BUSY_SECONDS = 120  # for the one before, or for grad-cam to be imported from a 
 
 
 @dataclass(frozen=True)
-class Look:
+class Heatmap:
     """Where the network looked, at one layer of h x w cells."""
 
     layer: str
@@ -47,7 +47,7 @@ class Answer:
     ranking: Int64  # [C] the classes, the most probable first
     target: int  # the class that maps and votes are for
     method: str
-    looks: list[Look]
+    heatmaps: list[Heatmap]
     votes: Votes | None  # None where maps were not asked for
 
 
@@ -84,23 +84,23 @@ class Engine:
             ranking: Int64 = np.argsort(-logits.numpy(), kind="stable")
             first, second = ranking[:2].tolist()
             target = first if target is None else target
-            looks, counted = [], None
+            heatmaps, counted = [], None
             for layer in at:
                 objectives = maps.scores(torch.tensor([[target]]), len(ranking))
                 raw, _ = maps.compute(self.network, layer, method, images, objectives)
-                looks.append(_look(layer, raw[0, 0]))
+                heatmaps.append(_heatmap(layer, raw[0, 0]))
             if at:
                 against, last_stage = second if target == first else first, list(self.layers)[-1]
                 cells, bias, margin = votes.count(self.network, last_stage, images, torch.tensor([[target, against]]))
                 counted = Votes(last_stage, target, against, cells[0], float(bias[0]), float(margin[0]))
-        return Answer(pixels, logits.softmax(dim=0).numpy(), ranking, target, method, looks, counted)
+        return Answer(pixels, logits.softmax(dim=0).numpy(), ranking, target, method, heatmaps, counted)
 
-    def looks(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Look], Float]:
+    def heatmaps(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Heatmap], Float]:
         """The map of each picture [n, 32, 32, 3] for its class of `targets` [n], and the probabilities [n, C]."""
         with self._alone():
             objectives = maps.scores(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
             raw, logits = maps.compute(self.network, layer, method, self._tensor(pixels), objectives)
-        return [_look(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
+        return [_heatmap(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -116,5 +116,5 @@ class Engine:
         return normalize(torch.from_numpy(pixels), self.run.mean, self.run.std)
 
 
-def _look(layer: str, raw: Float) -> Look:
-    return Look(layer, np.maximum(raw, 0), float(raw.max()))
+def _heatmap(layer: str, raw: Float) -> Heatmap:
+    return Heatmap(layer, np.maximum(raw, 0), float(raw.max()))

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cifar import names
-from cifar.app import asked, pictures, views
+from cifar.app import pictures, validation, views
+from cifar.app.content import AppContent
 from cifar.app.engine import Engine
 from cifar.app.gate import lies_in
-from cifar.app.material import Material
 from cifar.app.views import Mistake
 from cifar.errors import UserError
 from cifar.explain import figures, mistakes
@@ -25,7 +25,7 @@ MOST = 60  # mistakes on the page at once
 PREDICTED, TRUE, NO_MAP, ANY = "(predicted)", "(true)", "(no map)", "(any)"  # among classes: see `distinct`
 HINT = "Upload, paste or photograph a picture, or choose one of the test images."
 
-Shown = tuple[str, Any]  # HTML, and the same as plain values
+Response = tuple[str, Any]  # HTML, and the same as plain values
 
 
 def distinct(word: str, classes: list[str]) -> str:
@@ -41,7 +41,7 @@ class Handlers:
     """The answers of one network; `uploads` is the only folder whose files are read."""
 
     engine: Engine
-    material: Material
+    content: AppContent
     uploads: Path
 
     @cached_property
@@ -54,15 +54,15 @@ class Handlers:
         """What stands for the class that is predicted among their names."""
         return distinct(PREDICTED, self.engine.run.classes)
 
-    def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Shown:
+    def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Response:
         """Classes of a picture with their probabilities, and where the network looked."""
         if picture is None:
             return views.hint(HINT), None
         classes, known = self.engine.run.classes, list(self.engine.layers)
-        top = asked.whole("the number of classes", top, 1, len(classes))
-        map_for = asked.one_of("class", map_for, [self.predicted_class, *classes])
-        method = asked.one_of("method", method, list(METHODS))
-        layers = asked.some_of("layer", layers, known) if asked.switch("the switch", maps) else []
+        top = validation.whole("the number of classes", top, 1, len(classes))
+        map_for = validation.one_of("class", map_for, [self.predicted_class, *classes])
+        method = validation.one_of("method", method, list(METHODS))
+        layers = validation.some_of("layer", layers, known) if validation.switch("the switch", maps) else []
         target = None if map_for == self.predicted_class else classes.index(map_for)
         answer = self.engine.answer(pictures.read(self._uploaded(picture)), target, method, layers)
         return views.answer(answer, self.engine, top), views.answer_numbers(answer, self.engine, top)
@@ -78,19 +78,19 @@ class Handlers:
         map_for: Any,
         method: Any,
         layer: Any,
-    ) -> Shown:
+    ) -> Response:
         """Test images that the network got wrong, each with its map."""
-        if not asked.switch("the switch", show):
+        if not validation.switch("the switch", show):
             return "", None
-        wrong, classes, cells = self.material.mistakes, self.engine.run.classes, self.engine.layers
-        count = asked.whole("the number of mistakes", count, 1, MOST)
-        true = asked.one_of("true class", true, [self.any_class, *classes])
-        predicted = asked.one_of("predicted class", predicted, [self.any_class, *classes])
-        order = asked.one_of("order", order, ORDERS)
-        seed = asked.whole("seed", seed, 0, 2**32 - 1)
-        map_for = asked.one_of("map", map_for, [NO_MAP, PREDICTED, TRUE])
-        method = asked.one_of("method", method, list(METHODS))
-        layer = asked.one_of("layer", layer, list(cells))
+        wrong, classes, cells = self.content.mistakes, self.engine.run.classes, self.engine.layers
+        count = validation.whole("the number of mistakes", count, 1, MOST)
+        true = validation.one_of("true class", true, [self.any_class, *classes])
+        predicted = validation.one_of("predicted class", predicted, [self.any_class, *classes])
+        order = validation.one_of("order", order, ORDERS)
+        seed = validation.whole("seed", seed, 0, 2**32 - 1)
+        map_for = validation.one_of("map", map_for, [NO_MAP, PREDICTED, TRUE])
+        method = validation.one_of("method", method, list(METHODS))
+        layer = validation.one_of("layer", layer, list(cells))
         of_true, of_predicted = (None if name == self.any_class else classes.index(name) for name in (true, predicted))
         found = mistakes.select(wrong.labels, wrong.predictions, of_true, of_predicted, order, seed)
         shown = self._mistakes(found[:count], map_for, method, layer)
@@ -108,19 +108,20 @@ class Handlers:
 
     def test_image(self, index: Any) -> UInt8:
         """A test image that was clicked on, enlarged: so it is seen sharp, and averages back to what it was."""
-        for judged in (self.material.examples, self.material.mistakes):
-            for row in (judged.indices == index).nonzero()[0]:
-                return enlarged(judged.pixels[row], figures.ENLARGED)
+        for evaluated in (self.content.examples, self.content.mistakes):
+            for row in (evaluated.indices == index).nonzero()[0]:
+                return enlarged(evaluated.pixels[row], figures.ENLARGED)
         raise UserError("that is no test image of this page")
 
     def _mistakes(self, rows: Int64, map_for: str, method: str, layer: str) -> list[Mistake]:
-        wrong = self.material.mistakes
+        wrong = self.content.mistakes
         targets = (wrong.labels if map_for == TRUE else wrong.predictions)[rows]
         if map_for == NO_MAP or not len(rows):
             return [Mistake(*wrong.row(row), int(target)) for row, target in zip(rows, targets, strict=True)]
-        looks, probabilities = self.engine.looks(wrong.pixels[rows], targets, method, layer)
+        heatmaps, probabilities = self.engine.heatmaps(wrong.pixels[rows], targets, method, layer)
         now = probabilities.argmax(axis=1).tolist()
-        return [Mistake(*wrong.row(row), *rest) for row, *rest in zip(rows, targets.tolist(), looks, now, strict=True)]
+        made = zip(rows, targets.tolist(), heatmaps, now, strict=True)
+        return [Mistake(*wrong.row(row), *rest) for row, *rest in made]
 
     def _uploaded(self, picture: Any) -> Path:
         """The file of an uploaded picture. Raises UserError for any other."""

@@ -14,9 +14,9 @@ from PIL import Image
 
 from cifar import names
 from cifar.app import pictures, views
+from cifar.app.content import AppContent
 from cifar.app.engine import Engine
-from cifar.app.handlers import HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Shown
-from cifar.app.material import Material
+from cifar.app.handlers import HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Response
 from cifar.errors import UserError
 from cifar.explain.options import COUNT, METHODS, ORDERS
 
@@ -41,13 +41,13 @@ ON_CLICK = """element.addEventListener('click', (event) => {
 });"""
 
 
-def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
+def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
     """The page of a network; `uploads` is the only folder whose files are read."""
-    handlers, wrong = Handlers(engine, material, uploads), len(material.mistakes.indices)
+    handlers, wrong = Handlers(engine, content, uploads), len(content.mistakes.indices)
     classes, methods = engine.run.classes, list(METHODS)
     choices = list(zip(names.on_pages(classes), classes, strict=True))  # what is shown, and what is sent
     layers = [(f"{name} ({cells}x{cells})", name) for name, cells in engine.layers.items()]
-    right = material.facts["accuracy"].partition(" (")[0]
+    right = content.facts["accuracy"].partition(" (")[0]
     name = f"{engine.run.network}: {len(classes)} classes, {right} right"
 
     def carry(event: gr.EventData) -> tuple[Image.Image, gr.Tabs]:
@@ -67,7 +67,7 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                         label="Picture", sources=["upload", "webcam", "clipboard"], format="png", height=280,
                         buttons=[], placeholder=PLACEHOLDER, elem_id="picture",
                     )  # fmt: skip
-                    tiles = _html(views.examples(material.examples, classes), ON_CLICK, "examples")
+                    tiles = _html(views.examples(content.examples, classes), ON_CLICK, "examples")
                 with gr.Column(elem_id="answer"):
                     answer = _html(views.hint(HINT), elem_id="answer-view")
                     with gr.Accordion("The same as numbers", open=False):
@@ -105,7 +105,7 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                     with gr.Accordion("The same as numbers", open=False):
                         listed = gr.JSON(show_label=False)
                 else:
-                    _html(views.hint(f"No mistakes: all {material.images:,} test images are classified correctly."))
+                    _html(views.hint(f"No mistakes: all {content.images:,} test images are classified correctly."))
             if wrong:
                 asks = [show, count, true, predicted, order, seed, map_for, method, layer]
                 gr.on([tab.select, *(component.change for component in asks)], _in_words(handlers.misclassified), asks,
@@ -115,7 +115,7 @@ def build(engine: Engine, material: Material, uploads: Path) -> gr.Blocks:
                 gallery.click(carry, outputs=[picture, tabs], **ASIDE).then(None, js="() => scrollTo(0, 0)")
 
             with gr.Tab("About", id="about"):
-                _html(views.about(material, engine))
+                _html(views.about(content, engine))
     page.queue(max_size=WAITING)
     return page
 
@@ -134,11 +134,11 @@ def _html(value: str, js_on_load: str | None = None, elem_id: str | None = None)
     return gr.HTML(value, js_on_load=js_on_load, elem_id=elem_id, apply_default_css=False)
 
 
-def _in_words(handler: Callable[..., Shown]) -> Callable[..., Shown]:
+def _in_words(handler: Callable[..., Response]) -> Callable[..., Response]:
     """The same function, with what is wrong with a request as its answer."""
 
     @wraps(handler)  # the parameters' names are those of the programming interface
-    def answer(*values: Any) -> Shown:
+    def answer(*values: Any) -> Response:
         try:
             return handler(*values)
         except UserError as error:

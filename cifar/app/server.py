@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from cifar.errors import UserError
 
 if TYPE_CHECKING:  # a wrong address is refused before torch has loaded
+    from cifar.app.content import AppContent
     from cifar.app.engine import Engine
-    from cifar.app.material import Material
 
 HOST, PORT = "127.0.0.1", 7860
 ENDS_WITHIN = 20  # seconds, for an import that goes on
@@ -26,13 +26,13 @@ OF_A_SPACE = {"GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH"}  #
 
 def serve_folder(folder: Path) -> None:
     """Serves a folder that `--export-space` wrote; what is wrong is one line and exit status 2."""
-    from cifar.app import material
+    from cifar.app import content
     from cifar.app.engine import Engine
     from cifar.explain import runs
 
     try:
         host, port = address(None, None)
-        serve(Engine(runs.open_run(folder)), material.read(folder), host, port)
+        serve(Engine(runs.open_run(folder)), content.read(folder), host, port)
     except UserError as error:
         print(f"app.py: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -53,7 +53,7 @@ def address(host: str | None, port: int | None) -> tuple[str, int]:
     return host, port
 
 
-def serve(engine: "Engine", shown: "Material", host: str, port: int) -> None:
+def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
     """Serves until it is interrupted, terminated or hung up, then deletes what visitors have uploaded."""
     asked_to_end = False
 

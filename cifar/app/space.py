@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from cifar import files
-from cifar.app import gate, material, page, server
+from cifar.app import content, gate, page, server
+from cifar.app.content import AppContent
 from cifar.app.engine import Engine
-from cifar.app.material import Material
 from cifar.errors import UserError
 from cifar.explain.runs import Run
 
@@ -70,7 +70,7 @@ To start it on your own machine: `pip install -r requirements.txt`, then `python
 """
 
 
-def export(engine: Engine, shown: Material, folder: Path) -> None:
+def export(engine: Engine, shown: AppContent, folder: Path) -> None:
     """Writes the Space to a folder that does not exist or is empty, whole or not at all. Raises UserError."""
     engine.warm_up()
     page.build(engine, shown, folder)
@@ -86,13 +86,13 @@ def export(engine: Engine, shown: Material, folder: Path) -> None:
         raise UserError(f"{error.filename or folder}: {error.strerror}; make room or name another folder") from None
 
 
-def _write(run: Run, shown: Material, folder: Path) -> None:
+def _write(run: Run, shown: AppContent, folder: Path) -> None:
     shutil.copyfile(run.path / "model.safetensors", folder / "model.safetensors")
     config = json.loads((run.path / "config.json").read_bytes())
     config["recipe"]["data"] = Path(config["recipe"]["data"]).name  # the world need not know where it lay
     files.write(folder / "config.json", json.dumps(config, indent=1).encode())
     shutil.copyfile(run.path / "result.json", folder / "result.json")
-    material.save(shown, folder)
+    content.save(shown, folder)
     _copy_package(folder)
     pins = [f"{name}=={_public(importlib.metadata.version(name))}\n" for name in PACKAGES]
     files.write(folder / "requirements.txt", "".join(pins).encode())

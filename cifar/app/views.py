@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
 from cifar import names, recipes, summary
-from cifar.app.engine import Answer, Engine, Look, Votes
-from cifar.app.material import Judged, Material
+from cifar.app.content import AppContent, EvaluatedImages
+from cifar.app.engine import Answer, Engine, Heatmap, Votes
 from cifar.explain import figures
 from cifar.explain.findings import Float, UInt8
 from cifar.figures import png
@@ -28,7 +28,7 @@ class Mistake:
     predicted: int  # by the run itself, in the precision that it was trained with
     probabilities: Float  # [C], the run's own
     target: int  # the class that the map is for
-    look: Look | None = None  # None: no map was asked for
+    heatmap: Heatmap | None = None  # None: no map was asked for
     now: int | None = None  # the class that the network predicts here, in float32
 
 
@@ -84,9 +84,9 @@ def problem(text: str) -> str:
     return str(_macros.problem(f"{text[:1].upper()}{text[1:]}."))
 
 
-def examples(judged: Judged, classes: list[str]) -> str:
+def examples(evaluated: EvaluatedImages, classes: list[str]) -> str:
     """A button with each picture and its class."""
-    rows, shown = zip(judged.indices, judged.pixels, judged.labels, strict=True), names.on_pages(classes)
+    rows, shown = zip(evaluated.indices, evaluated.pixels, evaluated.labels, strict=True), names.on_pages(classes)
     return str(_macros.tiles([{"index": int(i), "pixels": p, "name": shown[label]} for i, p, label in rows]))
 
 
@@ -100,13 +100,13 @@ def mistakes(rows: list[Mistake], classes: list[str], sentence: str) -> str:
     return str(_macros.mistakes(rows, names.on_pages(classes), sentence))
 
 
-def about(material: Material, engine: Engine) -> str:
+def about(content: AppContent, engine: Engine) -> str:
     """The network, how it was trained, and what it cannot do."""
     run = engine.run
     described = {name: field.description for name, field in recipes.Recipe.model_fields.items()}
     rows = summary.rows(engine.network)
     classes = names.on_pages(run.classes)
-    return str(_macros.about(material.facts, classes, material.right, rows, run.recipe, described))
+    return str(_macros.about(content.facts, classes, content.right, rows, run.recipe, described))
 
 
 def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:
         "top": [{"class": classes[n], "probability": _rounded(given.probabilities[n])} for n in given.ranking[:top]],
         "map for": classes[given.target],
         "method": given.method,
-        "maps": [{"layer": look.layer, **_map(look)} for look in given.looks],
+        "maps": [{"layer": heatmap.layer, **_map(heatmap)} for heatmap in given.heatmaps],
         "votes": votes
         and {
             "layer": votes.layer,
@@ -130,8 +130,8 @@ def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:
     }
 
 
-def _map(look: Look) -> dict[str, Any]:
-    return {"cells": len(look.map), "raw maximum": _rounded(look.peak), "map": _rounded(look.map)}
+def _map(heatmap: Heatmap) -> dict[str, Any]:
+    return {"cells": len(heatmap.map), "raw maximum": _rounded(heatmap.peak), "map": _rounded(heatmap.map)}
 
 
 def _rounded(values: Float | np.floating[Any] | float) -> Any:
@@ -147,7 +147,7 @@ def mistake_numbers(rows: list[Mistake], classes: list[str]) -> list[dict[str, A
             "predicted": classes[row.predicted],
             "probabilities": dict(zip(classes, _rounded(row.probabilities), strict=True)),
             "map for": classes[row.target],
-            **(_map(row.look) if row.look else {}),
+            **(_map(row.heatmap) if row.heatmap else {}),
         }
         for row in rows
     ]

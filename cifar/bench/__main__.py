@@ -4,7 +4,8 @@
     python -m cifar.bench step --recipe digits --repeats 3
     python -m cifar.bench --json bench.json
 
-Measurements are interleaved (A B A B), each program in a process of its own; see turns.py. The baseline is in plain.py.
+Measurements are interleaved (A B A B), each program in a process of its own; see interleave.py. The baseline is in
+plain.py.
 """
 
 import argparse
@@ -16,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cifar import files, recipes
-from cifar.bench import checkpoint, explain, figures, input, limit, scaling, startup, step  # noqa: A004
+from cifar.bench import checkpoint, explain, input, limit, measurement, scaling, startup, step  # noqa: A004
 from cifar.bench.context import Bench
-from cifar.bench.figures import Figure
+from cifar.bench.measurement import Measurement
 from cifar.errors import Parser, UserError, command_line
 
-PARTS: dict[str, tuple[Callable[[Bench], list[Figure]], str]] = {
+PARTS: dict[str, tuple[Callable[[Bench], list[Measurement]], str]] = {
     "limit": (limit.measure, "matrix products and memory: measured always, since the others are compared with it"),
     "step": (step.measure, "a training step, by operator too, and evaluation"),
     "input": (input.measure, "training images from one core, and what a step waits for them"),
@@ -66,14 +67,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Measures the parts that are asked for, and prints each when it is done."""
     bench = Bench(arguments.recipe, arguments.repeats, arguments.seconds, folder)
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    found: list[Figure] = []
+    found: list[Measurement] = []
     for name, (part, _) in PARTS.items():
         if name == "limit" or not arguments.parts or name in arguments.parts:
             figured = part(bench)
             if name == "limit":
                 facts = bench.machine
                 print(f"{began}  {facts['device']}, {facts['threads']} threads, torch {facts['torch']}; "
-                      f"recipe {bench.recipe}, precision {bench.precision}\n{figures.head()}")  # fmt: skip
+                      f"recipe {bench.recipe}, precision {bench.precision}\n{measurement.head()}")  # fmt: skip
             found += figured
             print("\n".join(figure.row() for figure in figured), flush=True)
     if arguments.json:

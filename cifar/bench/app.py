@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from cifar.bench import figures
-from cifar.bench.figures import Figure
+from cifar.bench import measurement
+from cifar.bench.measurement import Measurement
 from cifar.errors import Parser, UserError, command_line
 from cifar.explain import layers, runs
 from cifar.explain.options import METHODS
@@ -86,7 +86,7 @@ class App:
             self.process.communicate()
 
 
-def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]:
+def measure(run: Path, starts: int, answers: int, requests: int) -> list[Measurement]:
     """Starts the app and asks it; see `parse_command_line`. Raises UserError where an answer is another's."""
     if importlib.util.find_spec("gradio_client") is None:
         raise UserError("gradio is not installed; install it with: pip install '.[app]'")
@@ -140,10 +140,10 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Figure]
                 ask(visitors[number % VISITORS], asks[(number + part) % VISITORS])
             memory.append(app.megabytes())
     return [
-        Figure("app", "start to first page", "s", seconds),
-        Figure("app", f"answer with a map, picture of {SIZE[0]}x{SIZE[1]}", "s", single),
-        Figure("app", f"answer among {VISITORS} visitors at once", "s", [taken for taken, _ in crowd]),
-        Figure("app", f"memory after each {requests // PARTS} requests", "MB", memory),
+        Measurement("app", "start to first page", "s", seconds),
+        Measurement("app", f"answer with a map, picture of {SIZE[0]}x{SIZE[1]}", "s", single),
+        Measurement("app", f"answer among {VISITORS} visitors at once", "s", [taken for taken, _ in crowd]),
+        Measurement("app", f"memory after each {requests // PARTS} requests", "MB", memory),
     ]
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     with command_line("bench"):
         arguments = parse_command_line()
         found = measure(arguments.run, arguments.starts, arguments.answers, arguments.requests)
-        print(figures.head(), *(figure.row() for figure in found), sep="\n")
+        print(measurement.head(), *(figure.row() for figure in found), sep="\n")
         if arguments.json:
             arguments.json.write_text(json.dumps([figure.json() for figure in found], indent=1))
 

@@ -2,13 +2,13 @@
 
 from statistics import median
 
-from cifar.bench import turns
+from cifar.bench import interleave
 from cifar.bench.context import COPY, EPOCH, Bench
-from cifar.bench.figures import Figure
-from cifar.bench.turns import Answer
+from cifar.bench.interleave import Answer
+from cifar.bench.measurement import Measurement
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> list[Measurement]:
     """train.py saves after every step here. The baseline is torch.save and torch.load: no sums, no sync, no rename.
 
     The time of an epoch is that of the same turns' steps, times CIFAR-10's images.
@@ -16,12 +16,12 @@ def measure(bench: Bench) -> list[Figure]:
     with bench.ours("checkpoint", "--checkpoint-every", 1) as ours, bench.plain() as plain:
         savers = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "save"})}
         plain.turn("train", amount=1)  # before it, Adam has nothing to save
-        saved = turns.alternate(savers, bench.repeats, bench.seconds)
+        saved = interleave.alternate(savers, bench.repeats, bench.seconds)
         readers = {
             "ours": (ours, {"do": "restore"}),
             "plain": (plain, {"do": "restore"}),
         }
-        restored = turns.alternate(readers, bench.repeats, bench.seconds)
+        restored = interleave.alternate(readers, bench.repeats, bench.seconds)
     size = restored["ours"][0]["bytes"]
     seconds, plain_seconds = [median(t["save"]) for t in saved["ours"]], _each(saved["plain"])
     steps = [t["seconds"] / t["amount"] for t in saved["ours"]]
@@ -29,13 +29,13 @@ def measure(bench: Bench) -> list[Figure]:
     reading, plain_reading = _each(restored["ours"]), _each(restored["plain"])
     limit = (COPY, bench.limits[COPY] / 1e6)
     return [
-        Figure("checkpoint", "training waits for a save", "s", seconds, None, "plain",
-               turns.quotients(plain_seconds, seconds)),
-        Figure("checkpoint", f"a save's {size / 1e6:.1f} MB", "MB/s", [size / s / 1e6 for s in seconds], limit),
-        Figure("checkpoint", "a save", "of an epoch and it", shares),
-        Figure("checkpoint", "verified and restored", "s", reading, None, "plain",
-               turns.quotients(plain_reading, reading)),
-        Figure("checkpoint", "verified and restored", "MB/s", [size / s / 1e6 for s in reading], limit),
+        Measurement("checkpoint", "training waits for a save", "s", seconds, None, "plain",
+               interleave.quotients(plain_seconds, seconds)),
+        Measurement("checkpoint", f"a save's {size / 1e6:.1f} MB", "MB/s", [size / s / 1e6 for s in seconds], limit),
+        Measurement("checkpoint", "a save", "of an epoch and it", shares),
+        Measurement("checkpoint", "verified and restored", "s", reading, None, "plain",
+               interleave.quotients(plain_reading, reading)),
+        Measurement("checkpoint", "verified and restored", "MB/s", [size / s / 1e6 for s in reading], limit),
     ]  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 
 from cifar import recipes
-from cifar.bench import turns
-from cifar.bench.figures import Figure
-from cifar.bench.turns import Answer, Program
+from cifar.bench import interleave
+from cifar.bench.interleave import Answer, Program
+from cifar.bench.measurement import Measurement
 from cifar.data.cache import open_data
 
 IMAGES = {"train": 25_000, "test": 5_000}
@@ -49,7 +49,7 @@ class Bench:
         """Images of a step."""
         return recipes.RECIPES[self.recipe]().global_batch_size
 
-    def best(self, name: str, unit: float, figures: list[Figure]) -> list[Figure]:
+    def best(self, name: str, unit: float, figures: list[Measurement]) -> list[Measurement]:
         """Makes the highest median a limit; `unit` is that of the figures."""
         self.limits[name] = unit * max(median(figure.values) for figure in figures)
         return figures
@@ -103,7 +103,7 @@ class Bench:
             config = "multi_gpu" if self.machine["gpus"] else "cpu_2proc"
         else:
             config = "single_gpu" if self.machine["gpus"] else "cpu"
-        config_file = turns.ROOT / "accelerate_configs" / f"{config}.yaml"
+        config_file = interleave.ROOT / "accelerate_configs" / f"{config}.yaml"
         launcher = ("-m", "accelerate.commands.launch", "--config_file", config_file, "--mixed_precision",
                     self.precision, "--num_processes", processes, "--main_process_port", 29400 if machines else 0,
                     *machines, "--module", "cifar.bench.probe")  # fmt: skip
@@ -127,7 +127,7 @@ class Bench:
         """Turns of training steps, measured once for all parts."""
         if self._training is None:
             contestants = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "train"})}
-            self._training = turns.alternate(contestants, self.repeats, self.seconds)
+            self._training = interleave.alternate(contestants, self.repeats, self.seconds)
         return self._training
 
     def images(self) -> Path:

@@ -3,13 +3,13 @@
 import sys
 import time
 
-from cifar.bench import turns
+from cifar.bench import interleave
 from cifar.bench.context import Bench, products
-from cifar.bench.figures import Figure
-from cifar.bench.turns import Answer, Program
+from cifar.bench.interleave import Answer, Program
+from cifar.bench.measurement import Measurement
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> list[Measurement]:
     """Grad-CAM in float32, of two classes of each image, at the layer that explain.py chooses; random weights."""
     with Program("explain", ["-m", "cifar.bench.explain", bench.recipe], {}) as program:
         facts = program.turn("facts")
@@ -17,14 +17,14 @@ def measure(bench: Bench) -> list[Figure]:
             "batches": (program, {"do": "maps", "batch": facts["batch"]}),
             "single": (program, {"do": "maps", "batch": 1}),
         }
-        answers = turns.alternate(contestants, bench.repeats, bench.seconds, facts["batch"])
-    rates, single = turns.rates(answers["batches"]), turns.rates(answers["single"])
+        answers = interleave.alternate(contestants, bench.repeats, bench.seconds, facts["batch"])
+    rates, single = interleave.rates(answers["batches"]), interleave.rates(answers["single"])
     name = products("float32")
     limit = (f"{name}, {facts['multiply_adds']:,} an image", bench.limits[name] / facts["multiply_adds"])
     return [
-        Figure("explain", f"maps in batches of {facts['batch']}", "images/s", rates, limit, "one at a time",
-               turns.quotients(rates, single)),
-        Figure("explain", "maps one at a time", "images/s", single, limit),
+        Measurement("explain", f"maps in batches of {facts['batch']}", "images/s", rates, limit, "one at a time",
+               interleave.quotients(rates, single)),
+        Measurement("explain", "maps one at a time", "images/s", single, limit),
     ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def main() -> None:
             explained(start % maps.BATCH, start % maps.BATCH + batch)  # ends with its maps in the CPU's memory
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
-    turns.serve({"facts": facts, "maps": timed})
+    interleave.serve({"facts": facts, "maps": timed})
 
 
 if __name__ == "__main__":

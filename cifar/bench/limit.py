@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from cifar.bench import turns
+from cifar.bench import interleave
 from cifar.bench.context import COPY, Bench, products
-from cifar.bench.figures import Figure
-from cifar.bench.turns import Answer, Program
+from cifar.bench.interleave import Answer, Program
+from cifar.bench.measurement import Measurement
 
 ROWS = 8192  # positions: those of 8 images of 32x32, or of 512 of 4x4
 SHAPES = ((576, 128), (1152, 128), (1152, 256), (2304, 512), (4608, 512))
@@ -21,7 +21,7 @@ FILLS_A_GPU = (8192, 8192)
 COPIED = 1 << 28  # bytes, many times the caches
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> list[Measurement]:
     """Also tells `bench` its machine and its limits."""
     with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
         bench.machine = program.turn("facts")
@@ -32,16 +32,16 @@ def measure(bench: Bench) -> list[Figure]:
             for shape in shapes
         }
         contestants[COPY] = (program, {"do": "copy"})
-        answers = turns.alternate(contestants, bench.repeats, bench.seconds / len(shapes))
+        answers = interleave.alternate(contestants, bench.repeats, bench.seconds / len(shapes))
     figures = []
     for precision in bench.machine["precisions"]:
         figures += bench.best(products(precision), 1e9, [
-            Figure("limit", f"{products(precision)}, {ROWS}x{shape[0]}x{shape[1]}", "10^9 multiply-adds/s",
-                   turns.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
+            Measurement("limit", f"{products(precision)}, {ROWS}x{shape[0]}x{shape[1]}", "10^9 multiply-adds/s",
+                   interleave.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
             for shape in shapes
         ])  # fmt: skip
-    copied = turns.rates(answers[COPY], 2 * COPIED / 1e9)
-    figures += bench.best(COPY, 1e9, [Figure("limit", f"{COPY}, read and written", "GB/s", copied)])
+    copied = interleave.rates(answers[COPY], 2 * COPIED / 1e9)
+    figures += bench.best(COPY, 1e9, [Measurement("limit", f"{COPY}, read and written", "GB/s", copied)])
     return figures
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         source, target = arrays()
         return repeated(lambda: target.copy_(source), amount)
 
-    turns.serve({"facts": facts, "multiply": multiply, "copy": copy})
+    interleave.serve({"facts": facts, "multiply": multiply, "copy": copy})
 
 
 if __name__ == "__main__":

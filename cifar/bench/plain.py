@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from cifar import models
-from cifar.bench import turns
-from cifar.bench.turns import Answer
+from cifar.bench import interleave
+from cifar.bench.interleave import Answer
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
 from cifar.recipes import Recipe, parse_command_line
@@ -159,7 +159,7 @@ def main() -> None:
     except UserError as error:
         print(f"plain: error: {error}", file=sys.stderr)
         sys.exit(2)
-    turns.serve({name: getattr(plain, name) for name in ("train", "evaluate", "input", "save", "restore")})
+    interleave.serve({name: getattr(plain, name) for name in ("train", "evaluate", "input", "save", "restore")})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     accelerate launch ... -m cifar.bench.probe <arguments of train.py>
 
-At a step's beginning it waits for requests (see turns.py). What is put around the functions of the project that
+At a step's beginning it waits for requests (see interleave.py). What is put around the functions of the project that
 train.py calls between steps does nothing else.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from cifar.bench import turns  # noqa: E402
-from cifar.bench.turns import Answer  # noqa: E402
+from cifar.bench import interleave  # noqa: E402
+from cifar.bench.interleave import Answer  # noqa: E402
 from cifar.recipes import Options, Recipe  # noqa: E402
 
 if TYPE_CHECKING:  # when torch is imported is train.py's business, and is measured
@@ -136,7 +136,7 @@ class Observer:
 
         while True:
             first = self.accelerator.is_main_process
-            asked = broadcast_object_list([turns.ask() if first else None])[0]
+            asked = broadcast_object_list([interleave.ask() if first else None])[0]
             if asked is None:
                 os._exit(0)  # the run directory is thrown away: there is nothing to save
             if asked["do"] in ("train", "profile"):
@@ -150,7 +150,7 @@ class Observer:
         """Ends a turn."""
         self.asked = None
         if self.accelerator.is_main_process:
-            turns.answer(facts)
+            interleave.answer(facts)
 
     def trained(self) -> Answer:
         """What the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
@@ -270,7 +270,7 @@ class Observer:
 def main() -> None:
     """Runs train.py with this process's arguments."""
     observer = Observer()
-    sys.path.insert(0, str(turns.ROOT))
+    sys.path.insert(0, str(interleave.ROOT))
     train: Any = importlib.import_module("train")
     train.train = observer.observe(train.train)
     sys.argv[0] = str(train.__file__)

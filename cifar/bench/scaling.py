@@ -2,22 +2,22 @@
 
 from contextlib import ExitStack
 
-from cifar.bench import model, turns
+from cifar.bench import interleave, scaling_model
 from cifar.bench.context import Bench
-from cifar.bench.figures import Figure
+from cifar.bench.measurement import Measurement
 from cifar.recipes import RECIPES
 
 RANKS = (1, 2, 4, 8)  # whose part of the recipe's batch one GPU computes
 GRAPHS = ("off", "auto")
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> list[Measurement]:
     """The same global batch on both sides. A single GPU computes the parts of several, see `on_one_gpu`."""
     if bench.machine["gpus"] == 1:
         return on_one_gpu(bench)
     with bench.ours("one") as one, bench.ours("two", processes=2) as two:
         contestants = {"one": (one, {"do": "train"}), "two": (two, {"do": "train"})}
-        answers = turns.alternate(contestants, bench.repeats, bench.seconds)
+        answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
         profiles = [two.turn("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
         facts = one.turn("facts")
     reduced = [sum(size for name, size in p["collectives"] if "all_reduce" in name or "allreduce" in name)
@@ -25,23 +25,23 @@ def measure(bench: Bench) -> list[Figure]:
     others = [sum(size for _, size in p["collectives"]) - part for p, part in zip(profiles, reduced, strict=True)]
     bench.counts["collectives_per_step"] = profiles[0]["collectives"]
     gradient = ("the gradient in float32", 4 * facts["parameters"] / 1e6)
-    rates = {name: turns.rates(answers[name], bench.batch) for name in answers}
+    rates = {name: interleave.rates(answers[name], bench.batch) for name in answers}
     return [
-        Figure("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(facts), "1 process",
-               turns.quotients(rates["two"], rates["one"])),
-        Figure("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(facts)),
+        Measurement("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(facts), "1 process",
+               interleave.quotients(rates["two"], rates["one"])),
+        Measurement("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(facts)),
         # Around a ring of n each process sends 2(n-1)/n of what is summed: for two, just as much.
-        Figure("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
-        Figure("scaling", "sent from the first to the others", "MB a step", [b / 1e6 for b in others], gradient),
+        Measurement("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
+        Measurement("scaling", "sent from the first to the others", "MB a step", [b / 1e6 for b in others], gradient),
     ]  # fmt: skip
 
 
-def on_one_gpu(bench: Bench) -> list[Figure]:
+def on_one_gpu(bench: Bench) -> list[Measurement]:
     """Steps of the part that one of n GPUs has of the recipe's batch; and what n of them would do, by the model.
 
-    Measured is what a GPU computes; assumed is how gradients are summed within a machine (model.py).
+    Measured is what a GPU computes; assumed is how gradients are summed within a machine (scaling_model.py).
     """
-    figures: list[Figure] = []
+    figures: list[Measurement] = []
     for graph in GRAPHS:
         with ExitStack() as stack:
             programs = {
@@ -51,20 +51,20 @@ def on_one_gpu(bench: Bench) -> list[Figure]:
                 for ranks in RANKS
             }
             contestants = {str(ranks): (program, {"do": "train"}) for ranks, program in programs.items()}
-            answers = turns.alternate(contestants, bench.repeats, bench.seconds)
+            answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
         how, rates = "by graph" if graph == "auto" else "eager", {}
         for ranks in RANKS:
             seconds = [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]]
             rates[ranks] = [bench.batch / _step_on(ranks, step, bench) for step in seconds]
             what = f"a step of {bench.batch // ranks} images, {how}"
             figures += [
-                Figure("scaling", what, "ms", [1e3 * step for step in seconds]),
-                Figure("scaling", f"{ranks} GPUs computed from it", "images/s", rates[ranks], None, "1 GPU",
-                       turns.quotients(rates[ranks], rates[1])),
+                Measurement("scaling", what, "ms", [1e3 * step for step in seconds]),
+                Measurement("scaling", f"{ranks} GPUs computed from it", "images/s", rates[ranks], None, "1 GPU",
+                       interleave.quotients(rates[ranks], rates[1])),
             ]  # fmt: skip
     return figures
 
 
 def _step_on(gpus: int, computing: float, bench: Bench) -> float:
-    machine, parts = model.Machine(), model.buckets(RECIPES[bench.recipe]().network)
-    return model.step(computing, parts, gpus, machine.inside, machine.deviation * computing).seconds
+    machine, parts = scaling_model.Machine(), scaling_model.buckets(RECIPES[bench.recipe]().network)
+    return scaling_model.step(computing, parts, gpus, machine.inside, machine.deviation * computing).seconds

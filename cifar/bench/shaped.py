@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from cifar.bench.context import Bench
-from cifar.bench.turns import Program
+from cifar.bench.interleave import Program
 from cifar.errors import UserError
 
 NAMES = ("cifar-bench-0", "cifar-bench-1")

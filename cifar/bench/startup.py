@@ -8,15 +8,15 @@ import time
 import zipfile
 from pathlib import Path
 
-from cifar.bench import turns
+from cifar.bench import interleave
 from cifar.bench.context import COPY, IMAGES, Bench
-from cifar.bench.figures import Figure
-from cifar.bench.turns import Answer, Program
+from cifar.bench.interleave import Answer, Program
+from cifar.bench.measurement import Measurement
 
 PARTS = ("the launcher", "imports", "this project before its first step", "the first step")
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> list[Measurement]:
     """Starts recipe `digits`, train.py and the plain loop, interleaved, each time in a new run directory."""
     launches: list[list[float]] = []
     plain_seconds, help_seconds = [], []
@@ -26,7 +26,7 @@ def measure(bench: Bench) -> list[Figure]:
         with Program("plain", ["-m", "cifar.bench.plain", "--recipe", "digits"], {}) as plain:
             plain_seconds.append(plain.turn("train", amount=1, uncounted=0)["at"] - plain.launched)
         began = time.perf_counter()
-        subprocess.run([sys.executable, turns.ROOT / "train.py", "--help"], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, interleave.ROOT / "train.py", "--help"], stdout=subprocess.DEVNULL, check=True)
         help_seconds.append(time.perf_counter() - began)
     totals = [sum(parts) for parts in launches]
 
@@ -35,18 +35,18 @@ def measure(bench: Bench) -> list[Figure]:
         built = [cache.turn("build", folder=str(bench.folder / f"cache-{n}")) for n in range(bench.repeats)]
         decoded = [cache.turn("decode", amount=count // 10) for _ in range(bench.repeats)]
         mapped = [cache.turn("map", folder=str(bench.folder / "cache-0")) for _ in range(bench.repeats)]
-    building = turns.rates(built)
+    building = interleave.rates(built)
     image_bytes = 32 * 32 * 3
     return [
-        Figure("startup", "launch to the end of the first step", "s", totals, None, "plain",
-               turns.quotients(plain_seconds, totals)),
-        *(Figure("startup", f"of which {name}", "s", values) for name, values in zip(PARTS, zip(*launches, strict=True),
-                                                                                     strict=True)),
-        Figure("startup", "train.py --help", "s", help_seconds),
-        Figure("startup", f"cache of {count:,} JPEG files built", "images/s", building,
+        Measurement("startup", "launch to the end of the first step", "s", totals, None, "plain",
+               interleave.quotients(plain_seconds, totals)),
+        *(Measurement("startup", f"of which {name}", "s", values)
+          for name, values in zip(PARTS, zip(*launches, strict=True), strict=True)),
+        Measurement("startup", "train.py --help", "s", help_seconds),
+        Measurement("startup", f"cache of {count:,} JPEG files built", "images/s", building,
                (COPY, bench.limits[COPY] / image_bytes), "Pillow, one thread",
-               turns.quotients(building, turns.rates(decoded))),
-        Figure("startup", "cache mapped", "s", [answer["seconds"] for answer in mapped]),
+               interleave.quotients(building, interleave.rates(decoded))),
+        Measurement("startup", "cache mapped", "s", [answer["seconds"] for answer in mapped]),
     ]  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def main() -> None:
             np.stack([np.asarray(Image.open(io.BytesIO(opened.read(name))).convert("RGB")) for name in names])
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
-    turns.serve({"build": build, "map": map_it, "decode": decode})
+    interleave.serve({"build": build, "map": map_it, "decode": decode})
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from cifar.bench import turns
+from cifar.bench import interleave
 from cifar.bench.context import Bench
-from cifar.bench.figures import Figure
-from cifar.bench.turns import Answer
+from cifar.bench.interleave import Answer
+from cifar.bench.measurement import Measurement
 
 EVALUATED = 500  # images: evaluation's batch, and what it is measured in
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> list[Measurement]:
     """Ratios are to the plain loop; evaluation's also to the forward pass only, on images that are ready."""
     with bench.ours("ours") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
@@ -21,42 +21,42 @@ def measure(bench: Bench) -> list[Figure]:
             "forward": (ours, {"do": "forward"}),
             "plain": (plain, {"do": "evaluate"}),
         }
-        evaluated = turns.alternate(evaluators, bench.repeats, bench.seconds, EVALUATED)
+        evaluated = interleave.alternate(evaluators, bench.repeats, bench.seconds, EVALUATED)
     bench.counts |= {"multiply_adds_per_image": facts["multiply_adds"], "parameters": facts["parameters"]}
     bench.counts |= {"copies_per_step": profiles[0]["copies"], "optimizer_per_step": profiles[0]["optimizer"]}
 
-    rates, plain_rates = (turns.rates(trained[name], bench.batch) for name in ("ours", "plain"))
-    evaluating, forward, plain_evaluating = (turns.rates(evaluated[name]) for name in ("ours", "forward", "plain"))
+    rates, plain_rates = (interleave.rates(trained[name], bench.batch) for name in ("ours", "plain"))
+    evaluating, forward, plain_evaluating = (interleave.rates(evaluated[name]) for name in ("ours", "forward", "plain"))
     limit, forward_limit = bench.steps_limit(facts), bench.forward_limit(facts)
     per_image = 3 * facts["multiply_adds"] / 1e9
     name = f"training, {bench.precision}"
     return [
-        Figure("step", name, "images/s", rates, limit, "plain", turns.quotients(rates, plain_rates)),
-        Figure("step", name, "10^9 multiply-adds/s", [rate * per_image for rate in rates],
+        Measurement("step", name, "images/s", rates, limit, "plain", interleave.quotients(rates, plain_rates)),
+        Measurement("step", name, "10^9 multiply-adds/s", [rate * per_image for rate in rates],
                (limit[0], limit[1] * per_image)),
         *(_on_a_gpu(trained["ours"], profiles) if bench.machine["gpus"] else ()),
-        Figure("step", "training, plain", "images/s", plain_rates, limit),
+        Measurement("step", "training, plain", "images/s", plain_rates, limit),
         *(
-            Figure("step", f"time for {kind}", "of a step",
+            Measurement("step", f"time for {kind}", "of a step",
                    [profile["kinds"][kind] / profile["seconds"] for profile in profiles])
             for kind in profiles[0]["kinds"]
         ),
-        Figure("step", "time for the rest", "of a step",
+        Measurement("step", "time for the rest", "of a step",
                [1 - sum(profile["kinds"].values()) / profile["seconds"] for profile in profiles]),
-        Figure("step", "evaluation", "images/s", evaluating, forward_limit, "plain",
-               turns.quotients(evaluating, plain_evaluating)),
-        Figure("step", "evaluation", "images/s", evaluating, forward_limit, "forward pass",
-               turns.quotients(evaluating, forward)),
+        Measurement("step", "evaluation", "images/s", evaluating, forward_limit, "plain",
+               interleave.quotients(evaluating, plain_evaluating)),
+        Measurement("step", "evaluation", "images/s", evaluating, forward_limit, "forward pass",
+               interleave.quotients(evaluating, forward)),
     ]  # fmt: skip
 
 
-def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Figure]:
+def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Measurement]:
     """What hides between a step's milliseconds: launching, and waiting for it."""
     seconds = [turn["seconds"] / turn["amount"] for turn in trained]
     return [
-        Figure("step", "a step", "ms", [1e3 * step for step in seconds]),
-        Figure("step", "the host's part of it", "ms", [1e3 * turn["host"] / turn["amount"] for turn in trained]),
-        Figure("step", "kernels", "of a step", [profile["kernels"] for profile in profiles]),
-        Figure("step", "the GPU has nothing to do", "of a step",
+        Measurement("step", "a step", "ms", [1e3 * step for step in seconds]),
+        Measurement("step", "the host's part of it", "ms", [1e3 * turn["host"] / turn["amount"] for turn in trained]),
+        Measurement("step", "kernels", "of a step", [profile["kernels"] for profile in profiles]),
+        Measurement("step", "the GPU has nothing to do", "of a step",
                [max(0.0, 1 - profile["gpu_seconds"] / step) for profile, step in zip(profiles, seconds, strict=True)]),
     ]  # fmt: skip

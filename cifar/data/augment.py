@@ -67,7 +67,7 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return normalised.view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
 
 
-def amount(level: npt.NDArray[np.int64], most: float) -> npt.NDArray[np.float32]:
+def uniform_offset(level: npt.NDArray[np.int64], most: float) -> npt.NDArray[np.float32]:
     """Levels from 0 to LEVELS - 1 as numbers from -most to most, evenly spaced."""
     return np.float32(most) * (np.float32(2 / (LEVELS - 1)) * np.asarray(level, np.float32) - np.float32(1))
 

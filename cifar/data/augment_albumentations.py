@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cifar.data.augment import LEVELS, Pipeline, Statistics, amount
+from cifar.data.augment import LEVELS, Pipeline, Statistics, uniform_offset
 from cifar.data.sampler import AUGMENTATION
 from cifar.data.sources import SIZE
 
@@ -17,7 +17,7 @@ import albumentations as A
 import cv2
 
 
-class Light(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumentations has no types
+class BrightnessContrast(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumentations has no types
     """Brightness and contrast of normalised images: Albumentations' own clips to 0 to 1, where pixels are."""
 
     def __init__(self, brightness: float, contrast: float) -> None:
@@ -30,7 +30,10 @@ class Light(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumentations has n
 
     def apply(self, img: npt.NDArray[np.float32], brightness: int, contrast: int, **_: Any) -> npt.NDArray[np.float32]:
         """The image with the light at these levels."""
-        shift, more = amount(np.array(brightness), self.brightness), amount(np.array(contrast), self.contrast)
+        shift, more = (
+            uniform_offset(np.array(brightness), self.brightness),
+            uniform_offset(np.array(contrast), self.contrast),
+        )
         return (img + shift) * (1 + more)
 
 
@@ -42,7 +45,7 @@ def _transforms(pipeline: Pipeline, mean: Statistics, std: Statistics) -> list[A
         transforms += [A.HorizontalFlip(p=0.5)]
     transforms += [A.Normalize(mean, std, max_pixel_value=255)]
     if pipeline.brightness or pipeline.contrast:
-        transforms += [Light(pipeline.brightness, pipeline.contrast)]
+        transforms += [BrightnessContrast(pipeline.brightness, pipeline.contrast)]
     if pipeline.cutout:
         side = (pipeline.cutout, pipeline.cutout)
         transforms += [A.CoarseDropout((1, 1), hole_height_range=side, hole_width_range=side, fill=0, p=1)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cifar.data import philox
-from cifar.data.augment import LEVELS, Pipeline, Statistics, amount, normalize
+from cifar.data.augment import LEVELS, Pipeline, Statistics, normalize, uniform_offset
 from cifar.data.sampler import AUGMENTATION, Integers, Samples
 from cifar.data.sources import SIZE
 
@@ -108,7 +108,7 @@ def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 def _light(brightness: float, contrast: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What each level of brightness adds, and each of contrast multiplies by, float32 [LEVELS]."""
     levels = np.arange(LEVELS)
-    shift, scale = amount(levels, brightness), 1 + amount(levels, contrast)
+    shift, scale = uniform_offset(levels, brightness), 1 + uniform_offset(levels, contrast)
     return torch.from_numpy(shift).to(device), torch.from_numpy(scale).to(device)
 
 

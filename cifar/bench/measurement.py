@@ -8,7 +8,7 @@ HEAD = ("part", "what", "median (lowest to highest)", "", "of the limit", "ratio
 WIDTHS = (10, 41, 29, 20, 12, 22, 18)
 
 
-class Figure(NamedTuple):
+class Measurement(NamedTuple):
     """One measured quantity. `values` has a value for each turn, `ratios` a ratio for each pair of turns.
 
     A ratio says how many times as fast as the baseline: a quotient of rates, or the other way round one of times.

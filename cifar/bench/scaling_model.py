@@ -1,7 +1,7 @@
 """How long a step takes on n processes, and where this job stops scaling.
 
-    python -m cifar.bench.model                    # 8 to 1,024 GPUs, computed
-    sudo python -m cifar.bench.model --measure     # two processes over a shaped network, measured and computed
+    python -m cifar.bench.scaling_model                    # 8 to 1,024 GPUs, computed
+    sudo python -m cifar.bench.scaling_model --measure     # two processes over a shaped network, measured and computed
 
 A step is the forward pass, and the backward pass, during which gradients are summed bucket by bucket as they get ready;
 what is left of the sums when it ends is exposed. After it, one small sum of metrics says whether to go on. Processes
@@ -17,7 +17,7 @@ from statistics import median
 from typing import NamedTuple
 
 from cifar.bench.context import Bench
-from cifar.bench.figures import short, spread
+from cifar.bench.measurement import short, spread
 from cifar.bench.shaped import Link, two_machines
 from cifar.errors import Parser, command_line
 from cifar.recipes import RECIPES
@@ -233,7 +233,8 @@ def _solved(function: Callable[[float], float], value: float, highest: float) ->
 def parse_command_line() -> argparse.Namespace:
     """Raises UserError for a flag that is unknown, or no number."""
     parser = Parser(
-        prog="python -m cifar.bench.model", allow_abbrev=False, description="How long a step takes on many processes.",
+        prog="python -m cifar.bench.scaling_model", allow_abbrev=False,
+        description="How long a step takes on many processes.",
     )  # fmt: skip
     parser.add_argument("--measure", action="store_true", help="check it here: Linux, root, ten minutes")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each link (3)")

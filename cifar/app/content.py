@@ -23,7 +23,7 @@ LIST = "pictures.json"
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedImages:
     """Some test images with what the run said of them at its end."""
 
     indices: Int64  # [m] positions in the test set
@@ -45,20 +45,20 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Material:
+class AppContent:
     """All of it."""
 
-    examples: Judged  # the first test image of each class
-    mistakes: Judged  # all of them, the most confident first
+    examples: EvaluatedImages  # the first test image of each class
+    mistakes: EvaluatedImages  # all of them, the most confident first
     images: int  # in the test set
     right: list[tuple[int, int]]  # for each class: images that were classified correctly, and images
     facts: dict[str, str]  # how it was trained and how good it is: name and value of each line
 
 
-def of_run(run: Run, source: str) -> Material:
+def of_run(run: Run, source: str) -> AppContent:
     """Takes it from the run's last evaluation and the images that `source` (as --data) names.
 
-    Raises UserError where the images are missing, or are not those that the run judged.
+    Raises UserError where the images are missing, or are not those that the run evaluated.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -67,25 +67,25 @@ def of_run(run: Run, source: str) -> Material:
 
     data = runs.as_trained(open_data(source), run)
     try:
-        epochs, judged = runs.prediction_history(run, data)
+        epochs, history = runs.prediction_history(run, data)
         probabilities = load_file(run.directory / "predictions.safetensors")["probabilities"].astype(np.float32)
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(
             f"{run.path / 'predictions.safetensors'} cannot be read ({error}); choose another --run"
         ) from None
     if not len(epochs):
-        raise UserError(f"{source} does not hold the test images that {run.path} judged; name them with --data")
-    labels, predictions = np.array(data.test_labels), judged[epochs.argmax()]
+        raise UserError(f"{source} does not hold the test images that {run.path} evaluated; name them with --data")
+    labels, predictions = np.array(data.test_labels), history[epochs.argmax()]
     # They are kept in float16, which has ties that the run did not have: the class that it predicted goes before.
     tied = np.flatnonzero(probabilities.argmax(axis=1) != predictions)
     probabilities[tied, predictions[tied]] = np.nextafter(probabilities[tied].max(axis=1), np.float32(2))
 
-    def take(indices: Int64) -> Judged:
-        return Judged(indices, data.test_images[indices], labels[indices], probabilities[indices])
+    def take(indices: Int64) -> EvaluatedImages:
+        return EvaluatedImages(indices, data.test_images[indices], labels[indices], probabilities[indices])
 
     first = [positions[0] for number in range(len(run.classes)) if len(positions := np.flatnonzero(labels == number))]
     correct = predictions == labels
-    return Material(
+    return AppContent(
         examples=take(np.array(first, np.int64)),
         mistakes=take(mistakes.find(probabilities, labels)),
         images=len(labels),
@@ -122,13 +122,13 @@ def _result(run: Run) -> dict[str, Any]:
     return result
 
 
-def save(material: Material, folder: Path) -> None:
+def save(content: AppContent, folder: Path) -> None:
     """Writes a PNG of each picture, examples/ and mistakes/, and a list of them. Raises OSError."""
-    listed: dict[str, Any] = {"images": material.images, "right": material.right, "facts": material.facts}
-    for name, judged in (("examples", material.examples), ("mistakes", material.mistakes)):
+    listed: dict[str, Any] = {"images": content.images, "right": content.right, "facts": content.facts}
+    for name, evaluated in (("examples", content.examples), ("mistakes", content.mistakes)):
         (folder / name).mkdir()
         listed[name] = []
-        for index, pixels, label, row in zip(*vars(judged).values(), strict=True):
+        for index, pixels, label, row in zip(*vars(evaluated).values(), strict=True):
             file = f"{name}/{index:05}.png"
             files.write(folder / file, png(pixels))
             facts = {"file": file, "index": int(index), "true": int(label), "probabilities": row.tolist()}
@@ -136,22 +136,22 @@ def save(material: Material, folder: Path) -> None:
     files.write(folder / LIST, json.dumps(listed, indent=1).encode())
 
 
-def read(folder: Path) -> Material:
+def read(folder: Path) -> AppContent:
     """What `save` wrote."""
     listed = json.loads((folder / LIST).read_bytes())
 
-    def judged(rows: list[dict[str, Any]]) -> Judged:
+    def evaluated(rows: list[dict[str, Any]]) -> EvaluatedImages:
         pixels = [np.asarray(Image.open(folder / row["file"])) for row in rows]
-        return Judged(
+        return EvaluatedImages(
             np.array([row["index"] for row in rows], np.int64),
             np.stack(pixels) if pixels else np.empty((0, 32, 32, 3), np.uint8),
             np.array([row["true"] for row in rows], np.uint8),
             np.array([row["probabilities"] for row in rows], np.float32).reshape(len(rows), -1),
         )
 
-    return Material(
-        judged(listed["examples"]),
-        judged(listed["mistakes"]),
+    return AppContent(
+        evaluated(listed["examples"]),
+        evaluated(listed["mistakes"]),
         listed["images"],
         [(right, count) for right, count in listed["right"]],
         listed["facts"],
