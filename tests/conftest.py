@@ -1,15 +1,20 @@
 """What the tests share: small sets of images, and `train.py` as a user starts it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Threads that wait for work would spin, and take the processors from other tests' processes.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -21,6 +26,11 @@ os.environ.pop("CIFAR_DEVICE", None)
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ("disc", "ring", "square", "stripes")
+CHROMIUM = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+]
 
 
 def draw(shape: str, generator: np.random.Generator) -> Image.Image:
@@ -45,6 +55,19 @@ def gpus() -> int:
         [sys.executable, "-c", script], env=GPU_ENVIRONMENT, capture_output=True, text=True, check=False
     )
     return int(done.stdout or 0)
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("there is no chromium on the path")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=CHROMIUM)
+        yield started
+        started.close()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

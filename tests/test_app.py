@@ -22,8 +22,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, Train, draw
-from contrast import LEAST_CONTRAST
 from gradio_client import Client, handle_file
+from helpers.contrast import LEAST_CONTRAST
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -45,7 +45,6 @@ CLASSES = sorted([HOSTILE, "disc", "square", "stripes"])
 PREDICTED, TRUE, NO_MAP, ANY = "(predicted)", "(true)", "(no map)", "(any)"
 DEFAULT = (3, True, PREDICTED, "gradcam", ["layer2"])
 MISTAKES = (True, 5, ANY, ANY, "confident", 0, PREDICTED, "gradcam", "layer2")
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 # ---- a run, and the app on it
@@ -858,18 +857,6 @@ def test_help_needs_neither_torch_nor_gradio() -> None:
 
 
 # ---- the page in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("there is no chromium on the path")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=SWITCHES)
-        yield started
-        started.close()
 
 
 class Visit:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cifar.app import pictures
+from cifar import pictures
 from cifar.data import decoding, image_files, sources
 from cifar.data.cache import open_data
 from cifar.errors import UserError

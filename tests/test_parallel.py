@@ -22,8 +22,8 @@ TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--
 def parity(
     data: Path, output: Path, accumulation_steps: int, *launcher: str, env: dict[str, str] | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    """What each rank of tests/parity.py wrote."""
-    arguments = command(ROOT / "tests" / "parity.py", data, output, accumulation_steps, launcher=launcher)
+    """What each rank of helpers/parity.py wrote."""
+    arguments = command(ROOT / "tests" / "helpers" / "parity.py", data, output, accumulation_steps, launcher=launcher)
     done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     files = sorted(output.glob(f"*-{accumulation_steps}-*.safetensors"))
@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shape
     for ranks, stop_at in ((4, 3), (2, 6), (1, None)):
         launcher = (*TWO, "--num_processes", str(ranks)) if ranks > 1 else ("--mixed_precision", "no")
         process = subprocess.Popen(
-            command(ROOT / "tests" / "recording.py", *arguments(shapes, tmp_path / "run"), launcher=launcher),
+            command(ROOT / "tests/helpers/recording.py", *arguments(shapes, tmp_path / "run"), launcher=launcher),
             env={**os.environ, "RECORD": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if stop_at:

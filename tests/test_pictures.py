@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar.app import pictures
+from cifar import pictures
 from cifar.errors import UserError
 
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:256:8, 0:256:8], 90), axis=-1).astype(np.uint8)  # [32, 32, 3]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,6 +75,7 @@ def test_every_command_is_run_by_a_test_here() -> None:
         "python train.py",
         "python explain.py",
         "python -m cifar.bench",
+        "python -m cifar.predict",
         "sudo python -m cifar.bench.scaling_model",
         APP,
         EXPORT,
@@ -126,6 +128,21 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
             "report.html", "misclassified.csv", "gallery.png", "cam.png", "maps", "confusion.png", "calibration.png",
             "result.json",
         }  # fmt: skip
+
+
+def test_pictures_are_classified(finished: Path, shapes: Path, tmp_path: Path) -> None:
+    (line,) = (line for line in COMMANDS if "cifar.predict" in line)
+    words = shlex.split(line)
+    words[words.index("--run") + 1] = str(finished)
+    shutil.copytree(shapes / "test", tmp_path / "photos")
+    shutil.copy(next(shapes.rglob("*.png")), tmp_path / "scan.png")
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == 22 + 1
+    assert all(re.fullmatch(r"(photos/\w+/\d+|scan)\.png  \w+ [01]\.\d{3}", line) for line in lines), lines
 
 
 def test_the_app_answers_at_the_address_of_the_readme(finished: Path) -> None:

@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-from contrast import LEAST_CONTRAST
+from helpers.contrast import LEAST_CONTRAST
 
 from cifar.explain import report
 from cifar.explain.findings import ExplainedImages, Findings, Neighbours
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
 
 CLASSES = ["cat", "dog", "ship", "deer"]
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", 'a, "quoted" & b', "=1+1"]
-SWITCHES = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 OPACITY = """(value) => {
   const slider = document.getElementById('opacity');
   slider.value = value;
@@ -119,18 +114,6 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
     for name, value in (("flip_rate", 0.25), ("deletion_area", 0.5), ("flip_rate_shuffled", float("nan"))):
         checks |= {f"mistakes_{name}": value, f"mistakes_{name}_sd": value / 2}
     return replace(found, neighbours=neighbours, wrong_in=runs, checks=checks)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("there is no chromium on the path")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=SWITCHES)
-        yield started
-        started.close()
 
 
 class Opened:

@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, SHAPES, draw, poisoned
-from slurm_cluster import Cluster, reason_to_skip
-from small import SECONDS
+from helpers.slurm_cluster import Cluster, reason_to_skip
+from helpers.small import SECONDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint
@@ -71,7 +71,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "explain.py"):
         shutil.copy(ROOT / name, root)
-    shutil.copy(ROOT / "tests" / "small.py", root / "cifar" / "models")
+    shutil.copy(ROOT / "tests" / "helpers" / "small.py", root / "cifar" / "models")
     record = root / "cifar/record.py"
     text, found = re.subn(r"^LOG_SECONDS = [0-9.]+", "LOG_SECONDS = 0", record.read_text(), flags=re.MULTILINE)
     assert found == 1

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cifar import names
-from cifar.app import pictures, validation, views
+from cifar import names, pictures
+from cifar.app import validation, views
 from cifar.app.content import AppContent
 from cifar.app.engine import Engine
 from cifar.app.gate import lies_in

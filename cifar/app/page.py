@@ -12,8 +12,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from cifar import names
-from cifar.app import pictures, views
+from cifar import names, pictures
+from cifar.app import views
 from cifar.app.content import AppContent
 from cifar.app.engine import Engine
 from cifar.app.handlers import HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Response

@@ -78,7 +78,8 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         import gradio as gr
         from starlette.middleware import Middleware
 
-        from cifar.app import page, pictures
+        from cifar import pictures
+        from cifar.app import page
         from cifar.app.gate import Gate, stay_on_this_machine
 
         stay_on_this_machine(host)

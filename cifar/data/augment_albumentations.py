@@ -30,10 +30,8 @@ class BrightnessContrast(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumen
 
     def apply(self, img: npt.NDArray[np.float32], brightness: int, contrast: int, **_: Any) -> npt.NDArray[np.float32]:
         """The image with the light at these levels."""
-        shift, more = (
-            uniform_offset(np.array(brightness), self.brightness),
-            uniform_offset(np.array(contrast), self.contrast),
-        )
+        shift = uniform_offset(np.array(brightness), self.brightness)
+        more = uniform_offset(np.array(contrast), self.contrast)
         return (img + shift) * (1 + more)
 
 

@@ -5,7 +5,7 @@ off as a machine would. The bridge and slurmctld are in a namespace of their own
 new interface for a new network and drop its connections. Needs root, the packages slurmctld, slurmd, slurm-client,
 munge and iproute2, and nothing else: no systemd, no database, no cgroups. Files of the host are left as they are.
 
-    python tests/slurm_cluster.py DIRECTORY    # a cluster until Ctrl-C, and how to get a shell in it
+    python tests/helpers/slurm_cluster.py DIRECTORY    # a cluster until Ctrl-C, and how to get a shell in it
 """
 
 import os

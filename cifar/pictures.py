@@ -1,19 +1,22 @@
-"""An uploaded picture of any size and mode, as the network sees it: the middle square, averaged down to 32x32.
+"""A picture of any size and mode, as the network sees it: the middle square, averaged down to 32x32.
 
-The file comes from a stranger. Its size in bytes and in pixels is known from the directory and the header before
+The file may come from a stranger. Its size in bytes and in pixels is known from the directory and the header before
 anything is decoded, and every way in which decoding can fail ends in words.
 """
 
+import io
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cifar.data.image_files import SIZE, UPRIGHT
 from cifar.errors import UserError
-from cifar.explain.findings import UInt8
+
+UInt8 = npt.NDArray[np.uint8]
 
 BYTES = 25 << 20  # of a file: a telephone's largest JPEG
 PIXELS = 64_000_000  # of a picture: a telephone's 50 million, and room; 256 MB once decoded
@@ -24,15 +27,17 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format tha
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def read(path: Path) -> UInt8:
-    """The picture as uint8 [32, 32, 3]. Raises UserError for whatever is no picture, broken or too large.
+def read(file: Path | bytes) -> UInt8:
+    """The picture in a file, or in a file's content, as uint8 [32, 32, 3].
+
+    Raises UserError for whatever is no picture, broken or too large.
 
     Of an animation the first frame; upright, as its EXIF orientation says; what is transparent lies on white. Each
     pixel is the mean of what falls into it: a 32x32 picture, or one enlarged by a whole number, stays as it is.
     """
     try:
-        _check(path.stat().st_size <= BYTES, f"the file is larger than {BYTES >> 20} MB; make it smaller")
-        with Image.open(path, formats=FORMATS) as image:
+        check_size(len(file) if isinstance(file, bytes) else file.stat().st_size)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             _check(image.width * image.height <= PIXELS, TOO_MANY)
             image.draft(None, (8 * SIZE, 8 * SIZE))  # lets JPEG decode a large picture at a fraction of its size
             return _small(image)
@@ -50,6 +55,11 @@ def read(path: Path) -> UInt8:
         raise UserError(
             f"the picture is damaged ({f'{error}'[:120] or type(error).__name__}); save it again, or try another"
         ) from None
+
+
+def check_size(size: int) -> None:
+    """Raises UserError for a file of more than BYTES."""
+    _check(size <= BYTES, f"the file is larger than {BYTES >> 20} MB; make it smaller")
 
 
 def _small(image: Image.Image) -> UInt8:

@@ -1,0 +1,262 @@
+"""What a trained network says about pictures: files, folders, zips.
+
+    python -m cifar.predict --run runs/resnet PICTURE|FOLDER|ZIP ...
+    find photos -name '*.jpg' | python -m cifar.predict --run runs/resnet --format csv -
+
+A picture of any size and mode is cut and averaged down as in the app, and the network computes in float32.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cifar import cores, device, names, pictures
+from cifar.data.waiting import Progress
+from cifar.errors import Parser, UserError, command_line, outlive_readers
+from cifar.explain import runs
+from cifar.explain.mistakes import guarded
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = 256  # pictures that the network sees at once
+AHEAD = 2  # batches that are decoded meanwhile
+# Of a folder or zip only what is called like a picture; a file that is named by itself is tried whatever its name.
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+FORMATS = ("table", "csv", "json")
+
+
+class Item(NamedTuple):
+    """A picture that has not been read yet, and what it is called in the output."""
+
+    name: str
+    read: Callable[[], pictures.UInt8]  # raises UserError
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of a picture, and their probabilities, highest first."""
+
+    name: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError for a wrong flag, and for a path that does not exist; `--help` prints and exits."""
+    parser = Parser(
+        prog="python -m cifar.predict",
+        allow_abbrev=False,
+        description="Classify pictures with a finished run: a line for each, in order.",
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a picture, a folder or zip of pictures, or - for paths from stdin")
+    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help="a finished run (runs/resnet)")
+    add("--top", default="1", metavar="K", help="so many of the most probable classes (1)")
+    add("--format", default="table", metavar="|".join(FORMATS), help="of the lines; json is one object a line (table)")
+    asked = parser.parse_args(argv)
+    if not (asked.top.isdecimal() and asked.top.isascii() and int(asked.top) >= 1):
+        raise UserError(f"--top {asked.top} is not a number of classes; give a whole number of at least 1")
+    if asked.format not in FORMATS:
+        raise UserError(f"--format {asked.format!r} is unknown; choose one of: {', '.join(FORMATS)}")
+    for path in asked.paths:
+        if path != "-" and not os.path.lexists(path):
+            raise UserError(f"{names.one_line(path)} does not exist; name a picture, a folder or a zip")
+    return asked
+
+
+# ---- what is to be classified
+
+
+def items(paths: Sequence[str], passed_over: list[str]) -> Iterator[Item]:
+    """The pictures of all paths, in order; what a folder or zip holds beside pictures is added to `passed_over`."""
+    for path in paths:
+        if path == "-":
+            yield from (_file(line.rstrip("\n")) for line in sys.stdin if line.strip())
+        elif os.path.isdir(path):  # noqa: PTH112  # a path that is too long is no error here
+            yield from _in_folder(path, passed_over)
+        elif zipfile.is_zipfile(path):
+            yield from _in_zip(path, passed_over)
+        else:
+            yield _file(path)
+
+
+def _file(path: str) -> Item:
+    return Item(path, partial(_read_file, path))
+
+
+def _read_file(path: str) -> pictures.UInt8:
+    try:
+        if not os.path.isfile(path):  # noqa: PTH113
+            raise UserError("there is no such file; name another")
+        return pictures.read(Path(path))
+    except (OSError, ValueError) as error:  # a null character in its name
+        raise UserError(f"it cannot be read ({error}); mend its permissions, or name another") from None
+
+
+def _in_folder(root: str, passed_over: list[str]) -> Iterator[Item]:
+    been = set()  # links may lead in circles
+    for folder, folders, files in os.walk(root, onerror=_unreadable, followlinks=True):
+        been.add(os.path.realpath(folder))
+        folders[:] = sorted(
+            name for name in folders if not _is_hidden(name) and os.path.realpath(f"{folder}/{name}") not in been
+        )
+        for name in sorted(files):
+            path = os.path.join(folder, name)  # noqa: PTH118  # as it was named: Path would drop a leading ./
+            if _is_a_picture(name):
+                yield _file(path)
+            else:
+                passed_over.append(path)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{names.one_line(str(error.filename))} cannot be read ({error.strerror}); mend its permissions")
+
+
+def _in_zip(path: str, passed_over: list[str]) -> Iterator[Item]:
+    try:
+        archive = zipfile.ZipFile(path)  # closed once nobody will read from it any more
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"{names.one_line(path)} cannot be read ({error}); pack it again") from None
+    for entry in archive.infolist():
+        name = f"{path}/{entry.filename}"
+        if entry.is_dir():
+            continue
+        if _is_a_picture(entry.filename) and not any(map(_is_hidden, entry.filename.split("/"))):
+            yield Item(name, partial(_read_entry, archive, entry))
+        else:
+            passed_over.append(name)
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> pictures.UInt8:
+    pictures.check_size(entry.file_size)
+    try:
+        content = archive.read(entry)
+    except Exception as error:  # decompression of damaged data raises nearly anything
+        raise UserError(f"it cannot be read ({f'{error}' or type(error).__name__}); pack the zip again") from None
+    return pictures.read(content)
+
+
+def _is_a_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in ENDINGS and not _is_hidden(name)  # noqa: PTH122
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+# ---- prediction
+
+
+def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callable[[str], None]) -> Iterator[Prediction]:
+    """What the network says of each picture, in order; one that cannot be read is told to `broken` in a line."""
+    import torch
+
+    on = torch.device(device.decide(1).kind)
+    network = runs.load(run, on)
+    with ThreadPoolExecutor(cores.of_job(), "decoder") as decoders:
+        for batch in _decoded_ahead(decoders, wanted):
+            decoded: list[tuple[str, pictures.UInt8]] = []
+            for name, future in batch:
+                try:
+                    decoded.append((name, future.result()))
+                except UserError as error:
+                    broken(f"{names.one_line(name)}: {error}")
+            if decoded:
+                yield from _classify(run, network, on, decoded, top)
+
+
+def _decoded_ahead(
+    decoders: ThreadPoolExecutor, wanted: Iterator[Item]
+) -> Iterator[list[tuple[str, "Future[pictures.UInt8]"]]]:
+    """Batches of pictures that are decoded while the network is busy with the ones before."""
+    waiting: deque[list[tuple[str, Future[pictures.UInt8]]]] = deque()
+    while batch := list(islice(wanted, BATCH)):
+        waiting.append([(item.name, decoders.submit(item.read)) for item in batch])
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _classify(
+    run: runs.Run, network: "torch.nn.Module", on: "torch.device", decoded: list[tuple[str, pictures.UInt8]], top: int
+) -> Iterator[Prediction]:
+    import numpy as np
+    import torch
+
+    from cifar.data.augment import normalize
+
+    pixels = torch.from_numpy(np.stack([picture for _, picture in decoded])).to(on)
+    with torch.no_grad():
+        logits = network(normalize(pixels, run.mean, run.std))
+    probabilities, ranking = logits.softmax(dim=1).cpu(), logits.argsort(dim=1, descending=True, stable=True).cpu()
+    for (name, _), row, order in zip(decoded, probabilities, ranking[:, :top], strict=True):
+        yield Prediction(name, [run.classes[number] for number in order.tolist()], row[order].tolist())
+
+
+# ---- output
+
+
+def written(prediction: Prediction, form: str) -> str:
+    """One line of output."""
+    name, pairs = prediction.name, list(zip(prediction.classes, prediction.probabilities, strict=True))
+    if form == "json":
+        classes = [{"class": label, "probability": round(probability, 6)} for label, probability in pairs]
+        return json.dumps({"path": name, "classes": classes})
+    if form == "csv":
+        cells = [guarded(name), *(cell for label, p in pairs for cell in (guarded(label), f"{p:.6f}"))]
+        return _csv_line(cells)
+    return "  ".join([names.one_line(name), *(f"{names.one_line(label)} {p:.3f}" for label, p in pairs)])
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
+    return text.getvalue()
+
+
+def predict(asked: argparse.Namespace) -> int:
+    """Prints a line for each picture; returns how many could not be read."""
+    run = runs.open_run(asked.run)
+    top, count, passed_over = min(int(asked.top), len(run.classes)), 0, list[str]()
+    if asked.format == "csv":
+        heads = (("class", "probability"), *((f"class_{k}", f"probability_{k}") for k in range(2, top + 1)))
+        print(_csv_line(["path", *(head for pair in heads for head in pair)]))
+
+    def broken(line: str) -> None:
+        nonlocal count
+        count += 1
+        print(f"cifar.predict: {line}", file=sys.stderr)
+
+    with Progress("classifying", "pictures") as progress:
+        for prediction in predictions(run, items(asked.paths, passed_over), top, broken):
+            print(written(prediction, asked.format))
+            progress.done += 1
+            if not sys.stdout.isatty():  # where the lines themselves show how far it has come
+                progress.look()
+    if passed_over:
+        print(f"cifar.predict: passed over {len(passed_over)} file(s) not called like a picture, e.g. "
+              f"{names.one_line(passed_over[0])}", file=sys.stderr)  # fmt: skip
+    return count
+
+
+def main() -> None:
+    """Reads the command line and predicts; the exit status is 1 if a picture could not be read."""
+    outlive_readers()
+    with command_line("cifar.predict"):
+        if predict(parse_command_line(sys.argv[1:])):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The examples of .github/CONTRIBUTING.md work as they stand there, one after the other."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+TEXT = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+SHORT = ("--network", "tiny", "--epochs", "2", "--peak-epoch", "1")  # a later flag wins over an earlier one
+
+
+def put(code: str, project: Path) -> None:
+    """Puts a block where its first line says."""
+    first, _, rest = code.partition("\n")
+    path, place = re.fullmatch(r"# (\S+), (a new file|at its end|in [A-Z]+)", first).groups()  # type: ignore[union-attr]
+    file = project / path
+    if place == "a new file":
+        assert not file.exists()
+        file.write_text(rest)
+    elif place == "at its end":
+        file.write_text(f"{file.read_text()}\n\n{rest}")
+    else:
+        opening = f"{place.removeprefix('in ')} = {{\n"
+        assert file.read_text().count(opening) == 1
+        file.write_text(file.read_text().replace(opening, opening + rest))
+
+
+def test_the_examples_work_as_they_stand(tmp_path: Path) -> None:
+    project = tmp_path / "cifar"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "runs", "data"))
+    shutil.copytree(ROOT / "cifar" / "data", project / "cifar" / "data", dirs_exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment["PYTHONPATH"] = str(project)
+    run = []
+    for language, code in re.findall(r"```(python|sh)\n(.*?)```", TEXT, re.DOTALL):
+        if language == "python":
+            put(code, project)
+            continue
+        for line in code.splitlines():
+            words = [*shlex.split(line), *(SHORT if "train.py" in line else ("-n", "0") if "pytest" in line else ())]
+            done = subprocess.run(
+                [Path(sys.executable).parent / words[0], *words[1:]], cwd=project, env=environment,
+                capture_output=True, text=True, timeout=900, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            run.append(line)
+    assert len(run) == 10
+    assert (project / "runs" / "odd_or_even" / "result.json").is_file()
+    assert (project / "runs" / "tiny" / "explain" / "report.html").is_file()
