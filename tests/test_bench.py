@@ -12,9 +12,10 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 from conftest import ROOT
+from helpers.bench import BENCH
 from torch.nn import functional as F
 
-from cifar.bench import counts, interleave, scaling, scaling_model, shaped
+from cifar.bench import context, counts, interleave, scaling, scaling_model, shaped
 from cifar.bench.context import Bench
 from cifar.bench.interleave import Program
 from cifar.bench.plain import TRANSFORMS, Images, Plain
@@ -33,7 +34,7 @@ def bench(tmp_path: Path) -> Measure:
     """Runs `python -m cifar.bench` in the test's own folder."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cifar.bench", *(str(argument) for argument in arguments)]
+        command = [*BENCH, *(str(argument) for argument in arguments)]
         return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                               text=True, timeout=1200, check=False)  # fmt: skip
 
@@ -193,6 +194,8 @@ def test_every_figure_has_its_turns_its_limit_and_its_baseline(bench: Measure, t
 
 def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "RANKS", (1, 4))
+    for split, count in (("train", 2_500), ("test", 500)):
+        monkeypatch.setitem(context.IMAGES, split, count)
     bench = Bench("digits", 2, 0.01, tmp_path, machine={"native_bf16": False, "gpus": 0})
     found = scaling.on_one_gpu(bench)
     assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == [

@@ -61,8 +61,9 @@ def started(
     script: Path, shapes: Path, run: Path, launcher: tuple[str, ...], hang_seconds: int = 60,
     more: tuple[object, ...] = (), env: dict[str, str] | None = None, **popen: Any,
 ) -> "subprocess.Popen[str]":  # fmt: skip
-    arguments = command(script, "--data", shapes, "--run", run, "--epochs", 60, "--peak-epoch", 1,
-                        "--global-batch-size", 12, "--checkpoint-every", 3, *more, launcher=launcher)  # fmt: skip
+    arguments = command(script, "--data", shapes, "--run", run, "--network", "whitened", "--epochs", 60,
+                        "--peak-epoch", 1, "--global-batch-size", 12, "--checkpoint-every", 3, *more,
+                        launcher=launcher)  # fmt: skip
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True, **popen}
     return subprocess.Popen(
         arguments, env={**os.environ, "CIFAR_HANG_SECONDS": str(hang_seconds), **(env or {})}, **popen

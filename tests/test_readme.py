@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHAPES
+from helpers.bench import BENCH as FEW
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
@@ -58,13 +59,14 @@ def test_it_can_be_read_in_some_minutes_and_its_links_lead_somewhere() -> None:
 
 def test_it_begins_with_the_two_commands_a_newcomer_needs() -> None:
     assert COMMANDS[0] == "pip install -e . && accelerate launch train.py --recipe digits"
-    assert [COMMANDS[0], "pip install -e '.[app]'", "pip install -e '.[test]' && pytest"] == INSTALLS
+    extras = [f"pip install -e '.[{extra}]'" for extra in ("export", "app", "test")]
+    assert [COMMANDS[0], *extras[:2], f"{extras[2]} && pytest"] == INSTALLS
 
 
 def test_what_the_app_needs_comes_with_it_and_with_the_tests() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["app"][0].startswith("gradio>=")
-    assert "cifar[app]" in extras["test"]
+    assert "cifar[app,export]" in extras["test"]
 
 
 def test_every_command_is_run_by_a_test_here() -> None:
@@ -76,6 +78,7 @@ def test_every_command_is_run_by_a_test_here() -> None:
         "python explain.py",
         "python -m cifar.bench",
         "python -m cifar.predict",
+        "python -m cifar.export",
         "sudo python -m cifar.bench.scaling_model",
         APP,
         EXPORT,
@@ -145,6 +148,18 @@ def test_pictures_are_classified(finished: Path, shapes: Path, tmp_path: Path) -
     assert all(re.fullmatch(r"(photos/\w+/\d+|scan)\.png  \w+ [01]\.\d{3}", line) for line in lines), lines
 
 
+def test_a_network_is_exported(finished: Path, tmp_path: Path) -> None:
+    (line,) = (line for line in COMMANDS if "cifar.export" in line)
+    words = shlex.split(line)
+    words[words.index("--run") + 1] = str(finished)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("resnet.onnx: ")
+    assert (tmp_path / "resnet.onnx").is_file()
+
+
 def test_the_app_answers_at_the_address_of_the_readme(finished: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -187,10 +202,10 @@ def test_a_command_measures(line: str, tmp_path: Path) -> None:
     # Of everything only what is cheap: test_bench.py has the rest.
     parts = [word for word in words if word in ("step", "input")] or ["explain"]
     words += ["--recipe", "digits", "--repeats", "2", "--seconds", "0.01", *([] if "step" in words else parts)]
-    executable = Path(sys.executable).parent / words[0]
+    assert words[:3] == ["python", "-m", "cifar.bench"]
     environment_ = {**environment(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [executable, *words[1:]], cwd=tmp_path, env=environment_, capture_output=True, text=True, timeout=1200,
+        [*FEW, *words[3:]], cwd=tmp_path, env=environment_, capture_output=True, text=True, timeout=1200,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

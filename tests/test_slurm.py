@@ -162,7 +162,8 @@ def start(
     cluster: Cluster, project: Path, data: Path, folder: Path, *flags: str,
     arguments: tuple[str, ...] = (), run: str = "run",
 ) -> Job:  # fmt: skip
-    options = ["--data", str(data), "--network", "small", "--run", str(folder / run),
+    # Augmented on the device: nothing is lost here without workers, which take their time at each start.
+    options = ["--data", str(data), "--network", "small", "--run", str(folder / run), "--augment", "device",
                "--epochs", str(EPOCHS), "--peak-epoch", "1",
                "--global-batch-size", "8", "--checkpoint-every", str(EVERY), *arguments]  # fmt: skip
     done = cluster.run(

@@ -1,0 +1,220 @@
+"""A trained network as one file for other programs: ONNX, or a program of torch.export.
+
+    python -m cifar.export --run runs/resnet --output resnet.onnx
+
+It takes uint8 RGB images [n, 32, 32, 3], any n, and gives probabilities float32 [n, classes]: weights, normalisation
+and names of the classes are inside. It gets its name once its answers are those of the run's network.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from cifar import files, names
+from cifar.errors import Parser, UserError, command_line
+from cifar.explain import runs
+
+if TYPE_CHECKING:
+    import torch
+
+UInt8 = npt.NDArray[np.uint8]
+Float = npt.NDArray[np.float32]
+Program = Callable[[UInt8], Float]
+
+BATCH = 256  # images at a time, to verify
+TOLERANCE = 1e-4  # between two probabilities of an image and class
+NEEDS = {".onnx": ("onnx", "onnxruntime", "onnxscript"), ".pt2": ()}  # packages of each format
+INPUT, OUTPUT, CLASSES = "images", "probabilities", "classes"
+
+
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError for a wrong flag, an --output that cannot be written, and a package that is missing."""
+    parser = Parser(
+        prog="python -m cifar.export",
+        allow_abbrev=False,
+        description="Write a finished run's network as one file, and verify it on the run's test images.",
+    )
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help="a finished run (runs/resnet)")
+    add("--output", type=Path, required=True, metavar="FILE", help="a new .onnx file, or .pt2 for torch.export")
+    add("--data", metavar="PATH", help="where the test images are (as in training)")
+    asked = parser.parse_args(argv)
+    output: Path = asked.output
+    if output.suffix not in NEEDS:
+        raise UserError(f"--output {output} is called like no format; end its name with one of: {', '.join(NEEDS)}")
+    if os.path.lexists(output):
+        raise UserError(f"--output {output} exists; name a new file")
+    if not runs.can_be_written(output.parent):
+        raise UserError(f"--output {output} cannot be written; name another folder")
+    if missing := [package for package in NEEDS[output.suffix] if importlib.util.find_spec(package) is None]:
+        raise UserError(f"{', '.join(missing)} not installed; install it with: pip install '.[export]'")
+    return asked
+
+
+def export(run: runs.Run, test_images: UInt8, output: Path) -> tuple[Float, float]:
+    """Writes and verifies `output`; returns its probabilities of the test images, and how far they are off at most.
+
+    Raises UserError where they are not those of the run's network.
+    """
+    import torch
+
+    on_cpu = torch.device("cpu")
+    network = runs.load(run, on_cpu)
+    # Other programs know nothing of channels-last; a copy, since the order of the sums changes with it.
+    plain: torch.nn.Module = runs.load(run, on_cpu).to(memory_format=torch.contiguous_format)
+    whole = _with_normalization(plain, run)
+    write, load = {".onnx": (_write_onnx, _load_onnx), ".pt2": (_write_pt2, _load_pt2)}[output.suffix]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _under_another_name(output) as temporary:
+        write(whole, run.classes, temporary)
+        program = load(temporary)
+        found, expected = (_of_all(answers, test_images) for answers in (program, _reference(network, run)))
+        _compare(found, expected)
+        _compare(program(test_images[:1]), expected[:1])  # another n
+    return found, float(np.abs(found - expected).max())
+
+
+def _with_normalization(network: "torch.nn.Module", run: runs.Run) -> "torch.nn.Module":
+    import torch
+
+    class Whole(torch.nn.Module):
+        """Takes uint8 [n, 32, 32, 3], gives probabilities [n, classes]."""
+
+        mean: torch.Tensor
+        std: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+            self.register_buffer("mean", 255 * torch.tensor(run.mean).view(3, 1, 1))
+            self.register_buffer("std", 255 * torch.tensor(run.std).view(3, 1, 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            normalized = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+            probabilities: torch.Tensor = self.network(normalized).softmax(dim=1)
+            return probabilities
+
+    return Whole().eval()
+
+
+def _exported(whole: "torch.nn.Module") -> "torch.export.ExportedProgram":
+    import torch
+
+    example = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    return torch.export.export(whole, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("n", min=1)}})
+
+
+def _write_onnx(whole: "torch.nn.Module", classes: list[str], path: Path) -> None:
+    import onnx
+    import torch
+
+    program = torch.onnx.export(
+        _exported(whole), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {CLASSES: json.dumps(classes)})
+    path.write_bytes(model.SerializeToString())
+
+
+def _load_onnx(path: Path) -> Program:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run([OUTPUT], {INPUT: images})[0]
+
+
+def _write_pt2(whole: "torch.nn.Module", classes: list[str], path: Path) -> None:
+    import torch
+
+    with path.open("wb") as file:
+        torch.export.save(_exported(whole), file, extra_files={f"{CLASSES}.json": json.dumps(classes)})
+
+
+def _load_pt2(path: Path) -> Program:
+    import torch
+
+    with path.open("rb") as file:
+        program = torch.export.load(file).module()
+    return lambda images: program(torch.from_numpy(images)).detach().numpy()
+
+
+def _reference(network: "torch.nn.Module", run: runs.Run) -> Program:
+    """The network as train.py and explain.py use it, in float32."""
+    import torch
+
+    from cifar.data.augment import normalize
+
+    def answers(images: UInt8) -> Float:
+        with torch.no_grad():
+            probabilities: Float = network(normalize(torch.from_numpy(images), run.mean, run.std)).softmax(1).numpy()
+        return probabilities
+
+    return answers
+
+
+def _of_all(program: Program, images: UInt8) -> Float:
+    return np.concatenate([program(images[start : start + BATCH]) for start in range(0, len(images), BATCH)])
+
+
+def _compare(found: Float, expected: Float) -> None:
+    """Raises UserError where probabilities differ by more than TOLERANCE, or a class does that was not a near tie."""
+    difference = np.abs(found - expected).max()
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    others = (found.argmax(axis=1) != expected.argmax(axis=1)) & (first - second > TOLERANCE)
+    if not difference <= TOLERANCE or others.any():
+        raise UserError(
+            f"the exported file is not the network: probabilities differ by up to {difference:.2g}, and {others.sum()} "
+            "of the test images get another class; nothing was written. Try the other format"
+        )
+
+
+@contextmanager
+def _under_another_name(output: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `output` if the block does not raise."""
+    temporary = output.with_name(f".{output.stem}-{uuid4().hex}{output.suffix}")
+    try:
+        with runs.written_to(output.parent):
+            yield temporary
+            files.sync(temporary)
+            os.link(temporary, output)  # unlike a renaming, it fails where somebody else has made one
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def start(asked: argparse.Namespace) -> None:
+    """Exports, and says how exact the file is."""
+    run = runs.open_run(asked.run)
+
+    from cifar.data.cache import open_data
+
+    data = runs.as_trained(open_data(asked.data or run.recipe["data"]), run)
+    found, difference = export(run, data.test_images, asked.output)
+    epochs, history = runs.prediction_history(run, data)
+    print(f"{asked.output}: {asked.output.stat().st_size / 1e6:.1f} MB, verified on {len(found):,} test images: "
+          f"probabilities differ by at most {difference:.1g} from the network's in float32")  # fmt: skip
+    if len(epochs):
+        same = (history[epochs.argmax()] == found.argmax(axis=1)).mean()
+        print(f"{same:.2%} of the classes are those of the run's own last evaluation (in precision {run.precision})")
+    print(f"{names.one_line(', '.join(run.classes))}: the classes, as JSON in its metadata under {CLASSES!r}")
+
+
+def main() -> None:
+    """Reads the command line and exports."""
+    with command_line("cifar.export"):
+        start(parse_command_line(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
