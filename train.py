@@ -61,9 +61,8 @@ def train(recipe: Recipe, options: Options) -> None:
     sampler = DistributedBatchSampler(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images)
-    own_work = loop.OwnWork(device)
+    own_work, delayed, stopping = loop.OwnWork(device), loop.DelayedMetrics(accelerator), False
     compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network)
-    delayed, stopping = loop.DelayedMetrics(accelerator), False
     with record.running():
         while not stopping:
             # An epoch's end: its checkpoint is under way already, so an evaluation that is cut short is made again.

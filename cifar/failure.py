@@ -2,7 +2,7 @@
 
 Left to itself, a rank whose peer has died gets a network error that names nobody (gloo), or waits inside the device for
 ever (NCCL); one whose peer hangs waits half an hour. Here each rank says in a store that all of them reach (the
-rendezvous', which belongs to the launcher) why it ends. Two threads in each rank need no main thread for that: one
+rendezvous', in the launcher's process) why it ends. Two threads in each rank need no main thread for that: one
 tells the store every second that the rank is there and where its main thread is, and looks what the other ranks say;
 the other one ends this process, with the line that tells why, when another rank has failed or fallen silent, when
 nothing has moved for too long, or when a stop request is repeated because nothing moves. The line of a hang says where

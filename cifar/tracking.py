@@ -25,6 +25,12 @@ from cifar.recipes import Recipe
 from cifar.run import EpochMetrics
 
 LINE_EVERY = 30  # seconds between lines where there is no progress bar
+# TensorBoard's tab of custom scalars: training and test in one chart each.
+CHARTS = {
+    "epochs": {
+        kind: ["Multiline", [f"epoch/{split}_{kind}" for split in ("train", "test")]] for kind in ("loss", "accuracy")
+    }
+}
 PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them from all that it is given
 
 
@@ -54,6 +60,7 @@ class Tracker:
             return
         self.writer.add_text("recipe", f"```json\n{json.dumps(self.recipe.model_dump(), indent=1)}\n```")
         self.writer.add_text("network", f"```\n{table}\n```")
+        self.writer.add_custom_scalars(CHARTS)
         samples = self._samples(training_images)
         self.attempt.replace(self.attempt.run / "samples.png", figures.png(samples))
         self.writer.add_image("samples", samples, dataformats="HWC")
@@ -139,7 +146,8 @@ class Tracker:
     def finish(self, result: dict[str, Any]) -> None:
         """The hyper-parameters with the accuracy that they reached (add_hparams would open a second run for it)."""
         accuracy = {"hparams/test_accuracy": result["test_accuracy"]}
-        for part in hparams(self.recipe.model_dump(), accuracy):  # type: ignore[no-untyped-call]
+        fields = self.recipe.model_dump(exclude={"data"})  # often a path, which compares nothing
+        for part in hparams(fields, accuracy):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
         self.writer.add_scalar(*accuracy.popitem(), result["steps"])
         views = result["test_accuracy_of_views"]

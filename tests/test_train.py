@@ -18,6 +18,8 @@ import torch
 from conftest import ROOT, Disk, Train, command, poisoned
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_failure import TWO, project
 
 from cifar import checkpoint, launch, models, run
@@ -140,9 +142,16 @@ def test_tensorboard_has_curves_pictures_text_and_hyperparameters(finished: Path
     assert set(tags["images"]) == {"samples", "confusion"}
     shown = Image.open(io.BytesIO(written.Images("samples")[0].encoded_image_string))
     assert shown.tobytes() == Image.open(finished / "samples.png").convert("RGB").tobytes()
-    assert set(tags["tensors"]) == {"recipe/text_summary", "network/text_summary"}
-    plugins = events(finished).summary_metadata
+    assert set(tags["tensors"]) == {"recipe/text_summary", "network/text_summary", "custom_scalars__config__"}
+    (layout,) = written.Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert charts == {kind: [f"epoch/train_{kind}", f"epoch/test_{kind}"] for kind in ("loss", "accuracy")}
+    plugins = written.summary_metadata
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(plugins)
+    hyperparameters = HParamsPluginData.FromString(plugins["_hparams_/session_start_info"].plugin_data.content)
+    # Runs are compared by them, and nobody compares paths.
+    assert set(hyperparameters.session_start_info.hparams) == set(Recipe.model_fields) - {"data"}
 
 
 def test_a_finished_run_says_so_and_changes_nothing(finished: Path, shapes: Path, train: Train) -> None:
@@ -241,6 +250,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     for tag in ("epoch/test_accuracy", "train/loss"):
         steps = [event.step for event in events(directory).Scalars(tag)]
         assert steps == sorted(set(steps)), f"{tag} goes back"
+    for kind in ("images", "tensors"):
+        assert set(events(directory).Tags()[kind]) == set(events(finished).Tags()[kind])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A Hugging Face Space: a folder that starts from itself alone.
+"""A Hugging Face Space: a self-contained folder.
 
 It holds the network, the pictures that the page shows, and the modules of this project that serve them: those that are
 loaded by now, since the export has asked the network and built the page just as the Space will.
