@@ -125,6 +125,17 @@ def test_a_folder_around_train_and_test_is_accepted(
     assert "1 outside photos/mine/train/ and photos/mine/test/ (readme.txt)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("called", ["validation", "val"])
+@pytest.mark.parametrize("around", ["", "photos/"])
+def test_validation_images_are_tested_on_where_there_are_no_others(
+    called: str, around: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {around + name.replace("test/", f"{called}/"): content for name, content in PLAIN.items()}
+    path = as_zip(tmp_path / "x.zip", files)
+    assert open_data(str(path)).files("test") == [f"{around}{called}/a/0.png", f"{around}{called}/b/0.png"]
+    assert capsys.readouterr().out == f"{path}: {around}{called}/ holds the test images\n"
+
+
 def test_two_folders_around_train_and_test_are_named(tmp_path: Path) -> None:
     path = as_zip(tmp_path / "x.zip", {f"{around}/{name}": PLAIN[name] for around in "vw" for name in PLAIN})
     assert "has images under v/, w/, each with train/ or test/; give one of them" in refused(path)

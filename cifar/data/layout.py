@@ -4,7 +4,7 @@ What would have to be guessed is refused in a line that names the file. What is 
 """
 
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from cifar.data.image_files import LARGEST_FILE, SIZE, UNFIT_NAME, Listing
 from cifar.errors import UserError
 
 SPLITS = ("train", "test")
+TEST_FOLDERS = ("test", "validation", "val")  # the first of them that there is holds the test images
 LAYOUT = "give <train|test>/<class>/<image>"
 
 
@@ -45,21 +46,29 @@ def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[
     if not files:
         raise UserError(f"{where} holds no images; {LAYOUT}")
     root = _root(listing)
-    by_split = {split: sorted_names(name for name in files if name.startswith(f"{root}{split}/")) for split in SPLITS}
+    there = {name[len(root) :].partition("/")[0] for name in files if name.startswith(root)}
+    folders = {"train": "train", "test": next((name for name in TEST_FOLDERS if name in there), "test")}
+    by_split = {
+        split: sorted_names(name for name in files if name.startswith(f"{root}{folder}/"))
+        for split, folder in folders.items()
+    }
     for split, found in by_split.items():
         if not found:
-            raise UserError(f"{where} has no images under {root}{split}/; {LAYOUT}")
+            raise UserError(f"{where} has no images under {root}{folders[split]}/; {LAYOUT}")
         for name in found:
             _check(listing, root, name)
     classes = {split: {_class_of(name) for name in found} for split, found in by_split.items()}
     if classes["train"] != classes["test"]:
         odd = min(classes["train"] ^ classes["test"])
-        there, missing = SPLITS if odd in classes["train"] else SPLITS[::-1]
-        raise UserError(f"{where}: class {odd!r} has images under {there}/ but none under {missing}/; {LAYOUT}")
+        with_it, without = folders.values() if odd in classes["train"] else reversed(folders.values())
+        raise UserError(f"{where}: class {odd!r} has images under {with_it}/ but none under {without}/; {LAYOUT}")
     names = sorted(classes["train"])
     if not 2 <= len(names) <= 256:
         raise UserError(f"{where} has {len(names)} class(es); between 2 and 256 can be told apart here")
-    _say_what_is_passed_over(listing, root, [name for found in by_split.values() for name in found])
+    taken = [name for found in by_split.values() for name in found]
+    _say_what_is_passed_over(listing, [f"{root}{folder}/" for folder in folders.values()], taken)
+    if folders["test"] != "test":
+        print(f"{where}: {root}{folders['test']}/ holds the test images", flush=True)
     decoding.decode_all(
         [
             part
@@ -84,7 +93,8 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 def _root(listing: Listing) -> str:
     """Where train/ and test/ are: '' or a folder around them, as 'photos/'."""
     parts = (name.split("/") for name in listing.sizes)
-    roots = {"/".join([*part[:-3], ""]) for part in parts if len(part) >= 3 and part[-3] in SPLITS}
+    known = {"train", *TEST_FOLDERS}
+    roots = {"/".join([*part[:-3], ""]) for part in parts if len(part) >= 3 and part[-3] in known}
     if "" in roots or not roots:
         return ""
     if len(roots) > 1:
@@ -110,14 +120,14 @@ def _check(listing: Listing, root: str, name: str) -> None:
         raise UserError(f"{listing.where}: {name} has {listing.sizes[name]} bytes; give {SIZE}x{SIZE} images")
 
 
-def _say_what_is_passed_over(listing: Listing, root: str, taken: list[str]) -> None:
+def _say_what_is_passed_over(listing: Listing, splits: Sequence[str], taken: list[str]) -> None:
     with_images = {name.rpartition("/")[0] for name in taken}
-    class_folders = (name for name in listing.folders if name.count("/") == root.count("/") + 1)
-    empty = {name for name in class_folders if name.startswith((f"{root}train/", f"{root}test/"))} - with_images
+    class_folders = (name for name in listing.folders if name.count("/") == splits[0].count("/"))
+    empty = {name for name in class_folders if name.startswith(tuple(splits))} - with_images
     outside = listing.sizes.keys() - set(taken)
     counts = {
         "hidden": listing.hidden,
-        f"outside {root}train/ and {root}test/": outside,
+        f"outside {' and '.join(splits)}": outside,
         "class folders without images": empty,
     }
     said = [f"{len(names):,} {kind} ({_some(names)})" for kind, names in counts.items() if names]
