@@ -24,9 +24,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Annotated[str, Field(min_length=1, description="cifar10, digits, or an archive, zip or folder of images")] = (
-        "cifar10"
-    )
+    data: Annotated[
+        str, Field(min_length=1, description="cifar10, cifar100, digits, or an archive or folder of images")
+    ] = "cifar10"
     network: Annotated[str, Field(description="a file of cifar/models")] = "resnet"
     epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training images")] = 24
     global_batch_size: Annotated[

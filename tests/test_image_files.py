@@ -21,7 +21,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from cifar import pictures
-from cifar.data import decoding, image_files, sources
+from cifar.data import decoding, image_files, official
 from cifar.data.cache import open_data
 from cifar.errors import UserError
 
@@ -626,7 +626,9 @@ def test_two_downloads_at_once_both_end_well_and_leave_nothing_else(tmp_path: Pa
 
 
 def test_an_official_archive_that_is_cut_short_is_never_told_to_be_deleted(tmp_path: Path) -> None:
-    path = as_tar(tmp_path / "cifar-10-python.tar.gz", {f"{sources.OFFICIAL_FOLDER}/data_batch_1": bytes(1 << 21)})
+    path = as_tar(
+        tmp_path / "cifar-10-python.tar.gz", {f"{official.OFFICIAL['cifar10'].folder}/data_batch_1": bytes(1 << 21)}
+    )
     line = refused(path)
     assert "data_batch_1 is not that of the official CIFAR-10 archive" in line
     assert "delete" not in line

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torchvision
 from conftest import SHAPES
 from PIL import Image
 
-from cifar.data import cache, decoding, image_files, sources
+from cifar.data import cache, decoding, image_files, official, sources
 from cifar.data.cache import open_data
+from cifar.data.official import Official
 from cifar.errors import UserError
 
 # ---- digits
@@ -245,8 +248,8 @@ def test_a_damaged_zip_entry_is_named(shapes_zip: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "wrong"),
     [
-        (b"", "neither a zip or tar archive of images nor the official"),
-        (b"not an archive", "neither a zip or tar archive of images nor the official"),
+        (b"", "neither a zip or tar archive of images nor an official"),
+        (b"not an archive", "neither a zip or tar archive of images nor an official"),
         (b"PK\x03\x04 cut short", "is a zip that was cut short; copy or make it again"),
         (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xed", "is damaged or cut short"),
     ],
@@ -259,7 +262,7 @@ def test_a_file_that_is_no_archive_is_refused(content: bytes, wrong: str, tmp_pa
 
 
 def test_a_missing_path_is_refused_with_the_choices(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist; give cifar10, digits, or"):
+    with pytest.raises(UserError, match=r"does not exist; give cifar10, cifar100, digits, or"):
         open_data(str(tmp_path / "nowhere"))
 
 
@@ -273,65 +276,99 @@ def test_a_cache_that_cannot_be_written_is_named(shapes: Path, tmp_path: Path, m
 # ---- the official archive
 
 
-@pytest.fixture
-def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An archive laid out as the official one, with 10 images a batch, whose md5 sums are taken for the official."""
-    folder = tmp_path / "made" / sources.OFFICIAL_FOLDER
+class Made(NamedTuple):
+    """An archive laid out as an official one, with 10 images a file, whose md5 sums are taken for the official."""
+
+    name: str  # as --data calls it
+    archive: Path
+    folder: Path  # the same, unpacked
+
+    @property
+    def known(self) -> Official:
+        """What the project knows of it."""
+        return official.OFFICIAL[self.name]
+
+    def change(self, **fields: object) -> None:
+        official.OFFICIAL[self.name] = self.known._replace(**fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=official.OFFICIAL)
+def made(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    published = official.OFFICIAL[request.param]
+    folder = tmp_path / "made" / published.folder
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    md5s: dict[str, dict[str, str]] = {}
-    for split, names in sources.OFFICIAL_FILES.items():
-        for name in names:
-            batch = {
-                "data": generator.integers(0, 256, (10, 3072)).astype(np.uint8),
-                "labels": list(range(10)),
-                "filenames": [f"{name}_{number}.png" for number in range(10)],
-            }
-            content = pickle.dumps(batch, protocol=2)
-            (folder / name).write_bytes(content)
-            md5s.setdefault(split, {})[name] = hashlib.md5(content).hexdigest()
-    archive = tmp_path / "cifar-10-python.tar.gz"
+
+    def write(name: str, content: dict[str, object]) -> str:
+        written = pickle.dumps(content, protocol=2)
+        (folder / name).write_bytes(written)
+        return hashlib.md5(written).hexdigest()
+
+    def batch(name: str) -> dict[str, object]:
+        return {
+            "data": generator.integers(0, 256, (10, 3072)).astype(np.uint8),
+            published.labels: list(range(10)),
+            "filenames": [f"{name}_{number}.png" for number in range(10)],
+        }
+
+    md5s = {split: {name: write(name, batch(name)) for name in names} for split, names in published.files.items()}
+    listed, _, key = published.list_of_classes
+    listed_md5 = write(listed, {key: [f"class {number}" for number in range(100)]}) if listed else ""
+    archive = tmp_path / Path(published.url).name
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, sources.OFFICIAL_FOLDER)
-    monkeypatch.setattr(sources, "OFFICIAL_FILES", md5s)
-    monkeypatch.setattr(sources, "OFFICIAL_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    return archive
+        tar.add(folder, published.folder)
+    sums = {"files": md5s, "md5": hashlib.md5(archive.read_bytes()).hexdigest()}
+    changed = published._replace(**sums, list_of_classes=(listed, listed_md5, key))
+    monkeypatch.setitem(official.OFFICIAL, request.param, changed)
+    return Made(request.param, archive, folder)
 
 
-def test_the_official_archive_and_its_folder_are_the_same_data(official: Path) -> None:
-    folder = official.parent / "made"
-    archive = open_data(str(official))
-    assert archive.fingerprint == open_data(str(folder)).fingerprint
-    assert archive.fingerprint == open_data(str(folder / sources.OFFICIAL_FOLDER)).fingerprint
-    assert archive.train_images.shape == (50, 32, 32, 3)
-    assert archive.classes[3] == "cat"
-    assert archive.files("test")[2] == "test_batch_2.png"
-    row = pickle.loads((folder / sources.OFFICIAL_FOLDER / "test_batch").read_bytes())["data"][0]
+def test_what_is_known_of_the_official_archives_is_what_torchvision_knows() -> None:
+    for name, theirs in (("cifar10", torchvision.datasets.CIFAR10), ("cifar100", torchvision.datasets.CIFAR100)):
+        ours = official.OFFICIAL[name]
+        assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
+        assert [*ours.files["train"].items()] == [tuple(pair) for pair in theirs.train_list]
+        assert [*ours.files["test"].items()] == [tuple(pair) for pair in theirs.test_list]
+        meta = tuple(theirs.meta[part] for part in ("filename", "md5", "key"))
+        assert ours.list_of_classes == (("", "", "") if ours.classes else meta)
+
+
+def test_the_official_archive_and_its_folder_are_the_same_data(made: Made) -> None:
+    archive = open_data(str(made.archive))
+    assert archive.fingerprint == open_data(str(made.folder.parent)).fingerprint
+    assert archive.fingerprint == open_data(str(made.folder)).fingerprint
+    assert archive.train_images.shape == (10 * len(made.known.files["train"]), 32, 32, 3)
+    assert archive.classes[3] == {"cifar10": "cat", "cifar100": "class 3"}[made.name]
+    assert len(archive.classes) == {"cifar10": 10, "cifar100": 100}[made.name]
+    (file,) = made.known.files["test"]
+    assert archive.files("test")[2] == f"{file}_2.png"
+    row = pickle.loads((made.folder / file).read_bytes())["data"][0]
     assert archive.test_images[0, 5, 7].tolist() == [row[5 * 32 + 7], row[1024 + 5 * 32 + 7], row[2048 + 5 * 32 + 7]]
 
 
-def test_a_changed_archive_is_refused_before_it_is_unpickled(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_archive_is_refused_before_it_is_unpickled(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("it was unpickled"))
-    monkeypatch.setitem(sources.OFFICIAL_FILES["train"], "data_batch_1", "0" * 32)
-    with pytest.raises(UserError, match="data_batch_1 is not that of the official CIFAR-10 archive"):
-        open_data(str(official))
+    zeros = {split: dict.fromkeys(names, "0" * 32) for split, names in made.known.files.items()}
+    made.change(files=zeros, list_of_classes=(made.known.list_of_classes[0], "0" * 32, ""))
+    with pytest.raises(UserError, match=f"is not that of the official {made.known.title} archive"):
+        open_data(str(made.archive))
 
 
-def test_a_changed_or_missing_file_of_the_folder_is_named(official: Path) -> None:
-    folder = official.parent / "made" / sources.OFFICIAL_FOLDER
-    content = (folder / "data_batch_3").read_bytes()
-    (folder / "data_batch_3").write_bytes(content + b"x")
-    with pytest.raises(UserError, match=r"data_batch_3: md5 .* unpack the official archive again"):
-        open_data(str(folder))
-    (folder / "data_batch_3").unlink()
-    with pytest.raises(UserError, match="data_batch_3 is missing; unpack the official archive again"):
-        open_data(str(folder))
+def test_a_changed_or_missing_file_of_the_folder_is_named(made: Made) -> None:
+    (file,) = made.known.files["test"]
+    content = (made.folder / file).read_bytes()
+    (made.folder / file).write_bytes(content + b"x")
+    with pytest.raises(UserError, match=rf"{file}: md5 .* unpack the official archive again"):
+        open_data(str(made.folder))
+    (made.folder / file).unlink()
+    with pytest.raises(UserError, match=f"{file} is missing; unpack the official archive again"):
+        open_data(str(made.folder))
 
 
 @pytest.fixture
-def server(official: Path) -> Iterator[str]:
+def server(made: Made) -> Iterator[str]:
     """Serves the archive's folder on loopback."""
-    handler = partial(QuietHandler, directory=str(official.parent))
+    handler = partial(QuietHandler, directory=str(made.archive.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
@@ -347,29 +384,29 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         super().send_header(keyword, promised)
 
 
-def test_cifar10_is_downloaded_checked_and_kept(official: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/{official.name}")
-    there = official.parent / "download"
-    assert len(sources.find("cifar10", there).decode(there)[1]["train"].images) == 50
-    assert [path.name for path in there.iterdir()] == [official.name]
-    monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/gone/{official.name}")
-    assert len(sources.find("cifar10", there).decode(there)[1]["test"].images) == 10
+def test_it_is_downloaded_checked_and_kept(made: Made, server: str) -> None:
+    made.change(url=f"{server}/{made.archive.name}")
+    there = made.archive.parent / "download"
+    images = 10 * len(made.known.files["train"])
+    assert len(sources.find(made.name, there).decode(there)[1]["train"].images) == images
+    assert [path.name for path in there.iterdir()] == [made.archive.name]
+    made.change(url=f"{server}/gone/{made.archive.name}")
+    assert len(sources.find(made.name, there).decode(there)[1]["test"].images) == 10
 
 
-@pytest.mark.parametrize("served", ["made/cifar-10-batches-py/test_batch", "gone.tar.gz", "cut.tar.gz"])
-def test_a_download_that_fails_leaves_nothing_behind(
-    served: str, official: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    official.with_name("cut.tar.gz").write_bytes(official.read_bytes()[:-1000])  # the connection ends too early
-    monkeypatch.setattr(sources, "OFFICIAL_URL", f"{server}/{served}")
-    there = official.parent / "download"
+@pytest.mark.parametrize("served", ["another file", "gone.tar.gz", "cut.tar.gz"])
+def test_a_download_that_fails_leaves_nothing_behind(served: str, made: Made, server: str) -> None:
+    (other,) = made.known.files["test"]
+    made.archive.with_name("cut.tar.gz").write_bytes(made.archive.read_bytes()[:-1000])  # the connection ends too early
+    made.change(url=f"{server}/" + (f"made/{made.folder.name}/{other}" if served == "another file" else served))
+    there = made.archive.parent / "download"
     with pytest.raises(UserError, match=r"(md5|cannot be downloaded).*download it yourself to"):
-        sources.find("cifar10", there)
+        sources.find(made.name, there)
     assert list(there.iterdir()) == []
 
 
-def test_no_network_is_one_line_with_the_mend(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "OFFICIAL_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
+def test_no_network_is_one_line_with_the_mend(made: Made) -> None:
+    made.change(url=f"http://127.0.0.1:9/{made.archive.name}")  # nobody listens there
     with pytest.raises(UserError, match=r"Connection refused.*--data PATH or --recipe digits") as error:
-        sources.find("cifar10", official.parent / "download")
+        sources.find(made.name, made.archive.parent / "download")
     assert "\n" not in str(error.value)

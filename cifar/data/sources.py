@@ -8,7 +8,6 @@ import http.client
 import io
 import lzma
 import os
-import pickle
 import shutil
 import tarfile
 import time
@@ -27,10 +26,11 @@ import numpy as np
 from PIL import Image
 
 from cifar import files
-from cifar.data import image_files, layout
+from cifar.data import image_files, layout, official
 from cifar.data.decoding import InFolder, InMemory, InZip
 from cifar.data.image_files import Listing
-from cifar.data.layout import SPLITS, Split
+from cifar.data.layout import Split
+from cifar.data.official import OFFICIAL
 from cifar.data.waiting import Progress, in_thread, wait_for
 from cifar.errors import UserError
 
@@ -38,22 +38,6 @@ SIZE = image_files.SIZE
 BLOCK = 1 << 18  # bytes that are read at a time
 DOWNLOAD_SECONDS, SILENT_SECONDS = 3600, 60  # for all of it, and without a byte
 ABANDONED_SECONDS = 24 * 3600  # after which nobody can still be writing a temporary file
-
-# The archive that Alex Krizhevsky publishes, and its files' md5 sums (also in torchvision.datasets.CIFAR10).
-OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
-OFFICIAL_FOLDER = "cifar-10-batches-py"
-OFFICIAL_FILES = {
-    "train": {
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    },
-    "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
-}
-OFFICIAL_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class Source(NamedTuple):
@@ -67,16 +51,16 @@ class Source(NamedTuple):
 
 
 def find(data: str, download_to: Path = Path("data")) -> Source:
-    """The source that `--data` names; downloads CIFAR-10 into `data/` if that is asked for and not there.
+    """The source that `--data` names; downloads an official archive into `data/` if it is asked for and not there.
 
     Raises UserError for a path that is missing or is no source of images.
     """
     if data == "digits":
         return Source("digits-1", lambda _: decode_digits())
-    if data == "cifar10":
-        folder, archive = download_to / OFFICIAL_FOLDER, download_to / Path(OFFICIAL_URL).name
+    if wanted := OFFICIAL.get(data):
+        folder, archive = download_to / wanted.folder, download_to / Path(wanted.url).name
         if not folder.is_dir() and not archive.is_file():
-            download(OFFICIAL_URL, archive, OFFICIAL_MD5)
+            download(wanted.url, archive, wanted.md5)
         path = folder if folder.is_dir() else archive
     else:
         path = Path(data)
@@ -91,15 +75,17 @@ def find(data: str, download_to: Path = Path("data")) -> Source:
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); give another --data") from None
     wrong = "is neither a file nor a folder" if exists else "does not exist"
-    raise UserError(f"--data {data} {wrong}; give cifar10, digits, or the path of an archive or folder of images")
+    raise UserError(
+        f"--data {data} {wrong}; give {', '.join(OFFICIAL)}, digits, or the path of an archive or folder of images"
+    )
 
 
 def _folder(path: Path) -> Source:
-    if (path / OFFICIAL_FOLDER).is_dir():
-        path = path / OFFICIAL_FOLDER
+    if found := official.in_folder(path):
+        which, path = found
+        read = official.folder_reader(path)
+        return Source(_key(image_files.list_folder(path)), lambda _: official.decode(which, read))
     listing = image_files.list_folder(path)
-    if (path / "data_batch_1").exists():
-        return Source(_key(listing), lambda _: decode_official(_official_folder_reader(path)))
     return Source(_key(listing), lambda folder: layout.decode(listing, InFolder(path), folder))
 
 
@@ -126,7 +112,7 @@ def _archive(path: Path) -> Source:
         raise UserError(f"{path} is a zip that was cut short; copy or make it again")
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX")):  # gzip, bzip2, xz
         raise UserError(f"{path} holds no tar archive, or is damaged or cut short; copy or make it again")
-    known = "a zip or tar archive of images nor the official CIFAR-10 archive"
+    known = "a zip or tar archive of images nor an official archive of CIFAR-10 or CIFAR-100"
     raise UserError(f"{path} is neither {known}; give one of these, or the unpacked folder")
 
 
@@ -168,7 +154,7 @@ def decode_digits() -> tuple[list[str], dict[str, Split]]:
     return [str(digit) for digit in range(10)], splits
 
 
-# ---- official CIFAR-10
+# ---- downloads
 
 
 def download(url: str, path: Path, md5: str) -> None:
@@ -237,48 +223,8 @@ def _decode_zip(path: Path, folder: Path) -> tuple[list[str], dict[str, Split]]:
 
 
 def _decode_tar(path: Path, folder: Path) -> tuple[list[str], dict[str, Split]]:
-    batches = {name for names in OFFICIAL_FILES.values() for name in names}
-    listing, contents = image_files.read_tar(path, batches)
-    official = {name.rpartition("/")[2]: content for name, content in contents.items()}
-    if not batches & official.keys():
-        return layout.decode(listing, InMemory(contents), folder)
-    mend = f"it is damaged or another file; download {OFFICIAL_URL} again, or give images of your own"
-
-    def read(name: str, md5: str) -> bytes:
-        content = official.get(name, b"")
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise UserError(f"{path}: {name} is not that of the official CIFAR-10 archive (md5 {found}); {mend}")
-        return content
-
-    return decode_official(read)
-
-
-def _official_folder_reader(path: Path) -> Callable[[str, str], bytes]:
-    def read(name: str, md5: str) -> bytes:
-        if not (path / name).is_file():
-            raise UserError(f"{path / name} is missing; unpack the official archive again")
-        try:
-            content = (path / name).read_bytes()
-        except OSError as error:
-            raise UserError(f"{path / name}: {error.strerror}; unpack the official archive again") from None
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise UserError(f"{path / name}: md5 {found}, not {md5}; unpack the official archive again")
-        return content
-
-    return read
-
-
-def decode_official(read: Callable[[str, str], bytes]) -> tuple[list[str], dict[str, Split]]:
-    """The official batches: pickles of rows [3 * 32 * 32], channel by channel. `read` has checked their md5 sums."""
-    splits = {}
-    for split in SPLITS:
-        batches = [pickle.loads(read(name, md5), encoding="latin1") for name, md5 in OFFICIAL_FILES[split].items()]
-        rows = np.concatenate([batch["data"] for batch in batches])
-        splits[split] = Split(
-            np.ascontiguousarray(rows.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)),
-            np.concatenate([batch["labels"] for batch in batches]).astype(np.uint8),
-            [name for batch in batches for name in batch["filenames"]],
-        )
-    return list(OFFICIAL_CLASSES), splits
+    large = {name for each in OFFICIAL.values() for name in each.names}
+    listing, contents = image_files.read_tar(path, large)
+    if which := official.in_archive(contents):
+        return official.decode(which, official.archive_reader(which, path, contents))
+    return layout.decode(listing, InMemory(contents), folder)
