@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import signal
 import sys
 import zipfile
 from collections import deque
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cifar import cores, device, names, pictures
 from cifar.data.waiting import Progress
-from cifar.errors import Parser, UserError, command_line, outlive_readers
+from cifar.errors import Parser, UserError, command_line
 from cifar.explain import runs
 from cifar.explain.mistakes import guarded
 
@@ -99,7 +100,8 @@ def _read_file(path: str) -> pictures.UInt8:
     try:
         if not os.path.isfile(path):  # noqa: PTH113
             raise UserError("there is no such file; name another")
-        return pictures.read(Path(path))
+        pictures.check_size(os.path.getsize(path))  # noqa: PTH202
+        return pictures.read(Path(path).read_bytes())
     except (OSError, ValueError) as error:  # a null character in its name
         raise UserError(f"it cannot be read ({error}); mend its permissions, or name another") from None
 
@@ -163,6 +165,7 @@ def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callabl
     import torch
 
     on = torch.device(device.decide(1).kind)
+    torch.backends.cudnn.allow_tf32 = False  # a GPU is to say what a CPU says
     network = runs.load(run, on)
     with ThreadPoolExecutor(cores.of_job(), "decoder") as decoders:
         for batch in _decoded_ahead(decoders, wanted):
@@ -252,9 +255,17 @@ def predict(asked: argparse.Namespace) -> int:
 
 def main() -> None:
     """Reads the command line and predicts; the exit status is 1 if a picture could not be read."""
-    outlive_readers()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may have letters that a terminal has not
     with command_line("cifar.predict"):
-        if predict(parse_command_line(sys.argv[1:])):
+        try:
+            broken = predict(parse_command_line(sys.argv[1:]))
+            sys.stdout.flush()
+        except BrokenPipeError:  # `head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
+            sys.exit(128 + signal.SIGPIPE)
+        if broken:
             sys.exit(1)
 
 

@@ -35,7 +35,6 @@ def predicted(
     """Exit status, stdout and stderr of a command line."""
     monkeypatch.setattr("sys.argv", ["cifar.predict", "--run", *map(str, (run, *arguments))])
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-    monkeypatch.setattr(predict, "outlive_readers", lambda: None)  # it is for this process's own streams
     try:
         predict.main()
     except SystemExit as end:
@@ -172,6 +171,18 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
     assert predicted(run, *arguments, capsys=capsys, monkeypatch=monkeypatch) == (
         2, "", f"cifar.predict: error: {words}\n",
     )  # fmt: skip
+
+
+def test_it_ends_when_nobody_reads_any_more(run: Path, shapes: Path) -> None:
+    words = " ".join([sys.executable, "-m", "cifar.predict", "--run", str(run), *[str(shapes)] * 300])
+    done = subprocess.run(
+        ["bash", "-c", f"{words} | head -1; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    first, status = done.stdout.splitlines()
+    assert first.startswith(f"{shapes}/test/disc/00.png  ")
+    assert int(status) == 128 + 13
+    assert [line for line in done.stderr.splitlines() if not line.startswith("classifying: ")] == []
 
 
 def test_it_starts_without_what_only_others_need(run: Path, shapes: Path) -> None:
