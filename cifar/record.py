@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +32,9 @@ from cifar.ranks import raise_on_all_ranks
 from cifar.recipes import Options, Recipe
 from cifar.run import EpochMetrics, History
 from cifar.schedule import Schedule
-from cifar.tracking import Tracker
+
+if TYPE_CHECKING:
+    from cifar.tracking import Tracker
 
 LOG_SECONDS = 0.25  # between points of the training curves, which cost a fraction of a millisecond each
 PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a second
@@ -108,6 +111,8 @@ class RunRecord:
         """Says what is trained where, and that it is `running`."""
         if self.attempt is None:
             return
+        from cifar.tracking import Tracker  # TensorBoard and matplotlib: a second of imports, for rank 0 alone
+
         batch, path = self.recipe.global_batch_size, self.chosen.path
         self.tracker = Tracker(self.attempt, self.recipe, self.data, self.progress.step, self.schedule.total_steps)
         self.tracker.start(launch.topology(self.accelerator, batch), summary.table(network), images)
