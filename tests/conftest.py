@@ -57,7 +57,7 @@ def gpus() -> int:
     return int(done.stdout or 0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other modules' tests kill processes, and must not find it among them
 def browser() -> "Iterator[Browser]":
     """A headless Chromium."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -96,7 +96,7 @@ def test_a_file_that_is_not_the_network_is_not_written(
     [
         ("out.pth", "is called like no format; end its name with one of: .onnx, .pt2"),
         ("there.onnx", "exists; name a new file"),
-        ("/proc/out.onnx", "cannot be written; name another folder"),
+        ("there.onnx/out.onnx", "cannot be written; name another folder"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(name: str, words: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def output_of(
     )  # fmt: skip
 
 
-THREADS = "launch.start()\nos.write(1, f'threads {torch.get_num_threads()}\\n'.encode())"  # in one piece
+THREADS = "import os\nlaunch.start()\nos.write(1, f'threads {torch.get_num_threads()}\\n'.encode())"  # in one piece
 
 
 @pytest.mark.parametrize(
