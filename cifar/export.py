@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 
 from cifar import files, names
 from cifar.errors import Parser, UserError, command_line
 from cifar.explain import runs
+from cifar.explain.findings import Float, UInt8
 
 if TYPE_CHECKING:
     import torch
 
-UInt8 = npt.NDArray[np.uint8]
-Float = npt.NDArray[np.float32]
 Program = Callable[[UInt8], Float]
 
 BATCH = 256  # images at a time, to verify
@@ -45,7 +43,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         description="Write a finished run's network as one file, and verify it on the run's test images.",
     )
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help="a finished run (runs/resnet)")
+    runs.add_flag(parser)
     add("--output", type=Path, required=True, metavar="FILE", help="a new .onnx file, or .pt2 for torch.export")
     add("--data", metavar="PATH", help="where the test images are (as in training)")
     asked = parser.parse_args(argv)
@@ -70,6 +68,11 @@ def export(run: runs.Run, test_images: UInt8, output: Path) -> tuple[Float, floa
 
     on_cpu = torch.device("cpu")
     network = runs.load(run, on_cpu)
+
+    def reference(images: UInt8) -> Float:
+        answers: Float = runs.logits(run, network, images).softmax(dim=1).numpy()
+        return answers
+
     # Other programs know nothing of channels-last; a copy, since the order of the sums changes with it.
     plain: torch.nn.Module = runs.load(run, on_cpu).to(memory_format=torch.contiguous_format)
     whole = _with_normalization(plain, run)
@@ -78,7 +81,7 @@ def export(run: runs.Run, test_images: UInt8, output: Path) -> tuple[Float, floa
     with _under_another_name(output) as temporary:
         write(whole, run.classes, temporary)
         program = load(temporary)
-        found, expected = (_of_all(answers, test_images) for answers in (program, _reference(network, run)))
+        found, expected = (_of_all(answers, test_images) for answers in (program, reference))
         _compare(found, expected)
         _compare(program(test_images[:1]), expected[:1])  # another n
     return found, float(np.abs(found - expected).max())
@@ -147,20 +150,6 @@ def _load_pt2(path: Path) -> Program:
     with path.open("rb") as file:
         program = torch.export.load(file).module()
     return lambda images: program(torch.from_numpy(images)).detach().numpy()
-
-
-def _reference(network: "torch.nn.Module", run: runs.Run) -> Program:
-    """The network as train.py and explain.py use it, in float32."""
-    import torch
-
-    from cifar.data.augment import normalize
-
-    def answers(images: UInt8) -> Float:
-        with torch.no_grad():
-            probabilities: Float = network(normalize(torch.from_numpy(images), run.mean, run.std)).softmax(1).numpy()
-        return probabilities
-
-    return answers
 
 
 def _of_all(program: Program, images: UInt8) -> Float:

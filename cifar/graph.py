@@ -104,13 +104,11 @@ class _Graph:
 
     def _step(self) -> None:
         """Adds a micro-batch's gradients and totals to those that are there."""
-        loss, correct = loop.loss_and_correct(self.network, self.images, self.labels, self.recipe)
+        loss = loop.micro_batch_loss(self.network, self.images, self.labels, self.recipe, self.totals)
         scaler = self.accelerator.scaler
         # Not backward(): it would accumulate by nodes that belong to DDP's stream.
         gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self.parameters)
         torch._foreach_add_(self.gradients, gradients)
-        self.totals[0] += loss.detach()
-        self.totals[1] += correct
 
     def run(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Leaves this rank's gradients in the parameters, and its totals."""

@@ -71,7 +71,7 @@ class OwnWork:
     def __init__(self, of: torch.device) -> None:
         self.device = of
         self.steps: deque[tuple[device.Mark, device.Mark]] = deque(maxlen=1000)
-        self._began: device.Mark | None = None
+        self._began = device.Mark(of, timed=True)
 
     def begins(self) -> None:
         """Call it at a step's start, before its images are waited for."""
@@ -79,8 +79,7 @@ class OwnWork:
 
     def ends(self) -> None:
         """Call it before the step's first collective."""
-        if self._began is not None:
-            self.steps.append((self._began, device.Mark(self.device, timed=True)))
+        self.steps.append((self._began, device.Mark(self.device, timed=True)))
 
     def seconds(self) -> float:
         """The median over the steps since this last gave one; NaN while they are fewer than MEASURED_STEPS."""
@@ -111,7 +110,7 @@ def accumulate_gradients(
     for part, (piece, piece_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), start=1):
         with nullcontext() if part == parts else accelerator.no_sync(model):
             try:
-                loss, correct = loss_and_correct(model, piece, piece_labels, recipe)
+                loss = micro_batch_loss(model, piece, piece_labels, recipe, totals)
                 if part == parts:
                     own_work.ends()
                 accelerator.backward(loss)
@@ -121,19 +120,19 @@ def accumulate_gradients(
                     f"{who} is out of memory with {len(piece)} images at a time; "
                     f"give --gradient-accumulation-steps {2 * parts}, in a new --run, or more processes"
                 ) from None
-        totals[0] += loss.detach()
-        totals[1] += correct
         failure.beat()
     return reduced_totals(accelerator, totals, write_failed)
 
 
-def loss_and_correct(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, recipe: Recipe
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A micro-batch's part of the batch's mean loss, and how many of its images are predicted correctly."""
+def micro_batch_loss(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, recipe: Recipe, totals: torch.Tensor
+) -> torch.Tensor:
+    """A micro-batch's part of the batch's mean loss; adds it and the number of correct predictions to `totals` [2]."""
     logits = model(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    return loss / recipe.gradient_accumulation_steps, (logits.argmax(dim=1) == labels).sum()
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing) / recipe.gradient_accumulation_steps
+    totals[0] += loss.detach()
+    totals[1] += (logits.argmax(dim=1) == labels).sum()
+    return loss
 
 
 def reduced_totals(accelerator: Accelerator, totals: torch.Tensor, write_failed: bool) -> torch.Tensor:

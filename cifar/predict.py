@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cifar import cores, device, names, pictures
+from cifar.data import image_files, layout
+from cifar.data.decoding import InFolder, InZip, Reader
+from cifar.data.image_files import Listing
 from cifar.data.waiting import Progress
 from cifar.errors import Parser, UserError, command_line
 from cifar.explain import runs
@@ -62,7 +65,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="a picture, a folder or zip of pictures, or - for paths from stdin")
-    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help="a finished run (runs/resnet)")
+    runs.add_flag(parser)
     add("--top", default="1", metavar="K", help="so many of the most probable classes (1)")
     add("--format", default="table", metavar="|".join(FORMATS), help="of the lines; json is one object a line (table)")
     asked = parser.parse_args(argv)
@@ -85,9 +88,10 @@ def items(paths: Sequence[str], passed_over: list[str]) -> Iterator[Item]:
         if path == "-":
             yield from (_file(line.rstrip("\n")) for line in sys.stdin if line.strip())
         elif os.path.isdir(path):  # noqa: PTH112  # a path that is too long is no error here
-            yield from _in_folder(path, passed_over)
+            yield from _within(path, *_folder(path), passed_over)
         elif zipfile.is_zipfile(path):
-            yield from _in_zip(path, passed_over)
+            listing, entries = image_files.list_zip(Path(path))
+            yield from _within(path, listing, InZip(Path(path), entries), passed_over)
         else:
             yield _file(path)
 
@@ -106,55 +110,33 @@ def _read_file(path: str) -> pictures.UInt8:
         raise UserError(f"it cannot be read ({error}); mend its permissions, or name another") from None
 
 
-def _in_folder(root: str, passed_over: list[str]) -> Iterator[Item]:
-    been = set()  # links may lead in circles
-    for folder, folders, files in os.walk(root, onerror=_unreadable, followlinks=True):
-        been.add(os.path.realpath(folder))
-        folders[:] = sorted(
-            name for name in folders if not _is_hidden(name) and os.path.realpath(f"{folder}/{name}") not in been
-        )
-        for name in sorted(files):
-            path = os.path.join(folder, name)  # noqa: PTH118  # as it was named: Path would drop a leading ./
-            if _is_a_picture(name):
-                yield _file(path)
-            else:
-                passed_over.append(path)
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"{names.one_line(str(error.filename))} cannot be read ({error.strerror}); mend its permissions")
-
-
-def _in_zip(path: str, passed_over: list[str]) -> Iterator[Item]:
+def _folder(path: str) -> tuple[Listing, Reader]:
     try:
-        archive = zipfile.ZipFile(path)  # closed once nobody will read from it any more
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{names.one_line(path)} cannot be read ({error}); pack it again") from None
-    for entry in archive.infolist():
-        name = f"{path}/{entry.filename}"
-        if entry.is_dir():
-            continue
-        if _is_a_picture(entry.filename) and not any(map(_is_hidden, entry.filename.split("/"))):
-            yield Item(name, partial(_read_entry, archive, entry))
+        return image_files.list_folder(Path(path)), InFolder(Path(path))
+    except OSError as error:
+        raise UserError(f"{names.one_line(path)} cannot be read ({error.strerror}); mend its permissions") from None
+
+
+def _within(path: str, listing: Listing, reader: Reader, passed_over: list[str]) -> Iterator[Item]:
+    where = path.removesuffix("/")
+    passed_over += [f"{where}/{name}" for name in layout.sorted_names(listing.hidden)]
+    for name in layout.sorted_names(listing.sizes):
+        if os.path.splitext(name)[1].lower() in ENDINGS:  # noqa: PTH122
+            yield Item(f"{where}/{name}", partial(_read_within, listing, reader, name))
         else:
-            passed_over.append(name)
+            passed_over.append(f"{where}/{name}")
 
 
-def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> pictures.UInt8:
-    pictures.check_size(entry.file_size)
+def _read_within(listing: Listing, reader: Reader, name: str) -> pictures.UInt8:
+    if name in listing.wrong:
+        raise UserError(listing.wrong[name])
+    pictures.check_size(listing.sizes[name])
     try:
-        content = archive.read(entry)
+        with reader.opened() as read:
+            content = read(name)
     except Exception as error:  # decompression of damaged data raises nearly anything
-        raise UserError(f"it cannot be read ({f'{error}' or type(error).__name__}); pack the zip again") from None
+        raise UserError(f"it cannot be read ({f'{error}' or type(error).__name__}); mend or remove it") from None
     return pictures.read(content)
-
-
-def _is_a_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in ENDINGS and not _is_hidden(name)  # noqa: PTH122
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 # ---- prediction
@@ -164,9 +146,8 @@ def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callabl
     """What the network says of each picture, in order; one that cannot be read is told to `broken` in a line."""
     import torch
 
-    on = torch.device(device.decide(1).kind)
     torch.backends.cudnn.allow_tf32 = False  # a GPU is to say what a CPU says
-    network = runs.load(run, on)
+    network = runs.load(run, torch.device(device.decide(1).kind))
     with ThreadPoolExecutor(cores.of_job(), "decoder") as decoders:
         for batch in _decoded_ahead(decoders, wanted):
             decoded: list[tuple[str, pictures.UInt8]] = []
@@ -176,7 +157,7 @@ def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callabl
                 except UserError as error:
                     broken(f"{names.one_line(name)}: {error}")
             if decoded:
-                yield from _classify(run, network, on, decoded, top)
+                yield from _classify(run, network, decoded, top)
 
 
 def _decoded_ahead(
@@ -192,16 +173,11 @@ def _decoded_ahead(
 
 
 def _classify(
-    run: runs.Run, network: "torch.nn.Module", on: "torch.device", decoded: list[tuple[str, pictures.UInt8]], top: int
+    run: runs.Run, network: "torch.nn.Module", decoded: list[tuple[str, pictures.UInt8]], top: int
 ) -> Iterator[Prediction]:
     import numpy as np
-    import torch
 
-    from cifar.data.augment import normalize
-
-    pixels = torch.from_numpy(np.stack([picture for _, picture in decoded])).to(on)
-    with torch.no_grad():
-        logits = network(normalize(pixels, run.mean, run.std))
+    logits = runs.logits(run, network, np.stack([picture for _, picture in decoded]))
     probabilities, ranking = logits.softmax(dim=1).cpu(), logits.argsort(dim=1, descending=True, stable=True).cpu()
     for (name, _), row, order in zip(decoded, probabilities, ranking[:, :top], strict=True):
         yield Prediction(name, [run.classes[number] for number in order.tolist()], row[order].tolist())
@@ -248,8 +224,9 @@ def predict(asked: argparse.Namespace) -> int:
             if not sys.stdout.isatty():  # where the lines themselves show how far it has come
                 progress.look()
     if passed_over:
-        print(f"cifar.predict: passed over {len(passed_over)} file(s) not called like a picture, e.g. "
-              f"{names.one_line(passed_over[0])}", file=sys.stderr)  # fmt: skip
+        which = "that are hidden or not called like a picture"
+        example = names.one_line(passed_over[0])
+        print(f"cifar.predict: passed over {len(passed_over)} file(s) {which}, e.g. {example}", file=sys.stderr)
     return count
 
 

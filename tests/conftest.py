@@ -57,7 +57,7 @@ def gpus() -> int:
     return int(done.stdout or 0)
 
 
-@pytest.fixture(scope="module")  # other modules' tests kill processes, and must not find it among them
+@pytest.fixture(scope="module")  # one for the whole session lost its driver after other modules' tests
 def browser() -> "Iterator[Browser]":
     """A headless Chromium."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

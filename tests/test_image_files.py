@@ -136,6 +136,15 @@ def test_validation_images_are_tested_on_where_there_are_no_others(
     assert capsys.readouterr().out == f"{path}: {around}{called}/ holds the test images\n"
 
 
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_other_files_may_be_called_as_splits_and_official_files_are(
+    make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    files = {name.replace("test/", "val/"): content for name, content in PLAIN.items()}
+    beside = {"test": b"x", "meta": b"x", "notes/train": b"x", "notes/test": b"x", "notes/meta": b"x"}
+    assert open_data(str(make(tmp_path / "data", files | beside))).files("test") == ["val/a/0.png", "val/b/0.png"]
+
+
 def test_two_folders_around_train_and_test_are_named(tmp_path: Path) -> None:
     path = as_zip(tmp_path / "x.zip", {f"{around}/{name}": PLAIN[name] for around in "vw" for name in PLAIN})
     assert "has images under v/, w/, each with train/ or test/; give one of them" in refused(path)

@@ -117,19 +117,28 @@ def test_a_broken_picture_is_a_line_and_the_rest_goes_on(
     assert (status, out, err) == (1, "", "cifar.predict: nowhere.png: there is no such file; name another\n")
 
 
-def test_what_is_no_picture_by_its_name_is_counted_and_links_in_circles_end(
+def test_what_is_no_picture_by_its_name_is_counted(
     run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = next((shapes / "test").rglob("*.png"))
     for name in ("x/one.PNG", "x/.hidden.png", "__MACOSX/two.png", "x/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(whole, tmp_path / name)
-    (tmp_path / "x" / "back").symlink_to(tmp_path)
-    status, out, err = predicted(run, tmp_path, capsys=capsys, monkeypatch=monkeypatch)
+    status, out, err = predicted(run, f"{tmp_path}/", capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0
     assert [line.partition("  ")[0] for line in out.splitlines()] == [f"{tmp_path}/x/one.PNG"]
-    words = "passed over 2 file(s) not called like a picture, e.g."
-    assert err == f"cifar.predict: {words} {tmp_path}/x/.hidden.png\n"
+    words = "passed over 3 file(s) that are hidden or not called like a picture, e.g."
+    assert err == f"cifar.predict: {words} {tmp_path}/__MACOSX\n"
+
+
+def test_a_link_in_a_circle_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "back").symlink_to(tmp_path)
+    words = f"{tmp_path}/back is a symbolic link to a folder that it lies in; remove it"
+    assert predicted(run, tmp_path, capsys=capsys, monkeypatch=monkeypatch) == (
+        2, "", f"cifar.predict: error: {words}\n",
+    )  # fmt: skip
 
 
 def test_the_most_probable_classes_in_every_format(

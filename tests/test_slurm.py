@@ -658,7 +658,7 @@ def masked(log: str) -> list[str]:
     # What Slurm says depends on how fast it is: srun, that the step before still holds the nodes, and then no more.
     slurm = ("slurmstepd", "srun: Job ", "srun: Step created")
     # Where the time went, and whether images were late, depends on what else the machine does.
-    log = re.sub(r" \(\d+ s since this process began.*?\)", "", log)
+    log = re.sub(r"(since this process began: ).*?\)", r"\1...)", log)
     varying = (" MB in ", " of training was waiting ", " is slow: ")
     lines = [line for line in log.splitlines() if line and not line.startswith(table + slurm)]
     lines = [line for line in lines if not any(words in line for words in varying)]

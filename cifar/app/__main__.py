@@ -24,7 +24,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         description=f"Try a trained network in the browser, at http://{server.HOST}:{server.PORT}.",
     )
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help="a finished run (runs/resnet)")
+    runs.add_flag(parser)
     add("--data", metavar="PATH", help="where the test images are (as in training)")
     add(
         "--export-space", type=Path, metavar="DIR", help="write a Hugging Face Space to a new folder, and serve nothing"

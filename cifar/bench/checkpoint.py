@@ -30,11 +30,11 @@ def measure(bench: Bench) -> list[Measurement]:
     limit = (COPY, bench.limits[COPY] / 1e6)
     return [
         Measurement("checkpoint", "training waits for a save", "s", seconds, None, "plain",
-               interleave.quotients(plain_seconds, seconds)),
+                    interleave.quotients(plain_seconds, seconds)),
         Measurement("checkpoint", f"a save's {size / 1e6:.1f} MB", "MB/s", [size / s / 1e6 for s in seconds], limit),
         Measurement("checkpoint", "a save", "of an epoch and it", shares),
         Measurement("checkpoint", "verified and restored", "s", reading, None, "plain",
-               interleave.quotients(plain_reading, reading)),
+                    interleave.quotients(plain_reading, reading)),
         Measurement("checkpoint", "verified and restored", "MB/s", [size / s / 1e6 for s in reading], limit),
     ]  # fmt: skip
 

@@ -23,7 +23,7 @@ def measure(bench: Bench) -> list[Measurement]:
     limit = (f"{name}, {facts['multiply_adds']:,} an image", bench.limits[name] / facts["multiply_adds"])
     return [
         Measurement("explain", f"maps in batches of {facts['batch']}", "images/s", rates, limit, "one at a time",
-               interleave.quotients(rates, single)),
+                    interleave.quotients(rates, single)),
         Measurement("explain", "maps one at a time", "images/s", single, limit),
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ def measure(bench: Bench) -> list[Measurement]:
     limit = bench.steps_limit(facts)
     return [
         Measurement("input", "training images from one core", "images/s", rates, limit, "plain",
-               interleave.quotients(rates, plain_rates)),
+                    interleave.quotients(rates, plain_rates)),
         *(
             Measurement("input", f"waiting for a batch, {name}", "of a step",
                         [answer["input"] / answer["seconds"] for answer in answers])

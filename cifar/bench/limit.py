@@ -37,7 +37,7 @@ def measure(bench: Bench) -> list[Measurement]:
     for precision in bench.machine["precisions"]:
         figures += bench.best(products(precision), 1e9, [
             Measurement("limit", f"{products(precision)}, {ROWS}x{shape[0]}x{shape[1]}", "10^9 multiply-adds/s",
-                   interleave.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
+                        interleave.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
             for shape in shapes
         ])  # fmt: skip
     copied = interleave.rates(answers[COPY], 2 * COPIED / 1e9)

@@ -28,7 +28,7 @@ def measure(bench: Bench) -> list[Measurement]:
     rates = {name: interleave.rates(answers[name], bench.batch) for name in answers}
     return [
         Measurement("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(facts), "1 process",
-               interleave.quotients(rates["two"], rates["one"])),
+                    interleave.quotients(rates["two"], rates["one"])),
         Measurement("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(facts)),
         # Around a ring of n each process sends 2(n-1)/n of what is summed: for two, just as much.
         Measurement("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
@@ -60,7 +60,7 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
             figures += [
                 Measurement("scaling", what, "ms", [1e3 * step for step in seconds]),
                 Measurement("scaling", f"{ranks} GPUs computed from it", "images/s", rates[ranks], None, "1 GPU",
-                       interleave.quotients(rates[ranks], rates[1])),
+                            interleave.quotients(rates[ranks], rates[1])),
             ]  # fmt: skip
     return figures
 

@@ -39,13 +39,13 @@ def measure(bench: Bench) -> list[Measurement]:
     image_bytes = 32 * 32 * 3
     return [
         Measurement("startup", "launch to the end of the first step", "s", totals, None, "plain",
-               interleave.quotients(plain_seconds, totals)),
+                    interleave.quotients(plain_seconds, totals)),
         *(Measurement("startup", f"of which {name}", "s", values)
           for name, values in zip(PARTS, zip(*launches, strict=True), strict=True)),
         Measurement("startup", "train.py --help", "s", help_seconds),
         Measurement("startup", f"cache of {count:,} JPEG files built", "images/s", building,
-               (COPY, bench.limits[COPY] / image_bytes), "Pillow, one thread",
-               interleave.quotients(building, interleave.rates(decoded))),
+                    (COPY, bench.limits[COPY] / image_bytes), "Pillow, one thread",
+                    interleave.quotients(building, interleave.rates(decoded))),
         Measurement("startup", "cache mapped", "s", [answer["seconds"] for answer in mapped]),
     ]  # fmt: skip
 

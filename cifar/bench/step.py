@@ -33,20 +33,20 @@ def measure(bench: Bench) -> list[Measurement]:
     return [
         Measurement("step", name, "images/s", rates, limit, "plain", interleave.quotients(rates, plain_rates)),
         Measurement("step", name, "10^9 multiply-adds/s", [rate * per_image for rate in rates],
-               (limit[0], limit[1] * per_image)),
+                    (limit[0], limit[1] * per_image)),
         *(_on_a_gpu(trained["ours"], profiles) if bench.machine["gpus"] else ()),
         Measurement("step", "training, plain", "images/s", plain_rates, limit),
         *(
             Measurement("step", f"time for {kind}", "of a step",
-                   [profile["kinds"][kind] / profile["seconds"] for profile in profiles])
+                        [profile["kinds"][kind] / profile["seconds"] for profile in profiles])
             for kind in profiles[0]["kinds"]
         ),
         Measurement("step", "time for the rest", "of a step",
-               [1 - sum(profile["kinds"].values()) / profile["seconds"] for profile in profiles]),
+                    [1 - sum(profile["kinds"].values()) / profile["seconds"] for profile in profiles]),
         Measurement("step", "evaluation", "images/s", evaluating, forward_limit, "plain",
-               interleave.quotients(evaluating, plain_evaluating)),
+                    interleave.quotients(evaluating, plain_evaluating)),
         Measurement("step", "evaluation", "images/s", evaluating, forward_limit, "forward pass",
-               interleave.quotients(evaluating, forward)),
+                    interleave.quotients(evaluating, forward)),
     ]  # fmt: skip
 
 
@@ -58,5 +58,6 @@ def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Mea
         Measurement("step", "the host's part of it", "ms", [1e3 * turn["host"] / turn["amount"] for turn in trained]),
         Measurement("step", "kernels", "of a step", [profile["kernels"] for profile in profiles]),
         Measurement("step", "the GPU has nothing to do", "of a step",
-               [max(0.0, 1 - profile["gpu_seconds"] / step) for profile, step in zip(profiles, seconds, strict=True)]),
+                    [max(0.0, 1 - profile["gpu_seconds"] / step)
+                     for profile, step in zip(profiles, seconds, strict=True)]),
     ]  # fmt: skip

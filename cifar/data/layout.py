@@ -46,12 +46,12 @@ def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[
     if not files:
         raise UserError(f"{where} holds no images; {LAYOUT}")
     root = _root(listing)
-    there = {name[len(root) :].partition("/")[0] for name in files if name.startswith(root)}
-    folders = {"train": "train", "test": next((name for name in TEST_FOLDERS if name in there), "test")}
-    by_split = {
-        split: sorted_names(name for name in files if name.startswith(f"{root}{folder}/"))
-        for split, folder in folders.items()
+    below = {
+        folder: sorted_names(name for name in files if name.startswith(f"{root}{folder}/"))
+        for folder in ("train", *TEST_FOLDERS)
     }
+    folders = {"train": "train", "test": next((folder for folder in TEST_FOLDERS if below[folder]), "test")}
+    by_split = {split: below[folder] for split, folder in folders.items()}
     for split, found in by_split.items():
         if not found:
             raise UserError(f"{where} has no images under {root}{folders[split]}/; {LAYOUT}")

@@ -82,11 +82,13 @@ def in_folder(path: Path) -> tuple[Official, Path] | None:
 
 def in_archive(names: Iterable[str]) -> Official | None:
     """The one of which an archive holds files with these names."""
-    parts = [name.split("/") for name in names]
+    paths = [name.rpartition("/") for name in names]
     for official in OFFICIAL.values():
-        own = [part for part in parts if part[-1] in official.names]
-        if any(len(part) == 1 or part[-2] == official.folder for part in own):
-            return official
+        for folder, _, name in paths:
+            # In CIFAR-100 they are called as folders of images of one's own are, beside which anything may lie.
+            own = name not in SPLITS or folder.rpartition("/")[2] == official.folder
+            if name in official.files["train"] and own:
+                return official
     return None
 
 

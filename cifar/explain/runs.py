@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar import formats, models, names
-from cifar.errors import UserError
+from cifar.errors import Parser, UserError
 from cifar.explain.findings import Int64, UInt8
 
 if TYPE_CHECKING:  # a wrong --run is refused before torch has loaded
@@ -100,6 +100,12 @@ def open_run(path: Path) -> Run:
     return run
 
 
+def add_flag(parser: Parser) -> None:
+    """Adds --run, for what takes finished runs alone."""
+    help_ = "a finished run (runs/resnet)"
+    parser.add_argument("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help=help_)
+
+
 def is_finished(path: Path) -> bool:
     """Whether this is the directory of a finished run. Raises UserError where that cannot be seen."""
     try:
@@ -159,6 +165,18 @@ def load(run: Run, device: "torch.device") -> "nn.Module":
     checkpoint.load_weights(run.path / checkpoint.WEIGHTS, network)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()
+
+
+def logits(run: Run, network: "nn.Module", pixels: UInt8) -> "torch.Tensor":
+    """What the run's network says of pictures [n, 32, 32, 3]: float32 [n, C], on the device where it is."""
+    import torch
+
+    from cifar.data.augment import normalize
+
+    images = torch.from_numpy(pixels).to(next(network.parameters()).device)
+    with torch.no_grad():
+        said: torch.Tensor = network(normalize(images, run.mean, run.std))
+    return said
 
 
 def as_trained(data: "Data", run: Run) -> "Data":
