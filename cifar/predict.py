@@ -148,8 +148,12 @@ def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callabl
 
     torch.backends.cudnn.allow_tf32 = False  # a GPU is to say what a CPU says
     network = runs.load(run, torch.device(device.decide(1).kind))
-    with ThreadPoolExecutor(cores.of_job(), "decoder") as decoders:
+    decoders = ThreadPoolExecutor(cores.of_job(), "decoder")
+    with decoders, Progress("classifying", "pictures") as progress:
         for batch in _decoded_ahead(decoders, wanted):
+            if not sys.stdout.isatty():  # where the lines themselves show how far it has come
+                progress.look()
+            progress.done += len(batch)
             decoded: list[tuple[str, pictures.UInt8]] = []
             for name, future in batch:
                 try:
@@ -217,12 +221,8 @@ def predict(asked: argparse.Namespace) -> int:
         count += 1
         print(f"cifar.predict: {line}", file=sys.stderr)
 
-    with Progress("classifying", "pictures") as progress:
-        for prediction in predictions(run, items(asked.paths, passed_over), top, broken):
-            print(written(prediction, asked.format))
-            progress.done += 1
-            if not sys.stdout.isatty():  # where the lines themselves show how far it has come
-                progress.look()
+    for prediction in predictions(run, items(asked.paths, passed_over), top, broken):
+        print(written(prediction, asked.format))
     if passed_over:
         which = "that are hidden or not called like a picture"
         example = names.one_line(passed_over[0])

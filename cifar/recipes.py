@@ -189,7 +189,7 @@ def digits() -> Recipe:
 
     accelerate launch train.py --recipe digits
 
-    Expect 98 % test accuracy or more, after one minute on 2 CPU cores.
+    Expect 98 % test accuracy or more, after one minute on 2 CPU cores with native bf16, 3.5 with AVX2 alone.
     """
     return Recipe(
         data="digits",
