@@ -182,7 +182,7 @@ def test_it_listens_on_this_machine_alone(app: App) -> None:
     }
 
 
-@pytest.mark.parametrize("method", list(options.METHODS))
+@pytest.mark.parametrize("method", list(maps.METHODS))
 def test_an_answer_is_that_of_the_explanation_pass(
     method: str, client: Client, opened: Run, data: Data, tmp_path: Path
 ) -> None:
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_picture_is_refused_in_words(client: Client, tmp_path:
 def test_twenty_visitors_at_once_get_each_their_own_answer(app: App, data: Data, tmp_path: Path) -> None:
     clients = [app.client() for _ in range(20)]
     asks = [(png(data.test_images[number], tmp_path / f"{number}.png"), 4, True, CLASSES[number % 4],
-             list(options.METHODS)[number % 5], [("prep", "layer1", "layer2", "layer3")[number % 4]])
+             list(maps.METHODS)[number % 5], [("prep", "layer1", "layer2", "layer3")[number % 4]])
             for number in range(20)]  # fmt: skip
     alone = [client.predict(*ask, api_name="/classify") for client, ask in zip(clients, asks, strict=True)]
     assert len({json.dumps(answer["maps"]) for _, answer in alone}) == 20

@@ -7,7 +7,7 @@ from torch import nn
 
 from cifar import models
 from cifar.explain import checks, figures, layers, maps, votes
-from cifar.explain.options import METHODS
+from cifar.explain.maps import METHODS
 
 CLASSES = 3
 

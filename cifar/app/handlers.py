@@ -18,7 +18,8 @@ from cifar.app.views import Mistake
 from cifar.errors import UserError
 from cifar.explain import figures, mistakes
 from cifar.explain.findings import Int64, UInt8
-from cifar.explain.options import METHODS, ORDERS
+from cifar.explain.maps import METHODS
+from cifar.explain.options import ORDERS
 from cifar.figures import enlarged
 
 MOST = 60  # mistakes on the page at once

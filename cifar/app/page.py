@@ -18,7 +18,8 @@ from cifar.app.content import AppContent
 from cifar.app.engine import Engine
 from cifar.app.handlers import HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Response
 from cifar.errors import UserError
-from cifar.explain.options import COUNT, METHODS, ORDERS
+from cifar.explain.maps import METHODS
+from cifar.explain.options import COUNT, ORDERS
 
 TOP = 5  # classes shown at first
 OPACITY = 0.5

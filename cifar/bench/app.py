@@ -30,7 +30,7 @@ from cifar.bench import measurement
 from cifar.bench.measurement import Measurement
 from cifar.errors import Parser, UserError, command_line
 from cifar.explain import layers, runs
-from cifar.explain.options import METHODS
+from cifar.explain.maps import METHODS
 
 SIZE = (640, 480)  # of the pictures: a webcam's
 VISITORS = 20

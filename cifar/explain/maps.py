@@ -6,25 +6,36 @@ them can be compared. Here its methods get activations and gradients, and what t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from cifar.explain.findings import Float
-from cifar.explain.options import METHODS
 
+if TYPE_CHECKING:  # the command line lists the methods before torch has loaded
+    import torch
+    from torch import nn
+
+# The maps' methods, and the class of the grad-cam package that makes each. A new method is one more entry.
+METHODS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+}
 BATCH = 128  # images; more is not faster
 
 
-def scores(targets: torch.Tensor, classes: int) -> torch.Tensor:
+def scores(targets: "torch.Tensor", classes: int) -> "torch.Tensor":
     """The objectives that are the logits of classes: int64 [n, k] to float32 [n, k, classes]."""
-    return nn.functional.one_hot(targets, classes).float()
+    from torch.nn import functional as F
+
+    return F.one_hot(targets, classes).float()
 
 
 def compute(
-    network: nn.Module, layer: str, method: str, images: torch.Tensor, objectives: torch.Tensor
+    network: "nn.Module", layer: str, method: str, images: "torch.Tensor", objectives: "torch.Tensor"
 ) -> tuple[Float, Float]:
     """Maps [n, k, h, w] and logits [n, C] of normalised images [n, 3, 32, 32] at a layer with h x w cells.
 
@@ -33,6 +44,7 @@ def compute(
     hooks. Two threads must not share one network.
     """
     import pytorch_grad_cam  # takes seconds, and loads scikit-learn and OpenCV
+    import torch
 
     module = network.get_submodule(layer)
     maps, logits = [], []
@@ -59,12 +71,14 @@ def compute(
 
 
 @contextmanager
-def _cam_mode(network: nn.Module, module: nn.Module) -> Iterator[None]:
+def _cam_mode(network: "nn.Module", module: "nn.Module") -> Iterator[None]:
     """Evaluation mode, and gradients for what is above `module` alone; put back afterwards.
 
     Gradients with respect to weights and to what is below would be computed for nothing. Layers that work in place
     would overwrite the activations that the package has stored.
     """
+    import torch
+
     modes = [(part, part.training) for part in network.modules()]
     in_place: list[Any] = [part for part in network.modules() if getattr(part, "inplace", False)]
     frozen = [(parameter, parameter.requires_grad) for parameter in network.parameters()]

@@ -7,16 +7,9 @@ from pathlib import Path
 from cifar import models
 from cifar.errors import Parser, UserError
 from cifar.explain import layers
+from cifar.explain.maps import METHODS
 from cifar.explain.runs import Run
 
-# The maps' methods, and the class of the grad-cam package that makes each. A new method is one more entry.
-METHODS = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "hirescam": "HiResCAM",
-    "layercam": "LayerCAM",
-    "eigencam": "EigenCAM",
-}
 ORDERS = ("confident", "uncertain", "random")
 COUNT = 10
 
