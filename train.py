@@ -63,7 +63,7 @@ def train(recipe: Recipe, options: Options) -> None:
     record.start(network, training_images)
     own_work, delayed, stopping = loop.OwnWork(device), loop.DelayedMetrics(accelerator), False
     compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network)
-    with record.running():
+    with record.running(), record.profiled_steps() as profiler:
         while not stopping:
             # An epoch's end: its checkpoint is under way already, so an evaluation that is cut short is made again.
             step = progress.step
@@ -81,7 +81,6 @@ def train(recipe: Recipe, options: Options) -> None:
                 break
 
             clock.on(WAITING)
-            started = time.perf_counter()
             own_work.begins()
             batch, labels = next(batches)
             clock.on(TRAINING)
@@ -102,9 +101,10 @@ def train(recipe: Recipe, options: Options) -> None:
             metrics = delayed.add(progress.step, totals, norm)
             if schedule.saves(progress.step) or any(each.stop for each in metrics):
                 metrics += delayed.read()
-            stopping = record.count(metrics, time.perf_counter() - started)
+            stopping = record.count(metrics, time.perf_counter() - own_work.began)
             if stopping or schedule.saves(progress.step):
                 record.save(network, optimizer)
+            profiler.step()
         record.wait()
         launch.end(accelerator)
         record.finish(network, stopping)

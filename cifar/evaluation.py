@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
-from cifar import failure, ranks, stop
+from cifar import failure, profiling, ranks, stop
 from cifar.data.augment import normalize, resize
 from cifar.data.cache import Data
 
@@ -47,6 +48,7 @@ class Evaluation(NamedTuple):
     accuracy_of_views: float | None
 
 
+@record_function(profiling.EVALUATION)
 def evaluate(
     accelerator: Accelerator, network: nn.Module, images: torch.Tensor, data: Data, tta: bool = False
 ) -> Evaluation | None:

@@ -210,6 +210,7 @@ class Options(NamedTuple):
     recipe_name: str
     deterministic: bool
     cuda_graph: Literal["auto", "off"]
+    profile: int  # steps
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
@@ -246,6 +247,8 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     every = arguments["checkpoint_every"]
     if not re.fullmatch("0*[1-9][0-9]{0,17}", every):
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
+    if arguments["profile"] < 0:
+        raise UserError(f"--profile {arguments['profile']} is no number of steps; give e.g. 10")
     options = Options(
         arguments["run"] or Path("runs", name),
         arguments["resume"],
@@ -253,6 +256,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
         name,
         arguments["deterministic"],
         arguments["cuda_graph"],
+        arguments["profile"],
     )
     if "epochs" in overrides and "peak_epoch" not in overrides:
         overrides["peak_epoch"] = _moved_peak(defaults, overrides["epochs"], options)
@@ -284,6 +288,13 @@ def _add_options(parser: Parser, name: str) -> None:
         default="off",
         choices=("auto", "off"),
         help="on a GPU, launch each step as one CUDA graph where that gives the same gradients (off)",
+    )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="trace some steps, and say what they wait for: RUN/profile/, one trace for each rank",
     )
 
 

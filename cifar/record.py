@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn, optim
 
 from cifar import attempt as attempts
-from cifar import checkpoint, failure, launch, run, stop, summary
+from cifar import checkpoint, failure, launch, profiling, run, stop, summary
 from cifar.background import Background
 from cifar.checkpoint import Chosen, Progress, Snapshot
 from cifar.clock import Clock
@@ -138,6 +138,11 @@ class RunRecord:
         if self.tracker:
             self.tracker.close()
             self.history.close()
+
+    def profiled_steps(self) -> AbstractContextManager[profiling.StepProfiler]:
+        """What traces some steps for --profile, on each rank. Raises UserError where the run has too few."""
+        done, total = self.progress.step, self.schedule.total_steps
+        return profiling.of_steps(self.options.profile, self.accelerator, self.options.run, self.number, done, total)
 
     def _write_end(self, state: str, reason: str, in_place_of_rank_0: bool) -> None:
         """Rank 0 writes it, with its attempt, whose number all ranks know, after a save that is under way.

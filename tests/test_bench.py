@@ -15,7 +15,7 @@ from conftest import ROOT
 from helpers.bench import BENCH
 from torch.nn import functional as F
 
-from cifar.bench import context, counts, interleave, scaling, scaling_model, shaped
+from cifar.bench import context, interleave, scaling, scaling_model, shaped
 from cifar.bench.context import Bench
 from cifar.bench.interleave import Program
 from cifar.bench.plain import TRANSFORMS, Images, Plain
@@ -207,11 +207,6 @@ def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pyte
     assert all(value > 0 for figure in found for value in figure.values)
     assert found[1].ratios == [1, 1]
     assert found[1].values[0] == pytest.approx(64 / found[0].values[0] * 1e3)  # alone it waits for nobody
-
-
-def test_the_time_of_overlapping_kernels_counts_once() -> None:
-    assert counts.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
-    assert counts.covered([]) == 0
 
 
 # ---- the model of a step's time

@@ -25,6 +25,9 @@ ON_A_GPU = {
     "cifar/launch.py native_bf16": "test_every_precision_learns_the_digits",
     "cifar/launch.py topology": "test_every_precision_learns_the_digits",
     "cifar/loop.py DELAY": "test_no_step_reads_from_the_device",
+    "cifar/profiling.py _computes": "test_a_profile_sees_the_gpu",
+    "cifar/profiling.py activities": "test_a_profile_sees_the_gpu",
+    "cifar/profiling.py seconds_by_kind": "test_a_profile_sees_the_gpu",
 }
 
 

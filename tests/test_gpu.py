@@ -6,6 +6,7 @@ Needs torch, accelerate, numpy, safetensors, tensorboard, matplotlib, scikit-lea
 network. REHEARSE_GPU_TESTS=1 runs the same tests on CPUs (float32 for float16), to find mistakes in the tests.
 """
 
+import gzip
 import json
 import os
 import re
@@ -108,6 +109,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert "going on from" in finished(started(killed, "--deterministic", precision=HALF))
     for name in ("model.safetensors", f"checkpoints/step-{STEPS:07d}/optimizer.safetensors", "predictions.safetensors"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_a_profile_sees_the_gpu(tmp_path: Path) -> None:
+    output = finished(started(tmp_path / "run", "--profile", 5, precision=HALF))
+    trace = gzip.decompress((tmp_path / "run/profile/attempt-1.rank-0.pt.trace.json.gz").read_bytes())
+    kernels = [event for event in json.loads(trace)["traceEvents"] if event.get("cat") == "kernel"]
+    assert bool(kernels) != REHEARSAL
+    assert float(re.findall(r"  convolution +([0-9.]+)", output)[0]) > 0
+    (parts,) = re.findall(r"a step of \S+ ms waits for (.*)", output)
+    assert int(re.findall(r"the device (\d+)%", parts)[0]) > 0
 
 
 def runs_through(script: str) -> None:

@@ -2,29 +2,20 @@
 
 import json
 import math
-import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-# An operator belongs to the first kind whose pattern is found in its name; within the optimizer's step, to that.
-KINDS = {
-    "convolution": r"(?i)conv",
-    "normalisation": r"(?i)batch_?norm|group_?norm|layer_?norm",
-    "pooling": r"(?i)pool",
-    "activation": r"(?i)relu|threshold|clamp|celu|gelu|silu",
-    "fills and copies": r"(?i)copy|copies|clone|contiguous|zero|fill|aten::cat$",
-}
-OPTIMIZER = "optimizer"
+from cifar.profiling import COLLECTIVE, above, activities, covered, seconds_by_kind
+
 GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
-COLLECTIVE = re.compile(r"(gloo|nccl):")
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "unsigned char": 1,
          "signed char": 1, "bool": 1}  # fmt: skip
 
@@ -60,8 +51,7 @@ class Record(NamedTuple):
 
 def recorder() -> profile:
     """A profiler to be started and stopped around a step."""
-    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    return profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True)
+    return profile(activities=activities("cuda" if torch.cuda.is_available() else "cpu"), record_shapes=True)
 
 
 def read(recorded: profile) -> Record:
@@ -75,38 +65,13 @@ def read(recorded: profile) -> Record:
     copies = Counter(_purpose(event["args"]) for event in events if event["name"] == "aten::copy_")
     collectives = [(event["name"], _bytes(event["args"])) for event in events if COLLECTIVE.match(event["name"])]
     direct: Counter[str] = Counter()
-    seconds = dict.fromkeys((*KINDS, OPTIMIZER), 0.0)
-    for event in recorded.events() or []:  # type: ignore[no-untyped-call]
-        above = list(_above(event))
-        in_step = [outer.name.startswith("Optimizer.step") for outer in above]
-        if in_step[:1] == [True]:
+    recorded_events = recorded.events() or []  # type: ignore[no-untyped-call]
+    for event in recorded_events:
+        if (outer := next(above(event), None)) and outer.name.startswith("Optimizer.step"):
             direct[event.name] += 1
-        if COLLECTIVE.match(event.name):
-            continue
-        kind = OPTIMIZER if any(in_step) or event.name.startswith("Optimizer.") else _kind(event.name)
-        if kind:
-            time = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-            seconds[kind] += time / 1e6
+    seconds = seconds_by_kind(recorded_events, "cuda" if torch.cuda.is_available() else "cpu")
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
     return Record(seconds, dict(copies), dict(direct), sorted(collectives), len(on_gpu), covered(spans) / 1e6)
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """How much of the time lies in at least one of the spans (begin, end)."""
-    total, until = 0.0, -math.inf
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
-
-
-def _kind(name: str) -> str | None:
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
-
-
-def _above(event: Any) -> Iterator[Any]:
-    while (event := event.cpu_parent) is not None:
-        yield event
 
 
 def _purpose(arguments: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from torch.profiler import record_function
 
 from cifar import failure, stop
 from cifar.data import augment, augment_device
@@ -24,6 +25,7 @@ from cifar.data.cache import Data, open_cache, open_data
 from cifar.data.sampler import DistributedBatchSampler, Samples
 from cifar.data.sources import SIZE
 from cifar.errors import LostError, UserError
+from cifar.profiling import IMAGES
 from cifar.ranks import raise_on_all_ranks
 from cifar.recipes import Recipe
 
@@ -121,6 +123,22 @@ def training_batches(
 
     Raises UserError where a worker cannot be started, fails, is killed or hangs.
     """
+    return _traced(_made(images, sampler, workers, device))
+
+
+def _traced(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; a profiler sees the wait for each."""
+    while True:
+        with record_function(IMAGES):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _made(
+    images: TrainingImages, sampler: DistributedBatchSampler, workers: int, device: torch.device
+) -> Iterator[Batch]:
     if isinstance(images, DeviceDataset):
         return images.batches(sampler)
     started: list[_Worker] = []
