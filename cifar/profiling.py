@@ -49,7 +49,7 @@ class Waits(NamedTuple):
         first, *rest = sorted(names, key=lambda name: -names[name])
         parts = {name: f"{seconds / sum(self):.0%}" for name, seconds in names.items()}
         others = ", ".join(f"{name} {parts[name]}" for name in rest)
-        return f"a step of {1e3 * sum(self) / steps:.3g} ms waits for {first} {parts[first]} of its time; {others}"
+        return f"a step of {1e3 * sum(self) / steps:,.1f} ms waits for {first} {parts[first]} of its time; {others}"
 
 
 class StepProfiler:

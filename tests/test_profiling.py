@@ -60,9 +60,9 @@ def test_on_a_gpu_what_it_computes_meanwhile_is_no_wait() -> None:
     ("waited", "sentence"),
     [
         (Waits(0.06, 0.02, 0.01, 0.01),
-         "a step of 50 ms waits for the device 60% of its time; the host 20%, images 10%, the other ranks 10%"),
+         "a step of 50.0 ms waits for the device 60% of its time; the host 20%, images 10%, the other ranks 10%"),
         (Waits(0.02, 0, 0.06, 0),
-         "a step of 40 ms waits for images 75% of its time; the device 25%, the host 0%, the other ranks 0%"),
+         "a step of 40.0 ms waits for images 75% of its time; the device 25%, the host 0%, the other ranks 0%"),
     ],
 )  # fmt: skip
 def test_the_sentence_begins_with_what_is_waited_for_longest(waited: Waits, sentence: str) -> None:
@@ -104,7 +104,7 @@ def test_each_rank_leaves_a_trace_and_the_run_is_the_same(shapes: Path, train: T
         assert kinds["convolution"] > 0
         assert kinds["optimizer"] > 0
         (step,) = re.findall(r"^a step of (\S+) ms waits for ", last)
-        assert sum(kinds.values()) == pytest.approx(float(step), rel=0.01)
+        assert sum(kinds.values()) == pytest.approx(float(step.replace(",", "")), rel=0.01)
         assert sum(int(part) for part in re.findall(r"(\d+)%", last)) == pytest.approx(100, abs=2)
         assert not re.search(r"other ranks 0%", last)
     assert (folder / f"{stems[0]}.txt").read_text() in traced.stdout
