@@ -6,14 +6,13 @@ anything is decoded, and every way in which decoding can fail ends in words.
 
 import io
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from cifar.data.image_files import SIZE, UPRIGHT
+from cifar.data.image_files import FORMATS, SIZE, upright
 from cifar.errors import UserError
 
 UInt8 = npt.NDArray[np.uint8]
@@ -21,7 +20,6 @@ UInt8 = npt.NDArray[np.uint8]
 BYTES = 25 << 20  # of a file: a telephone's largest JPEG
 PIXELS = 64_000_000  # of a picture: a telephone's 50 million, and room; 256 MB once decoded
 TOO_MANY = f"the picture has more than {PIXELS // 1_000_000} million pixels; make it smaller"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that starts another program, as EPS does
 
 # Pillow looks at the header, too: let it refuse where it would warn.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -74,11 +72,7 @@ def _small(image: Image.Image) -> UInt8:
     square = pixels.resize((SIZE, SIZE), Image.Resampling.BOX, (left, top, left + side, top + side))
     if square.mode == "RGBA":
         square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
-    with suppress(Exception):  # a broken note of the camera's is no reason to refuse its picture
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation in UPRIGHT:
-            square = square.transpose(UPRIGHT[orientation])
-    return np.array(square.convert("RGB"))
+    return np.array(upright(image, square).convert("RGB"))
 
 
 def _check(fine: bool, otherwise: str) -> None:

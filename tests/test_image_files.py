@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -446,10 +447,50 @@ def test_an_archive_in_a_class_folder_is_named(tmp_path: Path) -> None:
 
 # ---- images
 
+LOSSLESS: dict[str, tuple[str, dict[str, object]]] = {
+    "png": ("PNG", {}),
+    "bmp": ("BMP", {}),
+    "webp": ("WEBP", {"lossless": True}),
+    "tiff": ("TIFF", {}),
+    "tiff lzw": ("TIFF", {"compression": "tiff_lzw"}),
+    "tiff deflate": ("TIFF", {"compression": "tiff_adobe_deflate"}),
+}
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+@pytest.mark.parametrize("kind", LOSSLESS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA"])
+def test_a_file_is_read_as_what_it_holds_whatever_it_is_called(
+    mode: str, kind: str, make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    image = Image.fromarray(ORIENTED)
+    image = image.quantize(16) if mode == "P" else image.convert(mode)
+    format_, options = LOSSLESS[kind]
+    content = encoded(image, format_, **options)
+    called = ["train/a/0.jpg", "train/a/1.png", "train/a/2", "train/b/0.tif", "train/b/1.gif", "test/a/0.bmp"]
+    path = make(tmp_path / "data", {**PLAIN, **dict.fromkeys(called, content)})
+    data = open_data(str(path))
+    expected = np.asarray(image.convert("RGB"))
+    for split, images in (("train", data.train_images), ("test", data.test_images)):
+        for name, pixels in zip(data.files(split), images, strict=True):
+            if name in called:
+                assert np.array_equal(pixels, expected), name
+                called.remove(name)
+    assert called == []
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "WEBP", "GIF", "AVIF"])
+def test_a_file_that_lost_something_when_it_was_made_loses_nothing_more(format_: str, tmp_path: Path) -> None:
+    content = encoded(Image.fromarray(ORIENTED), format_)
+    with Image.open(io.BytesIO(content)) as stored:
+        assert np.array_equal(image_files.decode_image(content, "x"), np.asarray(stored.convert("RGB")))
+    assert np.array_equal(image_files.decode_image(content, "x"), pictures.read(content))
+
+
 ORIENTED = np.random.default_rng(1).integers(0, 256, (32, 32, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_images_are_upright_as_their_exif_orientation_says_and_the_app_agrees(
     format_: str, orientation: int, tmp_path: Path
@@ -457,7 +498,7 @@ def test_images_are_upright_as_their_exif_orientation_says_and_the_app_agrees(
     exif = Image.Exif()
     exif[274] = orientation
     content = encoded(Image.fromarray(ORIENTED), format_, exif=exif)
-    with Image.open(io.BytesIO(content)) as stored:
+    with Image.open(io.BytesIO(encoded(Image.fromarray(ORIENTED), format_))) as stored:
         plain = np.asarray(stored.convert("RGB"))
     upright = {
         2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.transpose(1, 0, 2),
@@ -486,11 +527,16 @@ def test_a_palette_with_opaque_alpha_is_taken_without_a_warning() -> None:
         assert np.array_equal(image_files.decode_image(content, "x"), np.asarray(image.convert("RGBA"))[..., :3])
 
 
-def animation() -> bytes:
+def animation(format_: str) -> bytes:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    file = io.BytesIO()
-    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
-    return file.getvalue()
+    return encoded(frames[0], format_, save_all=True, append_images=frames[1:])
+
+
+def with_16_bits(format_: str) -> bytes:
+    """RGB, of which Pillow would take the upper 8 bits without a word."""
+    done, content = cv2.imencode(format_, np.zeros((32, 32, 3), np.uint16))
+    assert done
+    return content.tobytes()
 
 
 def comment_of_two_gigabytes() -> bytes:
@@ -503,11 +549,20 @@ def comment_of_two_gigabytes() -> bytes:
 @pytest.mark.parametrize(
     ("content", "wrong"),
     [
-        (animation, "is animated"),
+        *(
+            (lambda format_=format_: animation(format_), "has more than one frame")
+            for format_ in ("PNG", "GIF", "WEBP", "TIFF", "AVIF")
+        ),
+        *((lambda format_=format_: with_16_bits(format_), "has 16 bits a channel") for format_ in (".png", ".tiff")),
+        (lambda: encoded(Image.fromarray(np.zeros((32, 32), np.uint16)), "TIFF"), "has 16 bits a channel"),
+        (lambda: encoded(Image.fromarray(np.zeros((32, 32), np.float32)), "TIFF"), "has 32 bits a pixel"),
+        (lambda: encoded(Image.new("RGBA", (32, 32), (9, 9, 9, 254)), "TIFF"), "is partly transparent"),
+        (lambda: encoded(Image.new("RGBA", (32, 32), (9, 9, 9, 254)), "WEBP", lossless=True), "is partly transparent"),
+        (lambda: encoded(Image.new("CMYK", (32, 32)), "TIFF"), "has colour mode CMYK"),
         (lambda: encoded(Image.new("1", (11_000, 11_000))), "has far too many pixels"),
         (comment_of_two_gigabytes, "is damaged"),
     ],
-    ids=["animated", "large enough for a warning", "text that unpacks to a flood"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_images_that_are_more_than_an_image_are_refused(content: Callable[[], bytes], wrong: str) -> None:
     with pytest.raises(UserError, match=wrong):

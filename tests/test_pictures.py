@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cifar import pictures
+from cifar.data.image_files import UPRIGHT
 from cifar.errors import UserError
 
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:256:8, 0:256:8], 90), axis=-1).astype(np.uint8)  # [32, 32, 3]
@@ -84,7 +85,7 @@ def test_a_picture_is_turned_upright(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     lying = {value: key for key, value in {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.items()}[orientation]
-    undo = pictures.UPRIGHT.get(lying)  # the inverse of a turn to the left is one to the right
+    undo = UPRIGHT.get(lying)  # the inverse of a turn to the left is one to the right
     image = Image.fromarray(SMOOTH) if undo is None else Image.fromarray(SMOOTH).transpose(undo)
     for name in ("png", "tiff"):
         assert (pictures.read(saved(tmp_path / f"a.{name}", image, exif=exif)) == SMOOTH).all()

@@ -148,7 +148,8 @@ def test_what_becomes_rgb_without_loss_is_taken(content: bytes) -> None:
 BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
     "text": (b"This is not an image.", "is not an image"),
-    "gif": (encoded(RGB, "GIF"), "is not an image"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is not an image"),
+    **{f"truncated {kind}": (encoded(RGB, kind)[:-200], "is ") for kind in ("BMP", "TIFF", "WEBP", "GIF", "AVIF")},
     "truncated png": (encoded(RGB)[:-400], "is damaged"),
     "truncated jpeg": (encoded(RGB, "JPEG")[:-200], "is damaged"),
     "header only": (encoded(RGB)[:20], "is "),

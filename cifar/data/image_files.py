@@ -28,6 +28,10 @@ from cifar.errors import UserError
 SIZE = 32  # pixels: the networks' pooling is made for it
 UNIX = (3, 19)  # systems, as a zip numbers them, whose names are UTF-8: Linux and others, macOS
 LARGEST_FILE = 1 << 20  # bytes; a 32x32 image as PNG or JPEG has 1 to 4 kB
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that starts another program, as EPS does
+MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")  # that become RGB without loss, where nothing is transparent
+REMOVE = "mend or remove it"
+GIVE = f"give opaque 8-bit RGB or grey images of {SIZE}x{SIZE} pixels"
 
 # Names that would not fit in one line of a message or table, or not in UTF-8: Python decodes other bytes to surrogates.
 UNFIT_NAME = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -248,41 +252,59 @@ def _require_end(archive: tarfile.TarFile) -> None:
 
 
 def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """One PNG or JPEG as uint8 [32, 32, 3], upright. Grey, palette and opaque alpha become RGB, which loses nothing.
+    """One image file as uint8 [32, 32, 3], upright. Grey, palette and opaque alpha become RGB, which loses nothing.
 
-    Raises UserError, with the file's name, for all else: what would have to be guessed, scaled or cut is refused.
+    Its type is what it holds, not what its name says. Raises UserError, with the file's name, for all else: what would
+    have to be guessed, scaled or cut is refused.
     """
-
-    def refuse(wrong: str) -> UserError:
-        return UserError(f"{name} {wrong}; give 8-bit RGB or grey images of {SIZE}x{SIZE} pixels as PNG or JPEG")
-
     if not content:
-        raise refuse("is empty")
+        raise UserError(f"{name} is empty; {REMOVE}")
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-            if image.size != (SIZE, SIZE):  # known from the header, so a bomb is never decoded
-                raise refuse(f"has {image.width}x{image.height} pixels")
-            if image.format == "PNG":
-                # Byte 24 is the bit depth. Pillow cuts 16 bits a channel down to 8 without a word.
-                if content[24] == 16:
-                    raise refuse("has 16 bits a channel")
-                if getattr(image, "is_animated", False):
-                    raise refuse("is animated")
-            image.load()
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                with_alpha = image.convert("RGBA")
-                if np.asarray(with_alpha)[..., 3].min() < 255:
-                    raise refuse("is partly transparent")
-                return np.asarray(upright(image, with_alpha).convert("RGB"))
-            if image.mode not in ("RGB", "L", "P", "1"):
-                raise refuse(f"has colour mode {image.mode}")
-            return np.asarray(upright(image, image if image.mode == "RGB" else image.convert("RGB")))
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            wrong = _misfit(image, content)
+            if not wrong:
+                pixels = image.convert("RGBA") if _has_alpha(image) else image
+                return np.asarray(upright(image, pixels if pixels.mode == "RGB" else pixels.convert("RGB")))
     except UnidentifiedImageError:
-        raise refuse("is not an image") from None
+        wrong = f"is not an image ({', '.join(FORMATS)}); {REMOVE}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise refuse("has far too many pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise refuse(f"is damaged ({error})") from None
+        wrong = f"has far too many pixels; {GIVE}"
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        wrong = f"is damaged ({f'{error}'[:120] or type(error).__name__}); {REMOVE}"
+    raise UserError(f"{name} {wrong}")
+
+
+def _misfit(image: Image.Image, content: bytes) -> str:
+    """What would have to be guessed, scaled or cut, and the fix; '' if nothing.
+
+    Known from the header, so that a bomb is never decoded; but for what is transparent.
+    """
+    if image.size != (SIZE, SIZE):
+        return f"has {image.width}x{image.height} pixels; {GIVE}"
+    if image.mode in ("I", "F"):
+        return "has 32 bits a pixel, without a known white; save it with 8"
+    if _bits(image, content) > 8:  # Pillow cuts them down without a word
+        return f"has {_bits(image, content)} bits a channel; {GIVE}"
+    if image.mode not in MODES:
+        return f"has colour mode {image.mode}; {GIVE}"
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        return f"has more than one frame; {GIVE}"
+    image.load()
+    if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        return f"is partly transparent; {GIVE}"
+    return ""
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def _bits(image: Image.Image, content: bytes) -> int:
+    """Bits of each channel in the file, as far as there can be more than 8: in PNG and TIFF."""
+    if image.format == "PNG":
+        return content[24]
+    of_tiff: tuple[int, ...] = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (1,))
+    return max(of_tiff)
 
 
 def upright(opened: Image.Image, pixels: Image.Image) -> Image.Image:
