@@ -106,6 +106,36 @@ def test_hidden_folders_and_what_lies_beside_the_splits_are_passed_over_and_said
     assert capsys.readouterr().out == ""
 
 
+JUNK = ["Thumbs.db", "ehthumbs.db", "desktop.ini", "labels.txt", "a.CSV", "box.json", "box.xml", "README", "index.html"]
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_files_that_are_no_images_by_their_names_are_passed_over_and_said(
+    make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    junk = {f"photos/train/a/{name}": bytes(2 << 20) for name in JUNK}
+    beside = {"notes/train/x/about.txt": b"x", "photos/test/about.md": b"x", "photos/train/a/.DS_Store": b"x"}
+    alone = {"photos/train/texts/0.txt": b"x"}
+    path = make(tmp_path / "data", {**junk, **beside, **alone, **{f"photos/{name}": PLAIN[name] for name in PLAIN}})
+    assert reds(path) == [0, 1, 2, 3]
+    some = "photos/test/about.md, photos/train/a/README, photos/train/a/Thumbs.db, ..."
+    folders = ", 1 class folders without images (photos/train/texts)" if make is as_folder else ""
+    said = f"1 hidden (photos/train/a/.DS_Store), 11 files that are no images ({some})"
+    outside = "1 outside photos/train/ and photos/test/ (notes/train/x/about.txt)"
+    assert capsys.readouterr().out == f"{path}: passed over {said}, {outside}{folders}\n"
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0", "0.heic", "0.svg", "0.zip", "notes.txt.png"])
+def test_a_file_that_may_have_been_an_image_is_named(name: str, tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "x.zip", {**PLAIN, f"train/a/{name}": b"broken"})
+    assert f"train/a/{name} is not an image" in refused(path)
+
+
+def test_texts_alone_are_no_images(tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "x.zip", {name.replace(".png", ".txt"): PLAIN[name] for name in PLAIN})
+    assert "holds no images" in refused(path)
+
+
 def test_class_folders_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = as_folder(tmp_path / "data", PLAIN)
     (root / "train" / "empty").mkdir()

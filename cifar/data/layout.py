@@ -3,6 +3,7 @@
 What would have to be guessed is refused in a line that names the file. What is passed over is printed.
 """
 
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ from cifar.errors import UserError
 SPLITS = ("train", "test")
 TEST_FOLDERS = ("test", "validation", "val")  # the first of them that there is holds the test images
 LAYOUT = "give <train|test>/<class>/<image>"
+
+# Names of what lies among images and is none. Any other file may have been one, and is an error if it is broken.
+NO_IMAGE = re.compile(
+    r"icon\r|readme|licen[cs]e|.*\.(?:txt|md|rst|csv|tsv|jsonl?|xml|html?|ya?ml|toml|ini|cfg|log|db|pdf|docx?|xlsx?|py|"
+    r"ipynb|sh|md5|sha1|sha256|lnk|url)",
+    re.IGNORECASE,
+)
 
 
 class Split(NamedTuple):
@@ -37,15 +45,16 @@ def images_file(folder: Path, split: str) -> Path:
 def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[str, Split]]:
     """Classes in alphabetical order, and the images of both splits in that of their paths, written to a folder.
 
-    Hidden files and folders, and what lies beside train/ and test/, are passed over, which is printed.
+    Hidden files and folders, files that are no images by their names, and what lies beside train/ and test/, are passed
+    over, which is printed.
 
     Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss; OSError
     where the folder cannot be written.
     """
-    where, files = listing.where, listing.sizes
+    where, files = listing.where, [name for name in listing.sizes if not NO_IMAGE.fullmatch(name.rpartition("/")[2])]
     if not files:
         raise UserError(f"{where} holds no images; {LAYOUT}")
-    root = _root(listing)
+    root = _root(where, files)
     below = {
         folder: sorted_names(name for name in files if name.startswith(f"{root}{folder}/"))
         for folder in ("train", *TEST_FOLDERS)
@@ -90,15 +99,17 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name.replace("/", "\0"))
 
 
-def _root(listing: Listing) -> str:
+def _root(where: str, files: Iterable[str]) -> str:
     """Where train/ and test/ are: '' or a folder around them, as 'photos/'."""
-    parts = (name.split("/") for name in listing.sizes)
+    parts = (name.split("/") for name in files)
     known = {"train", *TEST_FOLDERS}
     roots = {"/".join([*part[:-3], ""]) for part in parts if len(part) >= 3 and part[-3] in known}
     if "" in roots or not roots:
         return ""
     if len(roots) > 1:
-        raise UserError(f"{listing.where} has images under {_some(roots)}, each with train/ or test/; give one of them")
+        raise UserError(
+            f"{where} has images under {_some(roots)}, each with train/ or test/; give one of them, with both"
+        )
     return roots.pop()
 
 
@@ -124,9 +135,11 @@ def _say_what_is_passed_over(listing: Listing, splits: Sequence[str], taken: lis
     with_images = {name.rpartition("/")[0] for name in taken}
     class_folders = (name for name in listing.folders if name.count("/") == splits[0].count("/"))
     empty = {name for name in class_folders if name.startswith(tuple(splits))} - with_images
-    outside = listing.sizes.keys() - set(taken)
+    rest = listing.sizes.keys() - set(taken)
+    outside = {name for name in rest if not name.startswith(tuple(splits))}
     counts = {
         "hidden": listing.hidden,
+        "files that are no images": rest - outside,
         f"outside {' and '.join(splits)}": outside,
         "class folders without images": empty,
     }
