@@ -24,7 +24,6 @@ def explain(run: Run, asked: Options) -> None:
     import torch
 
     from cifar import evaluation, launch
-    from cifar.data.cache import open_data
     from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, report
     from cifar.explain.findings import Findings
     from cifar.figures import below, png
@@ -32,7 +31,6 @@ def explain(run: Run, asked: Options) -> None:
     from cifar.ranks import raise_on_all_ranks
 
     accelerator = launch.start()
-    source = asked.data or run.recipe["data"]
     folder = asked.output or run.output
     cells = layers.of(run.network)
     layer, last_stage = asked.layer or layers.default(cells), list(cells)[-1]
@@ -40,9 +38,9 @@ def explain(run: Run, asked: Options) -> None:
     # Predictions, in the launcher's precision: every process evaluates its part, and all of them get all results.
     with raise_on_all_ranks(accelerator):
         if accelerator.is_local_main_process:
-            open_data(source)
+            runs.images(run, asked.data)
     with raise_on_all_ranks(accelerator):
-        data = runs.as_trained(open_data(source), run)
+        data = runs.images(run, asked.data)
         wrong_in = runs.wrong_in(asked.compare, data)
         network = runs.load(run, accelerator.device)
     accelerator.prepare_model(network, evaluation_mode=True)

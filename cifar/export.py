@@ -186,9 +186,7 @@ def start(asked: argparse.Namespace) -> None:
     """Exports, and says how exact the file is."""
     run = runs.open_run(asked.run)
 
-    from cifar.data.cache import open_data
-
-    data = runs.as_trained(open_data(asked.data or run.recipe["data"]), run)
+    data = runs.images(run, asked.data)
     found, difference = export(run, data.test_images, asked.output)
     epochs, history = runs.prediction_history(run, data)
     print(f"{asked.output}: {asked.output.stat().st_size / 1e6:.1f} MB, verified on {len(found):,} test images: "

@@ -22,8 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cifar import cores, device, names, pictures
-from cifar.data import image_files, layout
+from cifar import cores, device, names
+from cifar.data import image_files, layout, pictures
 from cifar.data.decoding import InFolder, InZip, Reader
 from cifar.data.image_files import Listing
 from cifar.data.waiting import Progress

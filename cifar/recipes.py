@@ -27,6 +27,13 @@ class Recipe(BaseModel):
     data: Annotated[
         str, Field(min_length=1, description="cifar10, cifar100, digits, or an archive or folder of images")
     ] = "cifar10"
+    fit: Annotated[
+        int,
+        Field(
+            description="side that images of any size and mode are brought to, 32: the middle square, averaged down; "
+            "0 refuses all but 32x32"
+        ),
+    ] = 0
     network: Annotated[str, Field(description="a file of cifar/models")] = "resnet"
     epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training images")] = 24
     global_batch_size: Annotated[
@@ -88,6 +95,13 @@ class Recipe(BaseModel):
         Field(description="at the end, use test-time augmentation for the least confident quarter of the test images"),
     ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="fixes weights, order and augmentation")] = 0
+
+    @field_validator("fit")
+    @classmethod
+    def fits_the_networks(cls, fit: int) -> int:
+        if fit not in (0, 32):
+            raise ValueError("the networks take images of 32x32 pixels; give --fit 32")
+        return fit
 
     @field_validator("image_sizes")
     @classmethod
@@ -326,11 +340,11 @@ def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
-    """The fields that decide the result and differ, as 'field: ours, theirs' (the data is compared by content)."""
+    """The fields that decide the result and differ, as 'field: ours, theirs' (images are compared by content)."""
     # A run from before a field was there was made with what is now its default.
     mine, theirs = ours.model_dump(), {**Recipe().model_dump(), **theirs}
     return [
         f"{field} ({theirs.get(field)!r} there, {mine.get(field)!r} here)"
         for field in sorted(mine.keys() | theirs.keys())
-        if field != "data" and mine.get(field) != theirs.get(field)
+        if field not in {"data", "fit"} and mine.get(field) != theirs.get(field)
     ]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, Train
 
-from cifar import export, models, pictures
+from cifar import export, models
 from cifar.app.engine import Engine
+from cifar.data import pictures
 from cifar.explain import runs
 from cifar.recipes import RECIPES
 

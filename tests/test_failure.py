@@ -411,9 +411,9 @@ def test_one_request_ends_what_waits_before_the_first_step(
 ) -> None:
     patch = (
         "from cifar.data import cache\nreal = cache.open_data\n"
-        "def open_data(data):\n"
+        "def open_data(*data, **how):\n"
         "    if os.environ.get('RANK', '0') == '0': open(os.environ['STUCK'], 'w').close(); time.sleep(600)\n"
-        "    return real(data)\n"
+        "    return real(*data, **how)\n"
         "cache.open_data = open_data"
     )
     stuck = tmp_path / "stuck"

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cifar import pictures
-from cifar.data import decoding, image_files, official
+from cifar.data import decoding, image_files, official, pictures
 from cifar.data.cache import open_data
 from cifar.errors import UserError
 
@@ -346,7 +345,7 @@ def test_a_large_file_in_a_class_folder_is_refused_unread(tmp_path: Path) -> Non
     root = as_folder(tmp_path / "data", PLAIN)
     with (root / "train" / "a" / "x.png").open("wb") as file:
         file.truncate(1 << 40)
-    assert f"train/a/x.png has {1 << 40} bytes; give 32x32 images" in refused(root)
+    assert f"train/a/x.png has {1 << 40} bytes; give opaque 8-bit RGB or grey images of 32x32 pixels" in refused(root)
 
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

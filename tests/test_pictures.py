@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar import pictures
+from cifar.data import pictures
 from cifar.data.image_files import UPRIGHT
 from cifar.errors import UserError
 
@@ -37,6 +37,13 @@ def test_a_picture_that_is_32x32_or_was_enlarged_stays_as_it_is(name: str, facto
     large = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
     options: dict[str, Any] = {"lossless": True} if name == "webp" else {}
     assert (pictures.read(saved(tmp_path / f"a.{name}", Image.fromarray(large), **options)) == pixels).all()
+
+
+def test_a_small_picture_is_enlarged_smoothly(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(np.linspace(20, 230, 28).round().astype(np.uint8)[:, None, None], (28, 28, 3))
+    seen = pictures.read(saved(tmp_path / "a.png", Image.fromarray(np.ascontiguousarray(ramp)))).astype(int)
+    assert np.diff(seen[:, 0, 0]).min() >= 1  # no row is there twice
+    assert abs(seen[[0, -1]] - [[[20]], [[230]]]).max() <= 4
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 100), (100, 301), (33, 32)])

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, Train, command
 from PIL import Image
 
-from cifar import pictures, predict
+from cifar import predict
 from cifar.app.engine import Engine
+from cifar.data import pictures
 from cifar.explain import runs
 
 

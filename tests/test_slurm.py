@@ -781,9 +781,9 @@ def test_starts_that_end_without_a_step_are_tried_again_later_and_later(
     patch = (
         "import os, time\nfrom pathlib import Path\nfrom cifar.data import cache\n"
         "real = cache.open_data\n"
-        "def open_data(data):\n"
+        "def open_data(*data, **how):\n"
         f"    if not Path({str(tmp_path / 'healed')!r}).exists(): raise RuntimeError('the disk is away')\n"
-        "    return real(data)\n"
+        "    return real(*data, **how)\n"
         "cache.open_data = open_data\n"
     )
     job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=1")

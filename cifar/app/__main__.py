@@ -54,7 +54,7 @@ def start(asked: argparse.Namespace) -> None:
     from cifar.app import content
     from cifar.app.engine import Engine
 
-    shown, engine = content.of_run(run, asked.data or run.recipe["data"]), Engine(run)
+    shown, engine = content.of_run(run, asked.data), Engine(run)
     if asked.export_space:
         from cifar.app import space
 

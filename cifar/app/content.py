@@ -55,17 +55,15 @@ class AppContent:
     facts: dict[str, str]  # how it was trained and how good it is: name and value of each line
 
 
-def of_run(run: Run, source: str) -> AppContent:
-    """Takes it from the run's last evaluation and the images that `source` (as --data) names.
+def of_run(run: Run, source: str | None) -> AppContent:
+    """Takes it from the run's last evaluation and the images that `source` (as --data) names, or else the run.
 
     Raises UserError where the images are missing, or are not those that the run evaluated.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from cifar.data.cache import open_data
-
-    data = runs.as_trained(open_data(source), run)
+    data = runs.images(run, source)
     try:
         epochs, history = runs.prediction_history(run, data)
         probabilities = load_file(run.directory / "predictions.safetensors")["probabilities"].astype(np.float32)
@@ -74,7 +72,8 @@ def of_run(run: Run, source: str) -> AppContent:
             f"{run.path / 'predictions.safetensors'} cannot be read ({error}); choose another --run"
         ) from None
     if not len(epochs):
-        raise UserError(f"{source} does not hold the test images that {run.path} evaluated; name them with --data")
+        named = source or run.recipe["data"]
+        raise UserError(f"{named} does not hold the test images that {run.path} evaluated; name them with --data")
     labels, predictions = np.array(data.test_labels), history[epochs.argmax()]
     # They are kept in float16, which has ties that the run did not have: the class that it predicted goes before.
     tied = np.flatnonzero(probabilities.argmax(axis=1) != predictions)

@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cifar import names, pictures
+from cifar import names
 from cifar.app import validation, views
 from cifar.app.content import AppContent
 from cifar.app.engine import Engine
 from cifar.app.gate import lies_in
 from cifar.app.views import Mistake
+from cifar.data import pictures
 from cifar.errors import UserError
 from cifar.explain import figures, mistakes
 from cifar.explain.findings import Int64, UInt8

@@ -12,11 +12,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from cifar import names, pictures
+from cifar import names
 from cifar.app import views
 from cifar.app.content import AppContent
 from cifar.app.engine import Engine
 from cifar.app.handlers import HINT, MOST, NO_MAP, PREDICTED, TRUE, Handlers, Response
+from cifar.data import pictures
 from cifar.errors import UserError
 from cifar.explain.maps import METHODS
 from cifar.explain.options import COUNT, ORDERS

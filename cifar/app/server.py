@@ -78,9 +78,9 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         import gradio as gr
         from starlette.middleware import Middleware
 
-        from cifar import pictures
         from cifar.app import page
         from cifar.app.gate import Gate, stay_on_this_machine
+        from cifar.data import pictures
 
         stay_on_this_machine(host)
         gate = Middleware(Gate, uploads=Path(uploads), largest=pictures.BYTES + (1 << 20), room=40 * pictures.BYTES)

@@ -66,7 +66,7 @@ class Plain:
             raise UserError(f"cifar/bench/plain.py does not know augmentation {recipe.augmentation!r}; write it there")
         self.recipe, self.path = recipe, folder.with_suffix(".pt")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        data = open_data(recipe.data)
+        data = open_data(recipe.data, fit=recipe.fit > 0)
         self.images = Images(data, "train", *TRANSFORMS[recipe.augmentation])
         self.test_images = Images(data, "test", [], [])
         torch.manual_seed(recipe.seed)

@@ -204,7 +204,7 @@ class Observer:
         from cifar import evaluation
         from cifar.data.cache import open_data
 
-        data = open_data(self.recipe.data)
+        data = open_data(self.recipe.data, fit=self.recipe.fit > 0)
         chosen = np.arange(amount) % len(data.test_labels)
         data = replace(data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
         images = torch.from_numpy(data.test_images).to(self.accelerator.device)

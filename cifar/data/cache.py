@@ -61,14 +61,16 @@ class Data:
         return names
 
 
-def open_data(data: str) -> Data:
+def open_data(data: str, *, fit: bool = False) -> Data:
     """Maps the images that `--data` names, decoding them first if this machine has not done so yet.
+
+    With `fit`, pictures of other sizes and kinds become 32x32 images (sources.find).
 
     A cache that is broken, or of an earlier version, is made anew, which is printed.
 
     Raises UserError for whatever is wrong with the source, or where the cache cannot be read or written.
     """
-    source = sources.find(data)
+    source = sources.find(data, fit=fit)
     path = directory() / f"{source.key[:32]}-v{FORMAT}"
     try:
         fault = _fault(path)
@@ -79,7 +81,7 @@ def open_data(data: str) -> Data:
         if fault:
             print(f"image cache {path}: {fault}; it is made anew", flush=True)
         try:
-            _make(path, source, data)
+            _make(path, source, data, fit)
         except OSError as error:
             mend = f"make room or change permissions there, or {OWN_FOLDER}"
             wrong = f"the image cache cannot be written ({error.strerror or error})"
@@ -175,7 +177,7 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _make(path: Path, source: Source, data: str) -> None:
+def _make(path: Path, source: Source, data: str, fit: bool) -> None:
     """Raises UserError for what is wrong with the source, OSError where the cache cannot be written."""
     _make_directory(path.parent)
     sources.remove_abandoned(path.parent, ".*")
@@ -183,7 +185,7 @@ def _make(path: Path, source: Source, data: str) -> None:
     temporary.mkdir()
     try:
         classes, splits = source.decode(temporary)
-        if sources.find(data).key != source.key:
+        if sources.find(data, fit=fit).key != source.key:
             raise UserError(f"--data {data} changed while it was being read; start again when it is complete")
         fingerprint = hashlib.sha256(json.dumps(classes).encode())
         for split, (images, labels, _) in splits.items():

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,12 +25,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cifar import cores, stop
-from cifar.data import image_files
+from cifar.data import image_files, pictures
 from cifar.data.image_files import SIZE
-from cifar.data.waiting import TURN_SECONDS, Progress, in_thread, settle, too_long
+from cifar.data.waiting import TURN_SECONDS, Progress, in_thread, too_long
 from cifar.errors import LostError, UserError
 
 PART = 256  # files that a process reads and decodes at a time
+FIT = 8  # images of the networks' size take about as long as a picture that has to be fitted
 PART_SECONDS = 300  # until it has; a busy network disk opens some 10 files a second
 WORTH_A_PROCESS = 1000  # files, which are decoded in about the time that a process needs to start
 FIRST, SLOW, AT_ONCE = 8, 0.002, 8  # files of a part read in turn; where they take so many s each, so many at once
@@ -99,18 +101,25 @@ class Part(NamedTuple):
     names: Sequence[str]
     array: Path
     start: int  # bytes
+    fit: bool  # pictures of any size and kind, instead of images that need nothing but to be read
+
+    @property
+    def work(self) -> int:
+        """As many images that need nothing but to be read would take as long, roughly."""
+        return len(self.names) * (FIT if self.fit else 1)
 
 
-def parts(where: str, reader: Reader, names: Sequence[str], array: Path) -> list[Part]:
+def parts(where: str, reader: Reader, names: Sequence[str], array: Path, *, fit: bool = False) -> list[Part]:
     """Makes the file of an array uint8 [n, 32, 32, 3]; says what goes where in it. Raises OSError."""
+    size = PART // FIT if fit else PART
     with array.open("xb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), SIZE, SIZE, 3)}
         np.lib.format.write_array_header_1_0(file, header)
         begin = file.tell()
     return [
-        Part(where, reader.only(some), some, array, begin + start * SIZE * SIZE * 3)
-        for start in range(0, len(names), PART)
-        for some in [names[start : start + PART]]
+        Part(where, reader.only(some), some, array, begin + start * SIZE * SIZE * 3, fit)
+        for start in range(0, len(names), size)
+        for some in [names[start : start + size]]
     ]
 
 
@@ -121,13 +130,20 @@ def decode_part(part: Part) -> None:
         with part.reader.opened() as read:
             contents = _contents(partial(_read_or_say, part.where, read), part.names)
             for image, name, content in zip(images, part.names, contents, strict=True):
-                image[:] = image_files.decode_image(content, f"{part.where}: {name}")
+                image[:] = (_fitted if part.fit else image_files.decode_image)(content, f"{part.where}: {name}")
     except OSError as error:
         wrong = f"cannot be read any more ({error.strerror}); start again when it is back"
         raise UserError(f"{part.where} {wrong}") from None
     with part.array.open("r+b") as file:
         file.seek(part.start)
         file.write(images.data)
+
+
+def _fitted(content: bytes, name: str) -> pictures.UInt8:
+    try:
+        return pictures.read(content)
+    except UserError as error:
+        raise UserError(f"{name} cannot be taken: {error}") from None
 
 
 def _read_or_say(where: str, read: Read, name: str) -> bytes:
@@ -141,7 +157,8 @@ def _read_or_say(where: str, read: Read, name: str) -> bytes:
 def _contents(read: Read, names: Sequence[str]) -> Iterator[bytes]:
     """The files' contents in order.
 
-    A network disk is slow, but not when it is asked for many files at once. On a local one threads cost time.
+    A network disk is slow, but not when it is asked for many files at once. On a local one threads cost time. No more
+    are read ahead, since each may be a photograph.
     """
     began = time.monotonic()
     yield from [read(name) for name in names[:FIRST]]
@@ -149,16 +166,12 @@ def _contents(read: Read, names: Sequence[str]) -> Iterator[bytes]:
     if time.monotonic() - began < FIRST * SLOW:
         yield from map(read, names)
         return
-    asked: list[tuple[str, Future[bytes]]] = [(name, Future()) for name in names]
-
-    def read_some(some: Sequence[tuple[str, Future[bytes]]]) -> None:
-        for name, future in some:
-            settle(future, partial(read, name))
-
-    for first in range(AT_ONCE):
-        in_thread(partial(read_some, asked[first::AT_ONCE]))
-    for _, future in asked:
-        yield future.result()
+    waiting, ahead = iter(names), deque[Future[bytes]]()
+    while True:
+        ahead.extend(in_thread(partial(read, name)) for name in islice(waiting, AT_ONCE - len(ahead)))
+        if not ahead:
+            return
+        yield ahead.popleft().result()
 
 
 # ---- by processes
@@ -167,7 +180,8 @@ def _contents(read: Read, names: Sequence[str]) -> Iterator[bytes]:
 def decode_all(everything: Sequence[Part]) -> None:
     """Decodes all parts. Raises UserError for the first file in order that is wrong, OSError for the writing."""
     count = sum(len(part.names) for part in everything)
-    with Progress("decoding the images", "images", count) as progress, _decoders(count) as decoders:
+    work = sum(part.work for part in everything)
+    with Progress("decoding the images", "images", count) as progress, _decoders(work) as decoders:
         _share(everything, decoders, progress)
 
 
@@ -203,16 +217,16 @@ def _share(everything: Sequence[Part], decoders: Sequence[Decoder], progress: Pr
             progress.done += len(done.part.names)
             begin(done.decoder)
         if any(time.monotonic() > late.deadline for late in running.values()):
-            raise too_long(f"reading {PART} files of {everything[0].where}", PART_SECONDS)
+            raise too_long(f"reading {len(everything[0].names)} files of {everything[0].where}", PART_SECONDS)
     if failed:
         raise min(failed, key=lambda failure: failure[0])[1]
 
 
 @contextmanager
-def _decoders(count: int) -> Iterator[list[Decoder]]:
+def _decoders(work: int) -> Iterator[list[Decoder]]:
     """What decodes parts at the same time: processes, or, where they are not worth it or cannot start, this one."""
     processes: list[_Process] = []
-    wanted = min(cores.of_job(), count // WORTH_A_PROCESS)
+    wanted = min(cores.of_job(), work // WORTH_A_PROCESS)
     try:
         with suppress(OSError):  # a limit on processes, open files or memory: fewer will do
             processes.extend(_Process() for _ in range(wanted if wanted > 1 else 0))

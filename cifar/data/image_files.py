@@ -13,7 +13,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,11 @@ from cifar.errors import UserError
 SIZE = 32  # pixels: the networks' pooling is made for it
 UNIX = (3, 19)  # systems, as a zip numbers them, whose names are UTF-8: Linux and others, macOS
 LARGEST_FILE = 1 << 20  # bytes; a 32x32 image as PNG or JPEG has 1 to 4 kB
+HELD = 1 << 14  # bytes of a picture of any size that are kept in memory until it is decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that starts another program, as EPS does
 MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")  # that become RGB without loss, where nothing is transparent
 REMOVE = "mend or remove it"
-GIVE = f"give opaque 8-bit RGB or grey images of {SIZE}x{SIZE} pixels"
+GIVE = f"give opaque 8-bit RGB or grey images of {SIZE}x{SIZE} pixels, or train.py --fit {SIZE}, which makes them so"
 
 # Names that would not fit in one line of a message or table, or not in UTF-8: Python decodes other bytes to surrogates.
 UNFIT_NAME = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -204,8 +205,15 @@ def _relative(listing: Listing, name: str) -> str | None:
     return "/".join(parts)
 
 
-def read_tar(path: Path, large: Collection[str] = ()) -> tuple[Listing, dict[str, bytes]]:
-    """What a tar archive holds, and its files' contents: of those up to LARGEST_FILE, or whose base name is in `large`.
+def read_tar(
+    path: Path,
+    large: Collection[str] = (),
+    largest: int = LARGEST_FILE,
+    shrink: Callable[[bytes], bytes] = lambda content: content,
+) -> tuple[Listing, dict[str, bytes]]:
+    """What a tar archive holds, and its files' contents: of those up to `largest`, or whose base name is in `large`.
+
+    The former go through `shrink` where they have more than HELD bytes; it raises UserError for one that is wrong.
 
     In one go, since to go back in a compressed archive is to begin anew. Raises UserError where it is damaged.
     """
@@ -224,14 +232,23 @@ def read_tar(path: Path, large: Collection[str] = ()) -> tuple[Listing, dict[str
                     listing.wrong[name] = (
                         "is no file but a link or device; pack with tar --dereference --hard-dereference"
                     )
-                elif member.size <= LARGEST_FILE or name.rpartition("/")[2] in large:
-                    content = archive.extractfile(member)
-                    contents[name] = content.read() if content else b""
+                elif name.rpartition("/")[2] in large or member.size <= HELD:
+                    contents[name] = _content(archive, member)
+                elif member.size <= largest:
+                    try:
+                        contents[name] = shrink(_content(archive, member))
+                    except UserError as error:
+                        listing.wrong[name] = f"cannot be taken: {error}"
                 listing.sizes[name] = member.size
             _require_end(archive)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}); copy or make it again") from None
     return listing, contents
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return file.read() if file else b""
 
 
 def _require_end(archive: tarfile.TarFile) -> None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cifar.data import decoding
+from cifar.data import decoding, pictures
 from cifar.data.decoding import Reader
-from cifar.data.image_files import LARGEST_FILE, SIZE, UNFIT_NAME, Listing
+from cifar.data.image_files import GIVE, LARGEST_FILE, UNFIT_NAME, Listing
 from cifar.errors import UserError
 
 SPLITS = ("train", "test")
@@ -42,14 +42,14 @@ def images_file(folder: Path, split: str) -> Path:
     return folder / f"{split}_images.npy"
 
 
-def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[str, Split]]:
+def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> tuple[list[str], dict[str, Split]]:
     """Classes in alphabetical order, and the images of both splits in that of their paths, written to a folder.
 
     Hidden files and folders, files that are no images by their names, and what lies beside train/ and test/, are passed
     over, which is printed.
 
-    Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss; OSError
-    where the folder cannot be written.
+    Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss, or, with
+    `fit`, is no picture at all; OSError where the folder cannot be written.
     """
     where, files = listing.where, [name for name in listing.sizes if not NO_IMAGE.fullmatch(name.rpartition("/")[2])]
     if not files:
@@ -65,7 +65,7 @@ def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[
         if not found:
             raise UserError(f"{where} has no images under {root}{folders[split]}/; {LAYOUT}")
         for name in found:
-            _check(listing, root, name)
+            _check(listing, root, name, fit)
     classes = {split: {_class_of(name) for name in found} for split, found in by_split.items()}
     if classes["train"] != classes["test"]:
         odd = min(classes["train"] ^ classes["test"])
@@ -82,7 +82,7 @@ def decode(listing: Listing, reader: Reader, to: Path) -> tuple[list[str], dict[
         [
             part
             for split, found in by_split.items()
-            for part in decoding.parts(where, reader, found, images_file(to, split))
+            for part in decoding.parts(where, reader, found, images_file(to, split), fit=fit)
         ]
     )
     number = {name: index for index, name in enumerate(names)}
@@ -118,7 +118,7 @@ def _class_of(name: str) -> str:
     return unicodedata.normalize("NFC", name.split("/")[-2])
 
 
-def _check(listing: Listing, root: str, name: str) -> None:
+def _check(listing: Listing, root: str, name: str, fit: bool) -> None:
     """Raises UserError for a file that does not lie in a class's folder, or is known to be no image."""
     if UNFIT_NAME.search(name):
         wrong = "has a line break, a control character or bytes that are not UTF-8 in its name; rename it"
@@ -127,8 +127,9 @@ def _check(listing: Listing, root: str, name: str) -> None:
         raise UserError(f"{listing.where}: {name} does not lie in a class's folder; {LAYOUT}")
     if name in listing.wrong:
         raise UserError(f"{listing.where}: {name} {listing.wrong[name]}")
-    if listing.sizes[name] > LARGEST_FILE:
-        raise UserError(f"{listing.where}: {name} has {listing.sizes[name]} bytes; give {SIZE}x{SIZE} images")
+    most, fix = (pictures.BYTES, "make it smaller") if fit else (LARGEST_FILE, GIVE)
+    if listing.sizes[name] > most:
+        raise UserError(f"{listing.where}: {name} has {listing.sizes[name]} bytes; {fix}")
 
 
 def _say_what_is_passed_over(listing: Listing, splits: Sequence[str], taken: list[str]) -> None:

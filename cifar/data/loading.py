@@ -101,9 +101,9 @@ def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, T
     """The images, which one process of each machine decodes; the others then map what it wrote. Raises UserError."""
     with raise_on_all_ranks(accelerator):
         if accelerator.is_local_main_process:
-            open_data(recipe.data)
+            open_data(recipe.data, fit=recipe.fit > 0)
     with raise_on_all_ranks(accelerator):
-        data = open_data(recipe.data)
+        data = open_data(recipe.data, fit=recipe.fit > 0)
         images = training_images(recipe, data, accelerator.device)
     # What may take many minutes is done, and a hang is to be noticed soon; but a first step may have to compile.
     if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:

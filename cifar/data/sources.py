@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 
 from cifar import files
-from cifar.data import image_files, layout, official
+from cifar.data import image_files, layout, official, pictures
 from cifar.data.decoding import InFolder, InMemory, InZip
 from cifar.data.image_files import Listing
 from cifar.data.layout import Split
@@ -35,6 +35,7 @@ from cifar.data.waiting import Progress, in_thread, wait_for
 from cifar.errors import UserError
 
 SIZE = image_files.SIZE
+FITTED = b"fitted 1"  # another where pictures become other images
 BLOCK = 1 << 18  # bytes that are read at a time
 DOWNLOAD_SECONDS, SILENT_SECONDS = 3600, 60  # for all of it, and without a byte
 ABANDONED_SECONDS = 24 * 3600  # after which nobody can still be writing a temporary file
@@ -50,8 +51,10 @@ class Source(NamedTuple):
     decode: Callable[[Path], tuple[list[str], dict[str, Split]]]
 
 
-def find(data: str, download_to: Path = Path("data")) -> Source:
+def find(data: str, download_to: Path = Path("data"), *, fit: bool = False) -> Source:
     """The source that `--data` names; downloads an official archive into `data/` if it is asked for and not there.
+
+    With `fit`, pictures of any size and kind in folders and archives become 32x32 images, as in the app.
 
     Raises UserError for a path that is missing or is no source of images.
     """
@@ -66,9 +69,9 @@ def find(data: str, download_to: Path = Path("data")) -> Source:
         path = Path(data)
     try:
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, fit)
         if path.is_file():
-            return _archive(path)
+            return _archive(path, fit)
         exists = path.exists()
     except PermissionError as error:
         raise UserError(f"{error.filename or path} may not be read; change its permissions") from None
@@ -80,24 +83,25 @@ def find(data: str, download_to: Path = Path("data")) -> Source:
     )
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Path, fit: bool) -> Source:
     if found := official.in_folder(path):
         which, path = found
         read = official.folder_reader(path)
-        return Source(_key(image_files.list_folder(path)), lambda _: official.decode(which, read))
+        return Source(_key(image_files.list_folder(path), b""), lambda _: official.decode(which, read))
     listing = image_files.list_folder(path)
-    return Source(_key(listing), lambda folder: layout.decode(listing, InFolder(path), folder))
+    key = _key(listing, FITTED if fit else b"")
+    return Source(key, lambda folder: layout.decode(listing, InFolder(path), folder, fit=fit))
 
 
-def _key(listing: Listing) -> str:
+def _key(listing: Listing, more: bytes) -> str:
     """Names, sizes and modification times: reading 50,000 files at every start would cost seconds to minutes."""
     sizes, modified = listing.sizes, listing.modified
     words = "".join([f"{name}\0{sizes[name]}\0{modified[name]}\n" for name in layout.sorted_names(sizes)])
-    return hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(words.encode(errors="surrogateescape") + more).hexdigest()
 
 
-def _archive(path: Path) -> Source:
-    digest = hashlib.sha256()
+def _archive(path: Path, fit: bool) -> Source:
+    digest = hashlib.sha256(FITTED if fit else b"")
     with path.open("rb") as file:
         start = file.read(4)
         digest.update(start)
@@ -105,9 +109,9 @@ def _archive(path: Path) -> Source:
             digest.update(block)
     key = digest.hexdigest()
     if zipfile.is_zipfile(path):
-        return Source(key, partial(_decode_zip, path))
+        return Source(key, partial(_decode_zip, path, fit=fit))
     if _is_tar(path):
-        return Source(key, partial(_decode_tar, path))
+        return Source(key, partial(_decode_tar, path, fit=fit))
     if start == b"PK\3\4":
         raise UserError(f"{path} is a zip that was cut short; copy or make it again")
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX")):  # gzip, bzip2, xz
@@ -217,14 +221,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _decode_zip(path: Path, folder: Path) -> tuple[list[str], dict[str, Split]]:
+def _decode_zip(path: Path, folder: Path, *, fit: bool) -> tuple[list[str], dict[str, Split]]:
     listing, entries = image_files.list_zip(path)
-    return layout.decode(listing, InZip(path, entries), folder)
+    return layout.decode(listing, InZip(path, entries), folder, fit=fit)
 
 
-def _decode_tar(path: Path, folder: Path) -> tuple[list[str], dict[str, Split]]:
+def _decode_tar(path: Path, folder: Path, *, fit: bool) -> tuple[list[str], dict[str, Split]]:
     large = {name for each in OFFICIAL.values() for name in each.names}
-    listing, contents = image_files.read_tar(path, large)
+    fitting: dict[str, Any] = {"largest": pictures.BYTES, "shrink": pictures.as_png} if fit else {}
+    listing, contents = image_files.read_tar(path, large, **fitting)
     if which := official.in_archive(contents):
         return official.decode(which, official.archive_reader(which, path, contents))
-    return layout.decode(listing, InMemory(contents), folder)
+    return layout.decode(listing, InMemory(contents), folder, fit=fit)

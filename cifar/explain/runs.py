@@ -179,6 +179,16 @@ def logits(run: Run, network: "nn.Module", pixels: UInt8) -> "torch.Tensor":
     return said
 
 
+def images(run: Run, data: str | None) -> "Data":
+    """The images that the run was trained on, or those that `data` (as --data) names, as it would have taken them.
+
+    Raises UserError for whatever is wrong with them.
+    """
+    from cifar.data.cache import open_data
+
+    return as_trained(open_data(data or run.recipe["data"], fit=run.recipe.get("fit", 0) > 0), run)
+
+
 def as_trained(data: "Data", run: Run) -> "Data":
     """The images with the normalisation that the network was trained with. Raises UserError for other classes."""
     if data.classes != run.classes:

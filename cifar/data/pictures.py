@@ -32,6 +32,7 @@ def read(file: Path | bytes) -> UInt8:
 
     Of an animation the first frame; upright, as its EXIF orientation says; what is transparent lies on white. Each
     pixel is the mean of what falls into it: a 32x32 picture, or one enlarged by a whole number, stays as it is.
+    Smaller ones are enlarged smoothly.
     """
     try:
         check_size(len(file) if isinstance(file, bytes) else file.stat().st_size)
@@ -55,6 +56,13 @@ def read(file: Path | bytes) -> UInt8:
         ) from None
 
 
+def as_png(content: bytes) -> bytes:
+    """A file's content, as a PNG that `read` makes the same picture of. Raises UserError as it does."""
+    file = io.BytesIO()
+    Image.fromarray(read(content)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def check_size(size: int) -> None:
     """Raises UserError for a file of more than BYTES."""
     _check(size <= BYTES, f"the file is larger than {BYTES >> 20} MB; make it smaller")
@@ -69,7 +77,8 @@ def _small(image: Image.Image) -> UInt8:
         pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
     side = min(pixels.size)
     left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
-    square = pixels.resize((SIZE, SIZE), Image.Resampling.BOX, (left, top, left + side, top + side))
+    how = Image.Resampling.BOX if side >= SIZE else Image.Resampling.BICUBIC
+    square = pixels.resize((SIZE, SIZE), how, (left, top, left + side, top + side))
     if square.mode == "RGBA":
         square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
     return np.array(upright(image, square).convert("RGB"))
