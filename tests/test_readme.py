@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
 BENCH = (ROOT / "cifar/bench/README.md").read_text()
-OTHERS = [(ROOT / folder / "README.md").read_text() for folder in ("cifar/explain", "cifar/app")]
+OTHERS = [(ROOT / folder / "README.md").read_text() for folder in ("cifar/data", "cifar/explain", "cifar/app")]
 BLOCKS = re.findall(r"```sh\n(.*?)```", "\n".join((README, *OTHERS, BENCH)), re.DOTALL)
 # Each once, without the words behind it; test_slurm.py has the commands of slurm/README.md.
 COMMANDS = list(dict.fromkeys(line.partition("  #")[0].rstrip() for block in BLOCKS for line in block.splitlines()))
