@@ -657,6 +657,28 @@ def test_nothing_overflows_and_all_text_can_be_read(opened: Open, width: int, sc
         page.emulate_media(media="screen")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_rows_and_columns_of_many_classes_are_named_wherever_one_has_scrolled_to(
+    opened: Open, width: int, scheme: str
+) -> None:
+    page = opened(findings(200, [f"class {n:02}" for n in range(100)]), width=width, color_scheme=scheme).page
+    assert page.locator("#matrix tbody tr").count() == report.MATRIX_CLASSES
+    matrix, cell = page.locator("#matrix"), page.locator("#matrix tbody tr:nth-child(20) > :nth-child(25) button").first
+    matrix.evaluate("matrix => matrix.scrollTo(matrix.scrollWidth, matrix.scrollHeight)")
+    matrix.scroll_into_view_if_needed()
+    shown = """header => {
+        const {x, y, width, height} = header.getBoundingClientRect();
+        return document.elementFromPoint(x + width / 2, y + height / 2) === header;
+    }"""
+    assert page.locator("#matrix tbody tr:nth-child(20) th button").evaluate(shown)
+    assert page.locator("#matrix thead th:nth-child(25) button").evaluate(shown)
+    assert not page.locator("#matrix thead th:nth-child(2) button").evaluate(shown)
+    matrix.evaluate("matrix => matrix.scrollTo(200, 0)")  # so that a cell that is reached by keyboard is not below them
+    cell.focus()
+    assert cell.evaluate(shown)
+
+
 def test_print_shows_pictures_without_controls_and_an_open_mistake_alone(opened: Open) -> None:
     found = findings(12)
     here = opened(found)
