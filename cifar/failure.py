@@ -375,7 +375,10 @@ def disable_watchdog() -> None:
 
 @contextmanager
 def command_line(program: str) -> Iterator[None]:
-    """Around a program of several ranks: a user's mistake ends it in one line, which rank 0 says, and exit status 2."""
+    """Around a program of several ranks: a user's mistake ends it in one line, which rank 0 says, and exit status 2.
+
+    Ctrl-C, where it is not caught, ends it with 130, as in a shell.
+    """
     outlive_readers()
     try:
         yield
@@ -383,6 +386,8 @@ def command_line(program: str) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: {error.prefix}{error}", file=sys.stderr)
         leave(error.status)
+    except KeyboardInterrupt:
+        leave(130)
     leave(0)
 
 
