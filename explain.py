@@ -2,6 +2,7 @@
 
     accelerate launch explain.py --run runs/resnet
     accelerate launch explain.py --run runs/resnet --order uncertain --true cat --check
+    accelerate launch explain.py --run runs/resnet --corruptions
     python explain.py --help
 
 All processes predict, then the first one goes on alone. Everything is written to explain/ in the run.
@@ -24,7 +25,7 @@ def explain(run: Run, asked: Options) -> None:
     import torch
 
     from cifar import evaluation, launch
-    from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, report
+    from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, report, robustness
     from cifar.explain.findings import Findings
     from cifar.figures import below, png
     from cifar.lettering import Labels
@@ -54,6 +55,13 @@ def explain(run: Run, asked: Options) -> None:
     wrong = mistakes.find(probabilities, labels)
     chosen = mistakes.choose(wrong, ranking[:, 0], labels, data.classes, asked)
     companions, companion_of = mistakes.companions(wrong, probabilities, labels)
+
+    # The same predictions of damaged images, if asked for, by the networks of the runs compared, too.
+    damaged = None
+    if asked.corruptions:
+        first = robustness.Competitor(str(run.path), network, data)
+        others = robustness.load(accelerator, asked.compare, data)
+        damaged = robustness.measure(accelerator, [first, *others], asked.seed)
     launch.end(accelerator)
     if not accelerator.is_main_process:
         return
@@ -80,6 +88,7 @@ def explain(run: Run, asked: Options) -> None:
         layer=layer,
         neighbours=neighbours.find(network, data, wrong, predictions) if asked.neighbours else None,
         wrong_in=wrong_in,
+        robustness=damaged,
         checks=checks.measure(network, data, wrong, predictions, *how, asked.seed) if asked.check else {},
     )
 
@@ -91,6 +100,7 @@ def explain(run: Run, asked: Options) -> None:
         "cam": below(title, strips),
         "confusion": figures.confusion(findings),
         "calibration": figures.reliability(findings),
+        **({"corruptions": figures.corruptions(damaged)} if damaged else {}),
     }
     result = {
         "images": len(labels),
@@ -99,6 +109,7 @@ def explain(run: Run, asked: Options) -> None:
         "method": findings.method,
         "layer": findings.layer,
         **({"checks": findings.checks} if asked.check else {}),
+        **(damaged.results() if damaged else {}),
     }
 
     def contents() -> Iterator[tuple[str, bytes]]:
@@ -117,6 +128,7 @@ def explain(run: Run, asked: Options) -> None:
     compared = f" (the run's own: {own})" if own else ""
     print(
         f"{len(labels):,} test images, {len(wrong):,} mistakes, accuracy {findings.accuracy:.2%}{compared}",
+        *([damaged.line()] if damaged else []),
         *filter(None, [Labels(data.classes).advice()]),
         f"see {folder / 'report.html'}",
         sep="\n",

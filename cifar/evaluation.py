@@ -75,6 +75,11 @@ def evaluate(
     return Evaluation(np.exp(log_probabilities), loss, accuracy, accuracy_of_views)
 
 
+def share(accelerator: Accelerator, count: int) -> npt.NDArray[np.int64]:
+    """Which of so many images this rank evaluates."""
+    return np.arange(accelerator.process_index, count, accelerator.num_processes)
+
+
 def _predict(
     accelerator: Accelerator,
     network: nn.Module,
@@ -90,10 +95,9 @@ def _predict(
     """
     for buffer in network.buffers():
         broadcast(buffer)
-    count, world_size = len(chosen), accelerator.num_processes
+    count, own = len(chosen), share(accelerator, len(chosen))
     # Filled up with -1 to the same number of images on all ranks.
-    mine = np.full(-(-count // world_size), -1)
-    own = np.arange(accelerator.process_index, count, world_size)
+    mine = np.full(-(-count // accelerator.num_processes), -1)
     mine[: len(own)] = own
     index = torch.from_numpy(chosen[own]).to(images.device)
     rows = torch.zeros(len(mine), len(data.classes), device=accelerator.device)

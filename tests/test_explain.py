@@ -707,5 +707,6 @@ def test_neighbours_are_nearest_first_and_copies_are_found(tmp_path: Path) -> No
 def test_without_flags_the_ten_most_confident_mistakes_of_the_first_run_are_explained() -> None:
     assert parse_command_line([]) == Options(
         run=Path("runs/resnet"), data=None, output=None, count=None, order="confident", seed=0, true=None,
-        predicted=None, method="gradcam", layer=None, opacity=0.5, check=False, neighbours=False, compare=[],
+        predicted=None, method="gradcam", layer=None, opacity=0.5, check=False, neighbours=False, corruptions=False,
+        compare=[],
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The page in a real browser: what it counts, draws, keeps and lets through, opened from file:// without a network."""
 
+import base64
 import csv
 import io
 import re
@@ -13,9 +14,12 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from helpers.contrast import LEAST_CONTRAST
+from PIL import Image
 
+from cifar import names
 from cifar.explain import report
-from cifar.explain.findings import ExplainedImages, Findings, Neighbours
+from cifar.explain.corruptions import KINDS
+from cifar.explain.findings import ExplainedImages, Findings, Flip, Neighbours, Robustness
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route
@@ -114,6 +118,29 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
     for name, value in (("flip_rate", 0.25), ("deletion_area", 0.5), ("flip_rate_shuffled", float("nan"))):
         checks |= {f"mistakes_{name}": value, f"mistakes_{name}_sd": value / 2}
     return replace(found, neighbours=neighbours, wrong_in=runs, checks=checks)
+
+
+def damaged(found: Findings, runs: int = 1, flips: int = 2, seed: int = 7) -> Findings:
+    """The same with what --corruptions adds, of so many runs, and so many pictures that flip for each kind."""
+    random = np.random.default_rng(seed)
+    right = np.flatnonzero(found.predictions == found.labels)
+    accuracy = np.sort(random.random((runs, len(KINDS), 5)), axis=2)[..., ::-1]
+    shown = [
+        Flip(
+            kind=kind,
+            severity=1 + number,
+            image=int(right[number]),
+            picture=random.integers(0, 256, (32, 32, 3)).astype(np.uint8),
+            clean=random.integers(0, 256, (32, 32, 3)).astype(np.uint8),
+            predicted=int(found.labels[right[number]] + 1) % len(found.classes),
+            confidence=0.75,
+        )
+        for kind in KINDS
+        for number in range(flips)
+    ]
+    paths = ["runs/<b>own</b>", *(f"runs/other{number}" for number in range(1, runs))]
+    clean = accuracy.max(axis=(1, 2))
+    return replace(found, robustness=Robustness(3, list(KINDS), paths, clean, accuracy, shown))
 
 
 class Opened:
@@ -501,6 +528,99 @@ def test_what_was_not_asked_for_is_not_on_the_page(opened: Open) -> None:
     assert page.locator("#neighbours").is_hidden()
     assert page.locator("#runs").count() == page.locator("#learned").count() == page.locator("#checks").count() == 0
     assert "kept no predictions" in page.locator("#history-line").inner_text()
+
+
+# ---- damaged images -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_section_on_damage_shows_every_kinds_figures(opened: Open, runs: int) -> None:
+    found = damaged(findings(12), runs)
+    robust = found.robustness
+    assert robust is not None
+    here = opened(found)
+    section = here.page.locator("#corruptions")
+    summary = section.locator("summary").inner_text()
+    assert f"{100 * robust.accuracy[0].mean():.1f} % right under 15 kinds of damage" in summary
+    assert robust.kinds[robust.accuracy[0].mean(axis=1).argmin()].replace("_", " ") in summary
+    section.locator("summary").click()
+    text = section.inner_text()
+    assert "made here, with seed 3; they are not the published CIFAR-10-C files" in text
+    numbers = "rows => rows.map(row => [...row.querySelectorAll('td')].map(cell => Number(cell.textContent)))"
+    table = np.array(section.locator("tbody tr").evaluate_all(numbers)).reshape(len(KINDS), runs, 6)
+    expected = 100 * np.concatenate([robust.accuracy, robust.accuracy.mean(axis=2, keepdims=True)], axis=2)
+    np.testing.assert_allclose(table, expected.swapaxes(0, 1), atol=0.0501)
+    headings = section.locator("tbody th[rowspan]").all_inner_texts()
+    assert headings == [kind.replace("_", " ") for kind in KINDS]
+    if runs == 2:
+        assert section.locator("tbody th[scope=row]").all_inner_texts() == robust.runs * len(KINDS)
+        for name, clean in zip(robust.runs, robust.clean, strict=True):
+            assert f"{name}: " in section.locator(".damage-runs").inner_text()
+            assert f"(without damage: {100 * clean:.1f} %)" in section.locator(".damage-runs").inner_text()
+    # The curves are the same numbers: severity 0 is the accuracy without damage.
+    charts = section.locator(".damage-curves figure")
+    assert charts.locator("figcaption").all_inner_texts() == headings
+    for number in range(len(KINDS)):
+        lines = (
+            charts.nth(number).locator("polyline").evaluate_all("all => all.map(line => line.getAttribute('points'))")
+        )
+        heights = np.array([[float(pair.split(",")[1]) for pair in line.split()] for line in lines])
+        curves = np.concatenate([robust.clean[:, None], robust.accuracy[:, number]], axis=1)
+        np.testing.assert_allclose((74 - heights) / 68, curves, atol=1e-3)
+
+
+def test_pictures_that_flip_stand_beside_themselves_without_damage(opened: Open) -> None:
+    found = damaged(findings(12, HOSTILE))
+    assert found.robustness is not None
+    here = opened(found)
+    section = here.page.locator("#corruptions")
+    section.locator("summary").click()
+    figures = section.locator(".flips figure")
+    assert figures.count() == len(found.robustness.flips) == 30
+    content = here.page.evaluate("page.flips.sprite")
+    sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
+    shown = names.on_pages(HOSTILE)
+    for flip, figure in zip(found.robustness.flips, figures.all(), strict=True):
+        caption = figure.inner_text()
+        assert f"{flip.kind.replace('_', ' ')}, severity {flip.severity}: " in caption
+        assert f"true {shown[found.labels[flip.image]]}, predicted {shown[flip.predicted]} 75.0 %" in caption
+        assert f"image {flip.image}" in caption
+        places = figure.locator(".cut").evaluate_all("all => all.map(cut => getComputedStyle(cut).backgroundPosition)")
+        for place, picture in zip(places, (flip.clean, flip.picture), strict=True):
+            x, y = (round(-float(pixels) / 2) for pixels in re.findall(r"-?[\d.]+", place))  # enlarged twice
+            np.testing.assert_array_equal(sprite[y : y + 32, x : x + 32], picture)
+
+
+def test_a_network_that_no_damage_turns_has_a_section_that_says_so(opened: Open) -> None:
+    here = opened(damaged(findings(0), flips=0))
+    here.page.locator("#corruptions summary").click()
+    assert "No picture that is right without damage was ever wrong." in here.page.locator("#corruptions").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_section_on_damage_fits_and_can_be_read(opened: Open, width: int, scheme: str) -> None:
+    long = [*CLASSES[:3], "an_uncommonly_long_class_name_without_a_single_space_in_it"]
+    here = opened(damaged(findings(12, long), runs=3), width=width, color_scheme=scheme)
+    here.page.locator("#corruptions summary").click()
+    for media in ("screen", "print"):
+        here.page.emulate_media(media=media)
+        scrolled, inner = here.page.evaluate(WIDTHS)
+        assert scrolled <= inner
+        ratio, element = here.page.evaluate(LEAST_CONTRAST, ["#corruptions *", "svg, svg *"])
+        assert ratio >= 4.5, element
+
+
+def test_the_section_is_there_without_javascript_and_only_if_asked_for(browser: "Browser", tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(report.render(damaged(findings(5))), encoding="utf-8")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    page.locator("#corruptions summary").click()
+    assert page.locator("#corruptions tbody tr:visible").count() == len(KINDS)
+    context.close()
+    assert "corruptions" not in report.render(findings(5)).lower()
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------

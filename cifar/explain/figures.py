@@ -9,7 +9,7 @@ from PIL import Image
 
 from cifar import figures, lettering, plotting
 from cifar.explain import calibration
-from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, UInt8
+from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, Robustness, UInt8
 from cifar.explain.options import Options
 from cifar.figures import below, beside, enlarged, panel
 from cifar.lettering import LINE, Labels, Line
@@ -188,3 +188,37 @@ def reliability(findings: Findings) -> UInt8:
         axes.legend(frameon=False, loc="upper left")
         axes.grid(alpha=0.3)
         return plotting.pixels(figure)
+
+
+def corruptions(found: Robustness) -> UInt8:
+    """For each kind of damage the accuracy over its severity, of each run; severity 0 is no damage."""
+    severities = np.arange(found.accuracy.shape[2] + 1)
+    rows = -(-len(found.kinds) // ACROSS)
+    with plotting.own_style():
+        figure = plotting.Figure(figsize=(2.7 * ACROSS, 2.2 * rows + 0.4), dpi=plotting.DPI, layout="constrained")
+        grid = figure.subplots(rows, ACROSS, sharex=True, sharey=True, squeeze=False)
+        for axes, kind, of_runs in zip(grid.flat, found.kinds, found.accuracy.swapaxes(0, 1), strict=False):
+            for number, (clean, accuracy) in enumerate(zip(found.clean, of_runs, strict=True)):
+                colour, _, style = _curve(number)
+                axes.plot(severities, [clean, *accuracy], style, color=f"tab:{colour}", marker="o", markersize=3)
+            axes.set(ylim=(-0.03, 1.03), xticks=severities)
+            axes.set_title(kind.replace("_", " "), fontsize=10)
+            axes.grid(alpha=0.3)
+        for axes in grid.flat[len(found.kinds) :]:
+            axes.set_axis_off()
+        figure.supxlabel("severity (0: no damage)", fontsize=10)
+        figure.supylabel("accuracy", fontsize=10)
+        plot = plotting.pixels(figure)
+    legend = []
+    for number, (name, table) in enumerate(zip(Labels(found.runs).fitted(700), found.accuracy, strict=True)):
+        colour, stroke, _ = _curve(number)
+        legend.append(lettering.of(f"{colour}, {stroke}: ", name, f", mean under damage {table.mean():.2%}"))
+    title = f"Accuracy on damaged test images, made here with seed {found.seed}; not the published CIFAR-10-C files"
+    return below(lettering.of(title), [panel(plot, legend)])
+
+
+def _curve(number: int) -> tuple[str, str, str]:
+    """A run's colour and its stroke, in words and as matplotlib calls it."""
+    colours = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
+    strokes = (("solid", "-"), ("dashed", "--"), ("dash-dotted", "-."), ("dotted", ":"))
+    return colours[number % len(colours)], *strokes[number % len(strokes)]

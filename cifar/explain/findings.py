@@ -4,6 +4,7 @@ Shapes: n test images, m mistakes (most confident first), k companions, E epochs
 """
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,54 @@ class Neighbours:
     accuracy_without_duplicates: float
 
 
+FLIPS = 6  # pictures of each kind of damage that flip first
+
+
+class Flip(NamedTuple):
+    """A test image that is classified correctly until it is damaged."""
+
+    kind: str
+    severity: int  # the least at which the class changes
+    image: int  # position in the test set
+    picture: UInt8  # [32, 32, 3] damaged
+    clean: UInt8  # [32, 32, 3]
+    predicted: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Accuracy on damaged test images. Shapes: R runs, the one that is explained first; K kinds; S severities."""
+
+    seed: int
+    kinds: list[str]
+    runs: list[str]  # their paths
+    clean: npt.NDArray[np.float64]  # [R] without damage
+    accuracy: npt.NDArray[np.float64]  # [R, K, S]
+    flips: list[Flip]  # of the first run, some for each kind: the least severity first, then the most confident
+
+    def results(self) -> dict[str, Any]:
+        """What result.json says of it."""
+        own, *others = [
+            {**dict(zip(self.kinds, table.tolist(), strict=True)), "mean": float(table.mean())}
+            for table in self.accuracy
+        ]
+        compared = {
+            run: {"accuracy": float(clean), "corruptions": table}
+            for run, clean, table in zip(self.runs[1:], self.clean[1:], others, strict=True)
+        }
+        return {"corruptions": own, **({"corruptions_compared": compared} if compared else {})}
+
+    def line(self) -> str:
+        """The whole in one line."""
+        of_kinds = self.accuracy[0].mean(axis=1)
+        worst = of_kinds.argmin()
+        return (
+            f"under {len(self.kinds)} kinds of damage at {self.accuracy.shape[2]} severities: accuracy "
+            f"{of_kinds.mean():.2%}, the worst kind {self.kinds[worst]} with {of_kinds[worst]:.2%}"
+        )
+
+
 @dataclass(frozen=True)
 class Findings:
     """Everything that gallery, figures, csv and report show."""
@@ -60,6 +109,7 @@ class Findings:
     layer: str  # e.g. layer2
     neighbours: Neighbours | None = None  # with --neighbours
     wrong_in: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)  # with --compare: run -> [n] wrong there
+    robustness: Robustness | None = None  # with --corruptions
     checks: dict[str, float | int] = field(default_factory=dict)  # with --check: figure -> value
 
     @property

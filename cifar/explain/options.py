@@ -31,6 +31,7 @@ class Options:
     opacity: float
     check: bool
     neighbours: bool
+    corruptions: bool
     compare: list[Path]
 
 
@@ -56,7 +57,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add("--output", type=Path, metavar="DIR", help="where pictures and report go (explain/ in the run)")
     add("--count", type=int, metavar="N", help=f"mistakes in the pictures ({COUNT}); the report has all of them")
     add("--order", default="confident", metavar="|".join(ORDERS), help="which mistakes come first (confident)")
-    add("--seed", type=int, default=0, metavar="N", help="of --order random and of --check (0)")
+    add("--seed", type=int, default=0, metavar="N", help="of --order random, --check and --corruptions (0)")
     add("--true", metavar="CLASS", help="only mistakes on images of this class")
     add("--predicted", metavar="CLASS", help="only mistakes that were taken for this class")
     add("--method", default="gradcam", metavar="NAME", help=f"of the maps: {', '.join(METHODS)} (gradcam)")
@@ -68,8 +69,15 @@ def parse_command_line(argv: Sequence[str]) -> Options:
         action="store_true",
         help="the nearest training images of each mistake, and test images with a near-duplicate in the training set",
     )
+    add(
+        "--corruptions",
+        action="store_true",
+        help="accuracy under the 15 kinds of damage of CIFAR-10-C at 5 severities, made here and not the published "
+        "files: evaluates the test images 75 times, which takes minutes on a CPU",
+    )
     add("--compare", type=Path, nargs="+", default=[], metavar="RUN",
-        help="other runs on the same images: in which of them is an image wrong too?")  # fmt: skip
+        help="other runs on the same images: in which of them is an image wrong too? With --corruptions, side by side",
+    )  # fmt: skip
     options = Options(**vars(parser.parse_args(argv)))
     if options.count is not None and options.count < 1:
         raise UserError(f"--count {options.count} shows nothing; give at least 1")

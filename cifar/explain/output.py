@@ -19,6 +19,7 @@ from cifar.explain.findings import UInt8
 
 LOCK_SECONDS = 60  # for another explanation to be put in the same folder, which takes as long as renaming its files
 MAPS = "maps"
+ON_REQUEST = ("corruptions.png",)  # not in every explanation: one from before must not stay beside a newer one
 
 
 def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
@@ -41,6 +42,7 @@ def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
             names.append(name)
         with _locked(folder):
             old = [folder / name for name in reversed(names)]
+            old += [folder / name for name in ON_REQUEST if name not in names]
             old += [path for path in (folder / MAPS).iterdir() if re.fullmatch(r"\d{5,}\.png", path.name)]
             for path in old:
                 path.unlink(missing_ok=True)

@@ -21,13 +21,14 @@ from PIL import Image
 from cifar import names, plotting
 from cifar.explain import calibration
 from cifar.explain.calibration import BINS, Reliability
-from cifar.explain.findings import ExplainedImages, Findings, Neighbours, UInt8
+from cifar.explain.findings import FLIPS, ExplainedImages, Findings, Flip, Neighbours, Robustness, UInt8
 
 MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is reached through the filters
 
 # The page stays under 15 MB whatever the network: base64 adds a third to these.
 LOSSLESS_BYTES = 6_000_000  # a larger sprite of mistakes is compressed with loss, and the page says so
 MAP_BYTES = 3_000_000  # maps of the most confident mistakes; the rest are left out, and the page says so
+LOSSES = 5  # colours of the table of damaged images
 NEIGHBOUR_PICTURES = 10_000  # different training pictures; fewer neighbours of each mistake are shown if there are more
 
 Array = npt.NDArray[Any]
@@ -36,8 +37,9 @@ Array = npt.NDArray[Any]
 def render(findings: Findings) -> str:
     """The page as text."""
     package = resources.files("cifar.explain")
-    script = package.joinpath("report.js").read_text(encoding="utf-8")
-    style = package.joinpath("report.css").read_text(encoding="utf-8")
+    parts = ["report", *(["corruptions"] if findings.robustness else [])]
+    script = "".join(package.joinpath(f"{part}.js").read_text(encoding="utf-8") for part in parts)
+    style = "".join(package.joinpath(f"{part}.css").read_text(encoding="utf-8") for part in parts)
     environment = Environment(
         loader=PackageLoader("cifar.explain", "."),
         autoescape=True,
@@ -56,12 +58,13 @@ def render(findings: Findings) -> str:
         interval=[float(end) for end in calibration.wilson(np.array(findings.accuracy), np.array(count))],
         facts=findings.facts,
         checks=_checks(findings.checks),
+        damage=_damage(findings, findings.robustness) if findings.robustness else None,
         pairs=_pairs(findings),
         expected_error=reliability.error,
         bins=BINS,
         most_classes=MATRIX_CLASSES,
         lossless=lossless,
-        data={**_data(findings, reliability), "nearest": nearest},
+        data={**_data(findings, reliability), "nearest": nearest, **_flip_pictures(findings.robustness)},
         sprite=sprite,
         # Markup: these two are ours, and the policy below lets exactly these texts run.
         script=Markup(script),
@@ -252,6 +255,85 @@ def _figure(value: float | None, spread: float | None) -> str:
         return "not defined"
     text = f"{value:.3f}".replace("-", "\u2212")
     return text + (f" ± {spread:.3f}" if spread is not None and math.isfinite(spread) else "")
+
+
+def _damage(findings: Findings, found: Robustness) -> dict[str, Any]:
+    """What the section on damaged images shows: curves, table, and the captions of the pictures that flip first."""
+    runs = names.on_pages(found.runs)
+    places = np.linspace(30, 142, 1 + found.accuracy.shape[2]).tolist()  # of severities, 0 first, in the drawing
+    kinds = [
+        {
+            "name": kind.replace("_", " "),
+            "lines": [
+                _damage_line(run, clean, values, places)
+                for run, clean, values in zip(runs, found.clean, of_runs, strict=True)
+            ],
+            "flips": [_caption(findings, number, flip) for number, flip in enumerate(found.flips) if flip.kind == kind],
+        }
+        for kind, of_runs in zip(found.kinds, found.accuracy.swapaxes(0, 1), strict=True)
+    ]
+    means = found.accuracy.mean(axis=2)
+    worst = int(means[0].argmin())
+    return {
+        "kinds": kinds,
+        "mean": _tenths(means[0].mean()),
+        "clean": _tenths(found.clean[0]),
+        "worst": f"{kinds[worst]['name']}, {_tenths(means[0, worst])} %",
+        "runs": [
+            {"name": run, "mean": _tenths(mean), "clean": _tenths(clean)}
+            for run, mean, clean in zip(runs, means.mean(axis=1), found.clean, strict=True)
+        ],
+        "severities": range(1, len(places)),
+        "grid": [(level, _height(level / 100)) for level in (0, 50, 100)],
+        "places": places,
+        "most": FLIPS,
+    }
+
+
+def _damage_line(run: str, clean: float, values: Array, places: list[float]) -> dict[str, Any]:
+    """What a run makes of a kind of damage."""
+    return {
+        "run": run,
+        "points": " ".join(f"{x:.1f},{_height(y):.1f}" for x, y in zip(places, [clean, *values], strict=True)),
+        "cells": [{"text": _tenths(value), "lost": _lost(value, clean)} for value in (*values, values.mean())],
+    }
+
+
+def _caption(findings: Findings, number: int, flip: Flip) -> dict[str, Any]:
+    """What is said of a picture that flips, the `number`th of all, and where it is among `_flip_pictures`."""
+    shown = names.on_pages(findings.classes)
+    return {
+        "severity": flip.severity,
+        "image": flip.image,
+        "true": shown[findings.labels[flip.image]],
+        "predicted": shown[flip.predicted],
+        "confidence": _tenths(flip.confidence),
+        "clean": 2 * number,
+        "damaged": 2 * number + 1,
+    }
+
+
+def _tenths(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _height(accuracy: float) -> float:
+    """Where in a drawing of 88 an accuracy stands."""
+    return 74 - 68 * accuracy
+
+
+def _lost(accuracy: float, clean: float) -> int:
+    """How much of an accuracy is lost, from 0 to LOSSES - 1."""
+    return min(LOSSES - 1, max(0, math.floor(LOSSES * (1 - accuracy / clean)))) if clean else 0
+
+
+def _flip_pictures(found: Robustness | None) -> dict[str, Any]:
+    """The pictures that flip first, each followed by itself damaged."""
+    if found is None:
+        return {}
+    pictures = [picture for flip in found.flips for picture in (flip.clean, flip.picture)]
+    stacked = np.stack(pictures) if pictures else np.zeros((0, 32, 32, 3), np.uint8)
+    return {"flips": {"sprite": _sprite(stacked)[0], "spriteColumns": _columns(len(pictures))}}
 
 
 def _hash(text: str) -> str:
