@@ -25,7 +25,7 @@ def explain(run: Run, asked: Options) -> None:
     import torch
 
     from cifar import evaluation, launch
-    from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, report, robustness
+    from cifar.explain import checks, evidence, figures, label_quality, mistakes, neighbours, output, report, robustness
     from cifar.explain.findings import Findings
     from cifar.figures import below, png
     from cifar.lettering import Labels
@@ -105,6 +105,7 @@ def explain(run: Run, asked: Options) -> None:
     result = {
         "images": len(labels),
         "mistakes": len(wrong),
+        "labels_in_doubt": int((label_quality.measure(findings).rank > 0).sum()),
         "accuracy": findings.accuracy,
         "method": findings.method,
         "layer": findings.layer,

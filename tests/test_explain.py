@@ -128,6 +128,14 @@ def test_the_list_has_every_mistake_with_its_numbers(run: Path, explained: Path,
         assert line["epochs_right"] == " ".join(map(str, right))
 
 
+def test_the_list_ranks_the_labels_that_are_in_doubt_and_the_result_counts_them(explained: Path) -> None:
+    ranked = [line for line in lines_of(explained) if line["doubt_rank"]]
+    ranks = sorted(int(line["doubt_rank"]) for line in ranked)
+    assert ranks == list(range(1, json.loads((explained / "result.json").read_text())["labels_in_doubt"] + 1))
+    # The run is compared with itself, which contradicts all of them; the rest is the network's and the neighbours'.
+    assert all(float(line["true_probability"]) < 0.3 for line in ranked)
+
+
 def test_pictures_show_the_images_enlarged_without_smoothing(explained: Path, mislabelled: Path) -> None:
     data, lines = open_data(str(mislabelled)), lines_of(explained)
     with Image.open(explained / "gallery.png") as image:
@@ -700,6 +708,8 @@ def test_neighbours_are_nearest_first_and_copies_are_found(tmp_path: Path) -> No
     assert (np.diff(found.distances, axis=1) >= 0).all()
     np.testing.assert_array_equal(found.pictures, training[found.indices])
     assert [Counter(row.tolist()) for row in found.labels] == [Counter({0: 2, 1: 2})] * 2
+    assert found.nearest_labels.shape == (2, 10)
+    assert found.nearest_labels[0, 0] == labels[5]
     assert found.near_duplicates.tolist() == [0, 1]
     assert found.accuracy_without_duplicates == 0.5
 

@@ -17,7 +17,7 @@ from helpers.contrast import LEAST_CONTRAST
 from PIL import Image
 
 from cifar import names
-from cifar.explain import report
+from cifar.explain import label_quality, report
 from cifar.explain.corruptions import KINDS
 from cifar.explain.findings import ExplainedImages, Findings, Flip, Neighbours, Robustness
 
@@ -109,6 +109,9 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
         indices=training,
         labels=(training % kinds).astype(np.uint8),
         distances=np.sort(random.random((count, 4)), axis=1).astype(np.float32),
+        nearest_labels=np.where(
+            random.random((count, 10)) < random.random((count, 1)) / 3, labels[indices, None], predicted[indices, None]
+        ),
         pictures=random.integers(0, 256, (400, 32, 32, 3)).astype(np.uint8)[training],
         near_duplicates=indices[:2],
         accuracy_without_duplicates=0.9,
@@ -333,6 +336,35 @@ def test_all_mistakes_are_there_in_every_order(opened: Open) -> None:
     assert indices_of(here.page) == rows
 
 
+def test_labels_in_doubt_are_a_filter_an_order_and_a_number(opened: Open) -> None:
+    found = findings(120)
+    found = replace(found, wrong_in={**found.wrong_in, "runs/same": found.predictions != found.labels})
+    doubts = label_quality.measure(found)
+    rows = found.mistakes.indices
+    in_doubt = [int(rows[row]) for row in np.argsort(doubts.rank, kind="stable") if doubts.rank[row]]
+    assert 3 < len(in_doubt) < 100
+    here = opened(found, "#label=doubt&sort=doubt")
+    page = here.page
+    assert indices_of(page) == in_doubt
+    assert page.locator("#label option:checked").inner_text() == f"in doubt ({len(in_doubt)})"
+    assert page.locator(".tile .doubt-mark").all_inner_texts() == [f"?{n + 1}" for n in range(len(in_doubt))]
+    page.get_by_role("button", name="Remove the filter label in doubt").click()
+    here.until("document.querySelectorAll('.tile').length === 120")
+    assert indices_of(page) == rows[np.argsort(-doubts.doubt, kind="stable")].tolist()
+
+    for row in (int(np.argmax(doubts.rank)), int(np.argmin(doubts.doubt))):
+        text = here.go(f"#open={rows[row]}").locator("#view").inner_text()
+        first = f"In doubt, number {doubts.rank[row]} of {len(in_doubt)}." if doubts.rank[row] else "Not in doubt"
+        assert first in text
+        assert f"Doubt {doubts.doubt[row]:.2f}, the mean of" in text
+        parts = page.locator("#doubt-parts b").all_inner_texts()
+        assert [float(part) for part in parts] == [pytest.approx(part[row], abs=6e-3) for part in doubts.parts.values()]
+        others = (found.neighbours.nearest_labels[row] != found.labels[rows[row]]).sum() if found.neighbours else None
+        assert f"{others} of the 10 nearest training images have another label." in text
+    page = here.go("#judge=1")
+    assert page.locator(".tile .doubt-mark").count() == 0  # it would say something of the class
+
+
 def test_search_takes_indices_and_files(opened: Open) -> None:
     found = findings(40)
     rows = found.mistakes.indices.tolist()
@@ -414,7 +446,16 @@ def test_closing_leads_back_to_where_the_mistake_was_opened(opened: Open) -> Non
 @pytest.mark.parametrize(
     "part",
     [
-        *("true=catt", "predicted=", "confidence=90-10", "confidence=0-101", "bin=0", "bin=11", "runs=4"),
+        *(
+            "true=catt",
+            "predicted=",
+            "confidence=90-10",
+            "confidence=0-101",
+            "bin=0",
+            "bin=11",
+            "runs=4",
+            "label=wrong",
+        ),
         *("learned=maybe", "order=size", "open=999999", "open=-1", "judge=yes", "toString=1", "%E0%A4%A"),
         "<img src=x onerror=alert(1)>",
     ],
@@ -526,6 +567,7 @@ def test_what_was_not_asked_for_is_not_on_the_page(opened: Open) -> None:
     bare = replace(found, epochs=found.epochs[:0], epoch_predictions=found.epoch_predictions[:0])
     page = opened(bare, f"#open={found.mistakes.indices[0]}").page
     assert page.locator("#neighbours").is_hidden()
+    assert page.locator("#doubt-parts li").count() == 1
     assert page.locator("#runs").count() == page.locator("#learned").count() == page.locator("#checks").count() == 0
     assert "kept no predictions" in page.locator("#history-line").inner_text()
 

@@ -13,6 +13,9 @@ UInt8 = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float32]
 
+# Other processes, batches and processors differ in a probability's last bits.
+DECIMALS = 4
+
 
 @dataclass(frozen=True)
 class ExplainedImages:
@@ -34,11 +37,15 @@ class ExplainedImages:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest training images to each mistake in the network's feature space, nearest first."""
+    """The nearest training images to each mistake in the network's feature space, nearest first.
+
+    `q` are shown, as many of the predicted as of the true class; the labels of the `v` nearest of all are only counted.
+    """
 
     indices: Int64  # [m, q] positions in the training set
     labels: UInt8  # [m, q]
     distances: Float  # [m, q] 1 - cosine similarity
+    nearest_labels: UInt8  # [m, v] of the nearest training images of whatever class
     pictures: UInt8  # [m, q, 32, 32, 3]
     near_duplicates: Int64  # test images (any, not only mistakes) that have a near-duplicate in the training set
     accuracy_without_duplicates: float

@@ -7,15 +7,16 @@ import re
 import numpy as np
 
 from cifar.errors import UserError
-from cifar.explain.findings import Findings, Float, Int64, UInt8
+from cifar.explain import label_quality
+from cifar.explain.findings import DECIMALS, Findings, Float, Int64, UInt8
 from cifar.explain.options import COUNT, Options
-
-# Other processes, batches and processors differ in a probability's last bits.
-DECIMALS = 4
 
 FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are the first four, as wide letters
 
-COLUMNS = ("index", "file", "true", "predicted", "confidence", "true_probability", "margin", "top5", "epochs_right")
+COLUMNS = (
+    *("index", "file", "true", "predicted", "confidence", "true_probability", "margin", "top5", "epochs_right"),
+    "doubt_rank",
+)
 
 
 def find(probabilities: Float, labels: UInt8) -> Int64:
@@ -84,11 +85,12 @@ def table(findings: Findings) -> bytes:
     """misclassified.csv: a line for each mistake, the most confident first. The margin is one of logits.
 
     `top5` and `epochs_right` are lists within a field, separated by spaces and semicolons. Names are `guarded`.
+    `doubt_rank` is empty where the label is not in doubt.
     """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(COLUMNS)
-    shown, names = findings.mistakes, findings.classes
+    shown, names, doubts = findings.mistakes, findings.classes, label_quality.measure(findings)
     for row, image in enumerate(shown.indices):
         probabilities, true = findings.probabilities[image], int(findings.labels[image])
         predicted = int(probabilities.argmax())
@@ -104,5 +106,6 @@ def table(findings: Findings) -> bytes:
             f"{shown.margins[row]:.{DECIMALS}f}",
             guarded("; ".join(f"{names[number]} {probabilities[number]:.{DECIMALS}f}" for number in top)),
             " ".join(str(epoch) for epoch in right),
+            doubts.rank[row] or "",
         ])  # fmt: skip
     return text.getvalue().encode(errors="backslashreplace")  # a file's name need not be UTF-8

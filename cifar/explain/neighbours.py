@@ -13,6 +13,7 @@ from cifar.data.cache import Data
 from cifar.explain.findings import Float, Int64, Neighbours, UInt8
 
 OF_EACH = 2  # nearest training images of the predicted class, and as many of the true class
+NEAREST = 10  # training images, of whatever class, whose labels are compared with the mistake's
 CANDIDATES = 5  # nearest training images whose pixels are compared
 # Correlation of pixels from which two pictures count as near-duplicates. Looked at on CIFAR-10 as JPEGs: 23 of 24 pairs
 # above 0.95 were the same photograph, 5 of 9 between 0.92 and 0.94: what is found is right, and not all there is.
@@ -25,9 +26,10 @@ def find(network: nn.Module, data: Data, wrong: Int64, predictions: UInt8) -> Ne
     training, test = (_features(network, images, data) for images in (data.train_images, data.test_images))
     labels = torch.from_numpy(data.train_labels.astype(np.int64)).to(training.device)
 
-    nearest, distances = [], []
+    nearest, distances, nearest_labels = [], [], []
     for image in wrong:
         similar = training @ test[image]
+        nearest_labels.append(data.train_labels[similar.topk(min(NEAREST, len(training))).indices.cpu().numpy()])
         picked = []
         for name in (int(predictions[image]), int(data.test_labels[image])):
             similar_of_class = similar.masked_fill(labels != name, -2)
@@ -44,6 +46,7 @@ def find(network: nn.Module, data: Data, wrong: Int64, predictions: UInt8) -> Ne
         indices=indices,
         labels=data.train_labels[indices],
         distances=np.array(distances, np.float32).reshape(indices.shape),
+        nearest_labels=np.array(nearest_labels, np.uint8).reshape(len(wrong), min(NEAREST, len(training))),
         pictures=data.train_images[indices],
         near_duplicates=duplicates,
         accuracy_without_duplicates=float((predictions[others] == data.test_labels[others]).mean()),

@@ -45,6 +45,7 @@ const rowOf = new Map(Array.from(indices.subarray(0, mistakes), (index, row) => 
 const truth = (row) => array("labels")[indices[row]];
 const said = (row) => array("predictions")[indices[row]];
 const sure = (row) => array("confidences")[indices[row]];
+const doubtRank = (row) => array("doubtRank")[row]; // 0: not in doubt
 const wrongIn = (row) => runs.reduce((count, _, run) => count + array("wrong")[run * mistakes + row], 0);
 
 const number = (value) => value.toLocaleString("en");
@@ -108,7 +109,7 @@ const pictures = spriteOf(byId("sprite").textContent, page.spriteColumns);
 // undefined where it means nothing here.
 
 const verdictWords = { network: "the network’s fault", unnameable: "nobody could name it", other: "other" };
-const sortWords = { confident: "most confident first", uncertain: "least confident first", index: "by index" };
+const sortWords = { confident: "most confident first", uncertain: "least confident first", doubt: "label most in doubt first", index: "by index" };
 
 const oneOf = (values) => (text) => (values.includes(text) ? text : undefined);
 const whole = (least, most) => (text) =>
@@ -132,6 +133,7 @@ const settings = {
   bin: { start: null, read: whole(1, page.bins.length), write: String }, // counted from 1, as on the page
   learned: { start: null, read: epochs.length ? oneOf(Object.keys(historyWords)) : () => undefined, write: String },
   runs: { start: null, read: runs.length ? whole(0, runs.length) : () => undefined, write: String },
+  label: { start: null, read: oneOf(["doubt"]), write: String },
   verdict: { start: null, read: oneOf(["none", ...Object.keys(verdictWords)]), write: String },
   find: { start: "", read: (text) => text.slice(0, 200), write: String },
   sort: { start: "confident", read: oneOf(Object.keys(sortWords)), write: String },
@@ -142,7 +144,7 @@ const settings = {
     write: (row) => String(indices[row]),
   },
 };
-const filterNames = ["true", "predicted", "confidence", "bin", "learned", "runs", "verdict", "find"];
+const filterNames = ["true", "predicted", "confidence", "bin", "learned", "runs", "label", "verdict", "find"];
 const state = {};
 
 function readAddress() {
@@ -208,6 +210,7 @@ const passes = {
   bin: (row) => array("bin")[row] === state.bin - 1,
   learned: (row) => histories[row] === state.learned,
   runs: (row) => wrongIn(row) === state.runs,
+  label: (row) => doubtRank(row) > 0,
   verdict: (row) => (verdicts.get(row)?.verdict ?? "none") === state.verdict,
   find: (row) => found(row),
 };
@@ -237,6 +240,7 @@ const wordsOfFilter = {
   bin: () => `bin ${binRange(state.bin - 1)}`,
   learned: () => historyWords[state.learned],
   runs: () => `wrong in ${state.runs} of ${counted(runs.length, "run")}`,
+  label: () => "label in doubt",
   verdict: () => (state.verdict === "none" ? "no verdict yet" : verdictWords[state.verdict]),
   find: () => `find “${state.find}”`,
 };
@@ -254,6 +258,7 @@ function prepareFilters() {
   options("predicted", anyClass, "predicted");
   options("learned", [["", "any history"], ...Object.entries(historyWords)], "learned");
   options("runs", [["", "any number of runs"], ...[...runs, 0].map((_, count) => [String(count), ""])], "runs");
+  options("label", [["", "any"], ["doubt", ""]], "label");
   options("verdict", [["", "any"], ["none", "not judged yet"], ...Object.entries(verdictWords)], "verdict");
   options("sort", Object.entries(sortWords), "sort");
   for (const id of ["low", "high"]) {
@@ -272,7 +277,8 @@ function prepareFilters() {
 function drawFilters() {
   const values = {
     true: classes[state.true] ?? "", predicted: classes[state.predicted] ?? "", learned: state.learned ?? "",
-    runs: state.runs === null ? "" : String(state.runs), verdict: state.verdict ?? "", sort: state.sort,
+    runs: state.runs === null ? "" : String(state.runs), label: state.label ?? "",
+    verdict: state.verdict ?? "", sort: state.sort,
     low: String(state.confidence?.[0] ?? 0), high: String(state.confidence?.[1] ?? 100), find: state.find,
   };
   for (const [id, value] of Object.entries(values)) {
@@ -286,6 +292,7 @@ function drawFilters() {
     for (const row of rowsWithout("runs")) counts[wrongIn(row)]++;
     counts.forEach((count, k) => (byId("runs").options[k + 1].textContent = `${k} of ${counted(runs.length, "run")} (${number(count)})`));
   }
+  byId("label").options[1].textContent = `in doubt (${number(rowsWithout("label").filter(passes.label).length)})`;
   if (epochs.length) {
     const counts = {};
     for (const row of rowsWithout("learned")) counts[histories[row]] = (counts[histories[row]] ?? 0) + 1;
@@ -370,8 +377,10 @@ function labelTile(row) {
     first.textContent = named[truth(row)];
     second.textContent = `→ ${named[said(row)]}`;
     third.textContent = percent(sure(row));
+    const doubt = doubtRank(row);
+    if (doubt) third.append(" ", make("span", { className: "doubt-mark", textContent: `?${doubt}` }));
     if (verdict) tile.append(make("span", { className: "verdict-mark", textContent: { network: "F", unnameable: "U", other: "O" }[verdict] }));
-    tile.setAttribute("aria-label", `Image ${indices[row]}: true ${named[truth(row)]}, predicted ${named[said(row)]}, confidence ${percent(sure(row))}${verdict ? `, verdict: ${verdictWords[verdict]}` : ""}`);
+    tile.setAttribute("aria-label", `Image ${indices[row]}: true ${named[truth(row)]}, predicted ${named[said(row)]}, confidence ${percent(sure(row))}${doubt ? `, label in doubt, number ${doubt}` : ""}${verdict ? `, verdict: ${verdictWords[verdict]}` : ""}`);
   }
 }
 
@@ -384,6 +393,7 @@ const settleGrid = roving(
 const orders = {
   confident: (rows) => rows,
   uncertain: (rows) => rows.reverse(),
+  doubt: (rows) => rows.sort((a, b) => array("doubt")[b] - array("doubt")[a]), // alike: most confident first
   index: (rows) => rows.sort((a, b) => indices[a] - indices[b]),
 };
 
@@ -913,6 +923,25 @@ function drawRuns(row) {
   byId("runs-line").textContent = `Wrong in ${wrongIn(row)} of ${counted(runs.length, "compared run")}: ${parts.join(", ")}.`;
 }
 
+function drawDoubt(row) {
+  const rank = doubtRank(row), doubt = array("doubt")[row].toFixed(2);
+  const all = array("doubtRank").reduce((count, other) => count + (other > 0), 0);
+  const several = page.doubtParts.length > 1 ? ", the mean of" : "";
+  byId("doubt-line").textContent = rank
+    ? `In doubt, number ${number(rank)} of ${number(all)}. Doubt ${doubt}${several}:`
+    : `Not in doubt, which begins at ${page.doubtful}. Doubt ${doubt}${several}:`;
+  const own = array("probabilities")[row * classes.length + truth(row)];
+  const reasons = {
+    network: () => `The network’s probability of ${named[truth(row)]} is ${percent(own, 2)}; images labelled so get ${percent(page.usual[truth(row)], 2)} on average.`,
+    neighbours: (part) => `${Math.round(part * page.nearest.compared)} of the ${page.nearest.compared} nearest training images have another label.`,
+    runs: () => `${wrongIn(row)} of ${counted(runs.length, "compared run")} predict another class.`,
+  };
+  byId("doubt-parts").replaceChildren(...page.doubtParts.map((name, at) => {
+    const part = array("doubtParts")[at * mistakes + row];
+    return make("li", {}, make("b", { textContent: part.toFixed(2) }), ` ${reasons[name](part)}`);
+  }));
+}
+
 let nearest; // built when a mistake is first opened: it has a sprite of its own
 function drawNeighbours(row) {
   byId("neighbours").hidden = !page.nearest;
@@ -958,6 +987,7 @@ function fillView(row) {
   for (const button of byId("verdict-buttons").children) button.setAttribute("aria-pressed", mine?.verdict === button.dataset.verdict);
   drawProbabilities(row);
   drawNeighbours(row);
+  drawDoubt(row);
   drawHistory(row);
   drawRuns(row);
   drawMaps();

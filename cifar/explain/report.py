@@ -19,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from cifar import names, plotting
-from cifar.explain import calibration
+from cifar.explain import calibration, label_quality
 from cifar.explain.calibration import BINS, Reliability
 from cifar.explain.findings import FLIPS, ExplainedImages, Findings, Flip, Neighbours, Robustness, UInt8
 
@@ -63,6 +63,7 @@ def render(findings: Findings) -> str:
         expected_error=reliability.error,
         bins=BINS,
         most_classes=MATRIX_CLASSES,
+        doubtful=label_quality.LEAST,
         lossless=lossless,
         data={**_data(findings, reliability), "nearest": nearest, **_flip_pictures(findings.robustness)},
         sprite=sprite,
@@ -84,6 +85,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
     tops = maps.max(axis=(2, 3), initial=0)
     # One byte a cell, each map on its own maximum: finer than the 256 colours that show it.
     levels = np.rint(255 * maps / np.where(tops > 0, tops, 1)[:, :, None, None])
+    doubts = label_quality.measure(findings)
     matrix = _confusion(findings)
     involved = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     wrong = np.array([findings.wrong_in[run][shown.indices] for run in findings.wrong_in], dtype=np.uint8)
@@ -97,6 +99,9 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "history": _packed(findings.epoch_predictions[:, shown.indices], "uint8"),
         "companion": _packed(findings.companion_of, "int32"),
         "wrong": _packed(wrong, "uint8"),
+        "doubt": _packed(doubts.doubt, "float32"),
+        "doubtRank": _packed(doubts.rank, "int32"),
+        "doubtParts": _packed(np.stack(list(doubts.parts.values())), "float32"),
         "levels": _packed(levels, "uint8"),
         "tops": _packed(tops, "float32"),
         **{
@@ -116,6 +121,9 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "files": shown.files,
         "epochs": findings.epochs.tolist(),
         "runs": list(findings.wrong_in),
+        "doubtParts": list(doubts.parts),
+        "doubtful": label_quality.LEAST,
+        "usual": label_quality.thresholds(findings.probabilities, findings.labels).tolist(),
         "side": shown.pictures.shape[1],
         "spriteColumns": _columns(mistakes + len(companions.indices)),
         "mapShape": list(shown.maps.shape[2:]),
@@ -155,6 +163,7 @@ def _neighbours(neighbours: Neighbours) -> dict[str, Any]:
         "spriteColumns": _columns(len(unique)),
         "depth": depth,
         "found": neighbours.indices.shape[1],
+        "compared": neighbours.nearest_labels.shape[1],
         "nearDuplicates": neighbours.near_duplicates.tolist(),
         "arrays": {
             "slot": _packed(slot, "int32"),
