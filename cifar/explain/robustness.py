@@ -20,8 +20,7 @@ from cifar.data.waiting import Progress
 from cifar.evaluation import Evaluation
 from cifar.explain import corruptions, runs
 from cifar.explain.corruptions import KINDS, SEVERITIES
-from cifar.explain.findings import FLIPS, Flip, Float, Int64, Robustness, UInt8
-from cifar.explain.mistakes import DECIMALS
+from cifar.explain.findings import DECIMALS, FLIPS, Flip, Float, Int64, Robustness, UInt8
 from cifar.ranks import raise_on_all_ranks
 
 PART = 250  # images that a thread damages at a time
