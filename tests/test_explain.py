@@ -128,12 +128,9 @@ def test_the_list_has_every_mistake_with_its_numbers(run: Path, explained: Path,
         assert line["epochs_right"] == " ".join(map(str, right))
 
 
-def test_the_list_ranks_the_labels_that_are_in_doubt_and_the_result_counts_them(explained: Path) -> None:
-    ranked = [line for line in lines_of(explained) if line["doubt_rank"]]
-    ranks = sorted(int(line["doubt_rank"]) for line in ranked)
+def test_the_list_has_as_many_ranks_as_the_result_counts_labels_in_doubt(explained: Path) -> None:
+    ranks = sorted(int(line["doubt_rank"]) for line in lines_of(explained) if line["doubt_rank"])
     assert ranks == list(range(1, json.loads((explained / "result.json").read_text())["labels_in_doubt"] + 1))
-    # The run is compared with itself, which contradicts all of them; the rest is the network's and the neighbours'.
-    assert all(float(line["true_probability"]) < 0.3 for line in ranked)
 
 
 def test_pictures_show_the_images_enlarged_without_smoothing(explained: Path, mislabelled: Path) -> None:

@@ -1,5 +1,8 @@
 """Which labels are in doubt: the numbers by hand, and exchanged labels that are found before the network's mistakes."""
 
+import csv
+import io
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -89,6 +92,13 @@ def test_no_label_that_every_image_of_its_class_agrees_with_is_in_doubt() -> Non
     assert label_quality.measure(findings(certain, np.array([0, 1, 2, 1], np.uint8))).rank.tolist() == [1]
 
 
+def test_the_list_has_the_ranks_of_labels_in_doubt_alone() -> None:
+    probabilities = np.array([[0.98, 0.02], [0.9, 0.1], [0.02, 0.98], [0.6, 0.4], [0.01, 0.99]], np.float32)
+    labels = np.array([0, 0, 1, 1, 0], np.uint8)
+    lines = list(csv.DictReader(io.StringIO(mistakes.table(findings(probabilities, labels)).decode())))
+    assert [(line["index"], line["doubt_rank"]) for line in lines] == [("4", "1"), ("3", "")]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_threshold_for_each_class_keeps_a_hard_class_from_hiding_exchanged_labels(seed: int) -> None:
     """Images of class 0 get little of it: its labels are the least probable ones, and are as they should be."""
@@ -103,12 +113,12 @@ def test_a_threshold_for_each_class_keeps_a_hard_class_from_hiding_exchanged_lab
 
 
 def test_exchanged_labels_of_digits_are_found_before_mistakes_better_than_by_confidence() -> None:
-    """Of real digits, with noise that makes a tenth of them hard to name; the mean of five exchanges."""
+    """Of real digits, with noise that makes a seventh of them mistakes; the mean of five exchanges."""
     images, true = load_digits(return_X_y=True)
     generator = np.random.default_rng(0)
-    noisy, training = images + generator.normal(0, 4, images.shape), generator.permutation(len(true))[:1000]
+    noisy, training = images / 16 + generator.normal(0, 0.25, images.shape), generator.permutation(len(true))[:1000]
     test = np.setdiff1d(np.arange(len(true)), training)
-    model = LogisticRegression(C=1e-3, max_iter=500).fit(noisy[training], true[training])
+    model = LogisticRegression(C=0.1).fit(noisy[training], true[training])
     probabilities = model.predict_proba(noisy[test]).astype(np.float32)
     rows = KNeighborsClassifier(10).fit(noisy[training], true[training]).kneighbors(noisy[test], return_distance=False)
     nearest = true[training][rows].astype(np.uint8)

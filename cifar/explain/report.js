@@ -109,7 +109,7 @@ const pictures = spriteOf(byId("sprite").textContent, page.spriteColumns);
 // undefined where it means nothing here.
 
 const verdictWords = { network: "the network’s fault", unnameable: "nobody could name it", other: "other" };
-const sortWords = { confident: "most confident first", uncertain: "least confident first", doubt: "label most in doubt first", index: "by index" };
+const sortWords = { confident: "most confident first", uncertain: "least confident first", doubt: "most doubt first", index: "by index" };
 
 const oneOf = (values) => (text) => (values.includes(text) ? text : undefined);
 const whole = (least, most) => (text) =>
