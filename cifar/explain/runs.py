@@ -220,7 +220,8 @@ def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, 
     """The lines about the run that stand above a report."""
     recipe = run.recipe
     trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
-    lengths = f"{recipe['epochs']} epochs, global batch {recipe['global_batch_size']}, seed {recipe['seed']}"
+    epochs = f"{recipe['epochs']} epoch{'s' if recipe['epochs'] > 1 else ''}"
+    lengths = f"{epochs}, global batch {recipe['global_batch_size']}, seed {recipe['seed']}"
     own = own_accuracy(run, precision)
     return {
         "run": names.one_line(str(run.path)),
