@@ -209,12 +209,12 @@ def corruptions(found: Robustness) -> UInt8:
         figure.supxlabel("severity (0: no damage)", fontsize=10)
         figure.supylabel("accuracy", fontsize=10)
         plot = plotting.pixels(figure)
-    legend = []
+    title = f"Accuracy on damaged test images, made here with seed {found.seed}; not the published CIFAR-10-C files"
+    lines = [lettering.of(title)]
     for number, (name, table) in enumerate(zip(Labels(found.runs).fitted(700), found.accuracy, strict=True)):
         colour, stroke, _ = _curve(number)
-        legend.append(lettering.of(f"{colour}, {stroke}: ", name, f", mean under damage {table.mean():.2%}"))
-    title = f"Accuracy on damaged test images, made here with seed {found.seed}; not the published CIFAR-10-C files"
-    return below(lettering.of(title), [panel(plot, legend)])
+        lines.append(lettering.of(f"{colour}, {stroke}: ", name, f", mean under damage {table.mean():.2%}"))
+    return panel(plot, lines)
 
 
 def _curve(number: int) -> tuple[str, str, str]:
