@@ -119,6 +119,8 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
     if "--help" not in words:
         words[words.index("--run") + 1] = str(finished)
         words += ["--output", str(tmp_path / "explain")]
+    if "--compare" in words:
+        words[words.index("--compare") + 1] = str(finished)
     executable = Path(sys.executable).parent / words[0]
     done = subprocess.run(
         [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
@@ -129,7 +131,7 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
     else:
         assert {path.name for path in (tmp_path / "explain").iterdir()} == {
             "report.html", "misclassified.csv", "gallery.png", "cam.png", "maps", "confusion.png", "calibration.png",
-            "result.json",
+            "result.json", *(["corruptions.png"] if "--corruptions" in words else []),
         }  # fmt: skip
 
 

@@ -624,9 +624,10 @@ def test_pictures_that_flip_stand_beside_themselves_without_damage(opened: Open)
     shown = names.on_pages(HOSTILE)
     for flip, figure in zip(found.robustness.flips, figures.all(), strict=True):
         caption = figure.inner_text()
-        assert f"{flip.kind.replace('_', ' ')}, severity {flip.severity}: " in caption
-        assert f"true {shown[found.labels[flip.image]]}, predicted {shown[flip.predicted]} 75.0 %" in caption
-        assert f"image {flip.image}" in caption
+        assert f"{flip.kind.replace('_', ' ')}, severity {flip.severity}" in caption
+        assert f"true: {shown[found.labels[flip.image]]}" in caption
+        assert f"predicted: {shown[flip.predicted]}" in caption
+        assert f"75.0 %, image {flip.image}" in caption
         places = figure.locator(".cut").evaluate_all("all => all.map(cut => getComputedStyle(cut).backgroundPosition)")
         for place, picture in zip(places, (flip.clean, flip.picture), strict=True):
             x, y = (round(-float(pixels) / 2) for pixels in re.findall(r"-?[\d.]+", place))  # enlarged twice

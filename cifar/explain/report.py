@@ -268,7 +268,7 @@ def _figure(value: float | None, spread: float | None) -> str:
 
 def _damage(findings: Findings, found: Robustness) -> dict[str, Any]:
     """What the section on damaged images shows: curves, table, and the captions of the pictures that flip first."""
-    runs = names.on_pages(found.runs)
+    runs = names.readable(found.runs)
     places = np.linspace(30, 142, 1 + found.accuracy.shape[2]).tolist()  # of severities, 0 first, in the drawing
     kinds = [
         {
