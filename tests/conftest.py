@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,10 @@ GPU_ENVIRONMENT = dict(os.environ)
 REHEARSAL = "REHEARSE_GPU_TESTS" in os.environ  # the gpu tests on CPUs
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.pop("CIFAR_DEVICE", None)
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs to which the tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ("disc", "ring", "square", "stripes")
