@@ -17,6 +17,8 @@ from cifar.data.cache import open_data
 from cifar.explain import runs
 from cifar.explain.corruptions import KINDS, corrupt
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATION = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
 
 
