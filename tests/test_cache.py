@@ -127,6 +127,23 @@ def test_jobs_that_find_a_broken_cache_side_by_side_all_get_a_whole_one(opened: 
             assert [path.name for path in opened.path.parent.iterdir()] == [opened.path.name]
 
 
+def test_a_cache_that_is_moved_aside_as_soon_as_it_is_whole_is_no_error(
+    opened: Data, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job, which has seen the broken one, takes this one for it, and a moment later has a whole one."""
+    rename, aside = Path.rename, tmp_path / "aside"
+
+    def renamed(path: Path, target: Path) -> None:
+        rename(path, target)
+        if target == opened.path:
+            rename(target, aside)
+
+    zeroed(opened.path / "train_images.npy")
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(cache.time, "sleep", lambda _: rename(aside, opened.path))
+    assert open_data(str(shapes)).fingerprint == opened.fingerprint
+
+
 def test_content_is_compared_once_and_by_one_process_of_a_machine(
     opened: Data, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

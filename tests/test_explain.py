@@ -354,6 +354,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_two_explanations_of_a_run_at_once_leave_one_whole(run: Path, tmp_path: Path) -> None:
     orders = ("confident", "uncertain")
     for order in orders:

@@ -181,6 +181,7 @@ def test_other_sizes_than_the_networks_are_refused(asked: str, train: Train, tmp
     assert done.stderr.startswith(f"train.py: error: --fit {asked}: ")
 
 
+@pytest.mark.slow
 def test_explain_export_and_predict_say_the_same_of_the_pictures(run: Path, photos: Path, tmp_path: Path) -> None:
     explained, exported = tmp_path / "explained", tmp_path / "out.onnx"
     for words in (

@@ -230,6 +230,8 @@ def _put(temporary: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
+        else:
+            return  # another job may move it aside in turn, but then has a whole one of its own
 
 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
