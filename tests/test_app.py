@@ -22,7 +22,6 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, Train, draw
-from gradio_client import Client, handle_file
 from helpers.contrast import LEAST_CONTRAST
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -34,6 +33,9 @@ from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
 from cifar.explain import evidence, figures, maps, mistakes, options, runs
 from cifar.explain.runs import Run
+
+gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed")
+Client, handle_file = gradio_client.Client, gradio_client.handle_file
 
 pytestmark = pytest.mark.slow
 

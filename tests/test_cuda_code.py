@@ -1,9 +1,12 @@
 """What only a GPU runs is little, known, and has a test that runs it there."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import test_gpu
 from conftest import ROOT
 
@@ -63,3 +66,17 @@ def test_everything_that_is_different_on_a_gpu_has_a_test_there() -> None:
     assert found == set(ON_A_GPU)
     for test in ON_A_GPU.values():
         assert callable(getattr(test_gpu, test))
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_are_found_where_packages_are_missing() -> None:
+    # A machine with GPUs often has no network: no packages but those that training needs.
+    missing = ("gradio", "gradio_client", "playwright", "onnx", "onnxruntime", "onnxscript")
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "import pytest; sys.exit(pytest.main(['-n', '0', '--collect-only', '-q', '-m', 'gpu or multigpu']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "test_gpu.py::test_every_precision_learns_the_digits" in done.stdout
+    assert "test_multigpu.py::test_all_gpus_learn_the_digits" in done.stdout
