@@ -9,6 +9,7 @@ import socket
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +128,10 @@ def training_batches(
 
 
 def _traced(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches; a profiler sees the wait for each."""
+    """The batches; a profiler, if there is one, sees the wait for each."""
     while True:
-        with record_function(IMAGES):
+        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        with record_function(IMAGES) if profiled else nullcontext():
             batch = next(batches, None)
         if batch is None:
             return
