@@ -45,9 +45,7 @@ def explain(run: Run, asked: Options) -> None:
         wrong_in = runs.wrong_in(asked.compare, data)
         network = runs.load(run, accelerator.device)
     accelerator.prepare_model(network, evaluation_mode=True)
-    evaluated = evaluation.evaluate(accelerator, network, torch.from_numpy(data.test_images), data)
-    if evaluated is None:
-        raise AssertionError("an evaluation ends early only where stop requests are caught")
+    evaluated = evaluation.evaluate_whole(accelerator, network, torch.from_numpy(data.test_images), data)
     probabilities, labels = evaluated.probabilities, np.array(data.test_labels)
     ranking = np.argsort(-probabilities, axis=1, kind="stable").astype(np.uint8)
 
@@ -61,7 +59,7 @@ def explain(run: Run, asked: Options) -> None:
     if asked.corruptions:
         first = robustness.Competitor(str(run.path), network, data)
         others = robustness.load(accelerator, asked.compare, data)
-        damaged = robustness.measure(accelerator, [first, *others], asked.seed)
+        damaged = robustness.measure(accelerator, first, evaluated, others, asked.seed)
     launch.end(accelerator)
     if not accelerator.is_main_process:
         return

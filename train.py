@@ -101,7 +101,7 @@ def train(recipe: Recipe, options: Options) -> None:
             metrics = delayed.add(progress.step, totals, norm)
             if schedule.saves(progress.step) or any(each.stop for each in metrics):
                 metrics += delayed.read()
-            stopping = record.count(metrics, time.perf_counter() - own_work.began)
+            stopping = record.count(metrics, time.perf_counter() - own_work.began.made)
             if stopping or schedule.saves(progress.step):
                 record.save(network, optimizer)
             profiler.step()

@@ -83,7 +83,7 @@ class Mark:
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()
-        self._made = time.perf_counter()
+        self.made = time.perf_counter()  # on the host
 
     def wait(self) -> None:
         """Returns once the device has done all that it was given before."""
@@ -94,5 +94,5 @@ class Mark:
         """The time that lies between two timed marks. Waits until the device has come to this one."""
         self.wait()
         if self._event is None or earlier._event is None:
-            return self._made - earlier._made
+            return self.made - earlier.made
         return float(earlier._event.elapsed_time(self._event)) / 1000

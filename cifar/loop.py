@@ -6,7 +6,6 @@ Precision is in `model` already: Accelerator.prepare has put the launcher's auto
 import math
 import socket
 import statistics
-import time
 from collections import deque
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -72,16 +71,15 @@ class OwnWork:
     def __init__(self, of: torch.device) -> None:
         self.device = of
         self.steps: deque[tuple[device.Mark, device.Mark]] = deque(maxlen=1000)
-        self.began = 0.0  # on time.perf_counter, when the step did
-        self._began = device.Mark(of, timed=True)
+        self.began = device.Mark(of, timed=True)
 
     def begins(self) -> None:
         """Call it at a step's start, before its images are waited for."""
-        self.began, self._began = time.perf_counter(), device.Mark(self.device, timed=True)
+        self.began = device.Mark(self.device, timed=True)
 
     def ends(self) -> None:
         """Call it before the step's first collective."""
-        self.steps.append((self._began, device.Mark(self.device, timed=True)))
+        self.steps.append((self.began, device.Mark(self.device, timed=True)))
 
     def seconds(self) -> float:
         """The median over the steps since this last gave one; NaN while they are fewer than MEASURED_STEPS."""

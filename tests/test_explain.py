@@ -1,6 +1,5 @@
 """explain.py as a user starts it: what it writes, that its numbers agree with each other, what it refuses."""
 
-import csv
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHAPES, Disk, Train, command, draw
+from helpers.explained import explain, lines_of
 from PIL import Image
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,7 +28,6 @@ from cifar.explain.findings import ExplainedImages, Findings
 from cifar.explain.options import Options, parse_command_line
 
 ONE = ("--num_processes", "1")
-Lines = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +57,6 @@ def run(mislabelled: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
     return directory
 
 
-def explain(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(ROOT / "explain.py", *arguments, launcher=launcher),
-        capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def explained(run: Path) -> Path:
     """What an explanation with everything switched on leaves."""
@@ -72,11 +64,6 @@ def explained(run: Path) -> Path:
     assert done.returncode == 0, done.stderr
     (run / "explain" / "output.txt").write_text(done.stdout)
     return run / "explain"
-
-
-def lines_of(folder: Path) -> Lines:
-    with (folder / "misclassified.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_files_of_the_contract_are_there(explained: Path) -> None:

@@ -11,7 +11,8 @@ from subprocess import run as start
 
 import numpy as np
 import pytest
-from conftest import ROOT, Train, command, draw
+from conftest import ROOT, Train, draw
+from helpers.explained import assert_predicted_alike, explain
 from PIL import Image
 
 from cifar.app import content
@@ -184,20 +185,13 @@ def test_other_sizes_than_the_networks_are_refused(asked: str, train: Train, tmp
 @pytest.mark.slow
 def test_explain_export_and_predict_say_the_same_of_the_pictures(run: Path, photos: Path, tmp_path: Path) -> None:
     explained, exported = tmp_path / "explained", tmp_path / "out.onnx"
-    for words in (
-        command(ROOT / "explain.py", "--run", run, "--output", explained, launcher=("--mixed_precision", "no")),
-        [sys.executable, "-m", "cifar.export", "--run", run, "--output", exported],
-    ):
-        done = start(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    done = explain("--run", run, "--output", explained, launcher=("--mixed_precision", "no"))
+    assert done.returncode == 0, done.stderr
+    words = ["-m", "cifar.export", "--run", str(run), "--output", str(exported)]
+    done = start([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert "verified on 21 test images" in done.stdout
     words = ["-m", "cifar.predict", "--run", str(run), "--format", "csv", str(photos / "mine" / "test")]
     said = start([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ours = {row["path"]: row for row in csv.DictReader(io.StringIO(said))}
-    with (explained / "misclassified.csv").open() as file:
-        mistakes = list(csv.DictReader(file))
-    assert mistakes
-    for mistake in mistakes:
-        row = ours[str(photos / mistake["file"])]
-        assert row["class"] == mistake["predicted"]
-        assert float(row["probability"]) == pytest.approx(float(mistake["confidence"]), abs=5e-4)
+    assert_predicted_alike(explained, ours, photos)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Train, command
+from conftest import ROOT, Train
+from helpers.explained import assert_predicted_alike, explain
 from PIL import Image
 
 from cifar import predict
@@ -64,19 +65,11 @@ def test_it_says_what_the_explanation_says(
     run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     explained = tmp_path / "explained"
-    subprocess.run(
-        command(ROOT / "explain.py", "--run", run, "--output", explained, launcher=("--mixed_precision", "no")),
-        capture_output=True, check=True,
-    )  # fmt: skip
+    done = explain("--run", run, "--output", explained, launcher=("--mixed_precision", "no"))
+    assert done.returncode == 0, done.stderr
     _, out, _ = predicted(run, "--format", "csv", shapes / "test", capsys=capsys, monkeypatch=monkeypatch)
     ours = {row["path"]: row for row in csv.DictReader(io.StringIO(out))}
-    with (explained / "misclassified.csv").open() as file:
-        mistakes = list(csv.DictReader(file))
-    assert mistakes
-    for mistake in mistakes:
-        row = ours[str(shapes / mistake["file"])]
-        assert row["class"] == mistake["predicted"]
-        assert float(row["probability"]) == pytest.approx(float(mistake["confidence"]), abs=5e-4)
+    assert_predicted_alike(explained, ours, shapes)
 
 
 def test_folders_zips_and_stdin_hold_the_same_pictures(

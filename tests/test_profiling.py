@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Train, command
 
 from cifar import profiling
@@ -142,6 +143,27 @@ def test_an_attempt_with_few_steps_left_and_one_without_room_train_on(
     (run / "profile").write_text("where a folder should be")
     cannot = f"{run}/profile/attempt-3.rank-0.pt.trace.json.gz cannot be written (File exists); training goes on"
     assert cannot in again()
+
+
+def test_what_is_cut_short_leaves_no_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rank_0 = SimpleNamespace(device=torch.device("cpu"), process_index=0, is_main_process=True)
+
+    def traced(steps: int) -> None:
+        with profiling.of_steps(4, rank_0, tmp_path, 1, 0, 100) as profiler:  # type: ignore[arg-type]
+            for _ in range(steps):
+                torch.ones(3).add(1)
+                profiler.step()
+            raise KeyError
+
+    for steps in (0, profiling.WARM_UP - 1, profiling.WARM_UP + 2):
+        with pytest.raises(KeyError):
+            traced(steps)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+    with pytest.raises(KeyError):
+        traced(profiling.WARM_UP + 4)
+    assert len(list((tmp_path / "profile").iterdir())) == 2
+    assert "profile of 4 steps" in capsys.readouterr().out
 
 
 def test_a_number_that_is_none_is_one_line() -> None:

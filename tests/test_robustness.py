@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHAPES, Train, command, draw
+from helpers.explained import explain
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,13 +21,6 @@ from cifar.explain.corruptions import KINDS, corrupt
 pytestmark = pytest.mark.slow
 
 CONFIGURATION = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-
-
-def explain(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(ROOT / "explain.py", *arguments, launcher=launcher),
-        capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,17 @@ class Robustness:
     accuracy: npt.NDArray[np.float64]  # [R, K, S]
     flips: list[Flip]  # of the first run, some for each kind: the least severity first, then the most confident
 
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """[R, K] over the severities."""
+        means: npt.NDArray[np.float64] = self.accuracy.mean(axis=2)
+        return means
+
+    @property
+    def worst(self) -> int:
+        """The kind that costs the first run most."""
+        return int(self.means[0].argmin())
+
     def results(self) -> dict[str, Any]:
         """What result.json says of it."""
         own, *others = [
@@ -91,11 +102,10 @@ class Robustness:
 
     def line(self) -> str:
         """The whole in one line."""
-        of_kinds = self.accuracy[0].mean(axis=1)
-        worst = of_kinds.argmin()
+        of_kinds = self.means[0]
         return (
             f"under {len(self.kinds)} kinds of damage at {self.accuracy.shape[2]} severities: accuracy "
-            f"{of_kinds.mean():.2%}, the worst kind {self.kinds[worst]} with {of_kinds[worst]:.2%}"
+            f"{of_kinds.mean():.2%}, the worst kind {self.kinds[self.worst]} with {of_kinds[self.worst]:.2%}"
         )
 
 

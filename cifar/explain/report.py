@@ -281,8 +281,7 @@ def _damage(findings: Findings, found: Robustness) -> dict[str, Any]:
         }
         for kind, of_runs in zip(found.kinds, found.accuracy.swapaxes(0, 1), strict=True)
     ]
-    means = found.accuracy.mean(axis=2)
-    worst = int(means[0].argmin())
+    means, worst = found.means, found.worst
     return {
         "kinds": kinds,
         "mean": _tenths(means[0].mean()),

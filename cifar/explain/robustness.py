@@ -47,14 +47,17 @@ def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[Compe
     return loaded
 
 
-def measure(accelerator: Accelerator, competitors: list[Competitor], seed: int) -> Robustness:
-    """Shows each network, the explained run's first, the test images with each damage.
+def measure(
+    accelerator: Accelerator, explained: Competitor, undamaged: Evaluation, others: list[Competitor], seed: int
+) -> Robustness:
+    """Shows the explained run's network, and others, the test images with each damage.
 
-    A rank damages the images that it evaluates itself: all of them are made, and evaluated, once.
+    `undamaged` is what the former said without. A rank damages the images that it evaluates itself: all of them are
+    made, and evaluated, once.
     """
-    data, kinds = competitors[0].data, list(KINDS)
+    data, kinds, competitors = explained.data, list(KINDS), [explained, *others]
     count = len(data.test_labels)
-    clean = [_evaluate(accelerator, one, torch.from_numpy(data.test_images)) for one in competitors]
+    clean = [undamaged, *(_evaluate(accelerator, one, torch.from_numpy(data.test_images)) for one in others)]
     accuracy = np.zeros((len(competitors), len(kinds), SEVERITIES))
     predictions = np.zeros((len(kinds), SEVERITIES, count), np.uint8)  # of the first, as its confidences
     confidences = np.zeros(predictions.shape, np.float32)
@@ -66,7 +69,7 @@ def measure(accelerator: Accelerator, competitors: list[Competitor], seed: int) 
             accuracy[:, *place] = [of_one.accuracy for of_one in evaluated]
             predictions[place] = evaluated[0].probabilities.argmax(axis=1)
             confidences[place] = evaluated[0].probabilities.max(axis=1)
-    unbroken = clean[0].probabilities.argmax(axis=1) == data.test_labels
+    unbroken = undamaged.probabilities.argmax(axis=1) == data.test_labels
     return Robustness(
         seed=seed,
         kinds=kinds,
@@ -110,9 +113,7 @@ def flips(
 def _evaluate(
     accelerator: Accelerator, one: Competitor, images: torch.Tensor, progress: Progress | None = None
 ) -> Evaluation:
-    evaluated = evaluation.evaluate(accelerator, one.network, images, one.data)
-    if evaluated is None:
-        raise AssertionError("an evaluation ends early only where stop requests are caught")
+    evaluated = evaluation.evaluate_whole(accelerator, one.network, images, one.data)
     if progress:
         progress.done += len(images)
         progress.look()
