@@ -93,9 +93,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the tests of several modules use."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_leaves_no_files(
+    session_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """Removes the runs that a module's fixtures made, as pytest does a test's own folder, unless a test failed."""
+    before = {*tmp_path_factory.getbasetemp().iterdir(), session_path}
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed:
+        for path in {*tmp_path_factory.getbasetemp().iterdir()} - before:
+            if not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shapes(session_path: Path) -> Path:
     """A folder <train|test>/<class>/<image>: 4 classes, 64 training and 22 test images."""
-    root = tmp_path_factory.mktemp("data") / "shapes"
+    root = session_path / "shapes"
     generator = np.random.default_rng(0)
     for split, counts in (("train", (16, 16, 16, 16)), ("test", (6, 6, 5, 5))):
         for shape, count in zip(SHAPES, counts, strict=True):
@@ -116,10 +136,10 @@ def shapes_zip(shapes: Path) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def own_cache(session_path: Path) -> Iterator[Path]:
     """Image caches go into the test's own folder, in this process and in those it starts."""
     with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("cache")
+        path = session_path / "cache"
         patch.setenv("XDG_CACHE_HOME", str(path))
         patch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         patch.setenv("HF_HOME", str(path))  # no configuration of the user's own

@@ -151,6 +151,7 @@ def test_the_checks_come_with_n_and_spread(explained: Path) -> None:
             assert -1 <= checks[f"{group}_correlation_{measure}"] <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(run: Path, explained: Path, tmp_path: Path) -> None:
     configuration = tmp_path / "two.yaml"
     configuration.write_text(
@@ -452,6 +453,7 @@ def test_maps_of_images_beyond_the_first_hundred_thousand_are_replaced_too(tmp_p
 # ---- bad input
 
 
+@pytest.mark.slow
 def test_a_name_that_a_terminal_cannot_show_is_no_reason_to_fail(run: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "\u732b"
     shutil.copytree(run, foreign, ignore=shutil.ignore_patterns("checkpoints", "explain"))
