@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 from conftest import ROOT
-from helpers.bench import BENCH
+from helpers.bench import BATCH, BENCH, shrink
 from torch.nn import functional as F
 
 from cifar.bench import context, interleave, scaling, scaling_model, shaped
@@ -194,19 +194,21 @@ def test_every_figure_has_its_turns_its_limit_and_its_baseline(bench: Measure, t
 
 def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "RANKS", (1, 4))
-    for split, count in (("train", 2_500), ("test", 500)):
-        monkeypatch.setitem(context.IMAGES, split, count)
+    for place, name in ((Bench, "_arguments"), (Bench, "batch"), (context, "IMAGES")):
+        value = getattr(place, name)
+        monkeypatch.setattr(place, name, dict(value) if name == "IMAGES" else value)  # put back afterwards
+    shrink()
     bench = Bench("digits", 2, 0.01, tmp_path, machine={"native_bf16": False, "gpus": 0})
     found = scaling.on_one_gpu(bench)
     assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == [
         (what, unit, 2)
         for how in ("eager", "by graph")
-        for ranks, images in ((1, 64), (4, 16))
+        for ranks, images in ((1, BATCH), (4, BATCH // 4))
         for what, unit in ((f"a step of {images} images, {how}", "ms"), (f"{ranks} GPUs computed from it", "images/s"))
     ]
     assert all(value > 0 for figure in found for value in figure.values)
     assert found[1].ratios == [1, 1]
-    assert found[1].values[0] == pytest.approx(64 / found[0].values[0] * 1e3)  # alone it waits for nobody
+    assert found[1].values[0] == pytest.approx(BATCH / found[0].values[0] * 1e3)  # alone it waits for nobody
 
 
 # ---- the model of a step's time

@@ -59,10 +59,12 @@ def project(tmp_path: Path, patch: str) -> Path:
 
 def started(
     script: Path, shapes: Path, run: Path, launcher: tuple[str, ...], hang_seconds: int = 60,
-    more: tuple[object, ...] = (), env: dict[str, str] | None = None, **popen: Any,
+    more: tuple[object, ...] = (), env: dict[str, str] | None = None, workers: bool = False, **popen: Any,
 ) -> "subprocess.Popen[str]":  # fmt: skip
+    # Workers, and what they import, take their time at each start: only where a signal may reach them, too.
+    augmented = ("--augment", "albumentations" if workers else "device")
     arguments = command(script, "--data", shapes, "--run", run, "--network", "whitened", "--epochs", 60,
-                        "--peak-epoch", 1, "--global-batch-size", 12, "--checkpoint-every", 3, *more,
+                        "--peak-epoch", 1, "--global-batch-size", 12, "--checkpoint-every", 3, *augmented, *more,
                         launcher=launcher)  # fmt: skip
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True, **popen}
     return subprocess.Popen(
@@ -248,7 +250,7 @@ def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"],
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
-    processes.append(started(ROOT / "train.py", shapes, run, launcher))
+    processes.append(started(ROOT / "train.py", shapes, run, launcher, workers=True))
     wait_for(run / "checkpoints/step-0000003", processes[0])
     if by_keyboard:
         os.killpg(processes[0].pid, number)  # a terminal sends it to all that run in its foreground
@@ -312,7 +314,7 @@ def test_where_metrics_come_back_later_all_ranks_stop_after_the_same_step(
 def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
-    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", ()))
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", (), workers=True))
     wait_for(tmp_path / "run/checkpoints/step-0000003", processes[0])
     while processes[0].poll() is None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -330,7 +332,7 @@ def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
 def test_an_absurd_hang_limit_is_refused(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
-    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", THREE, hang_seconds=0))
+    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", TWO, hang_seconds=0))
     output = processes[0].communicate(timeout=900)[0]
     assert lines(output) == [
         "train.py: error: CIFAR_HANG_SECONDS=0 is not a number of seconds; give a whole number of at least 1"
@@ -434,7 +436,7 @@ def test_processes_that_were_all_suspended_go_on(
 ) -> None:
     # As `scontrol suspend` does, and a laptop that sleeps.
     run = tmp_path / "run"
-    processes.append(started(ROOT / "train.py", shapes, run, TWO, hang_seconds=8))
+    processes.append(started(ROOT / "train.py", shapes, run, TWO, hang_seconds=8, workers=True))
     wait_for(run / "checkpoints/step-0000003", processes[0])
     whole = [psutil.Process(processes[0].pid), *psutil.Process(processes[0].pid).children(recursive=True)]
     for process in whole:
@@ -456,7 +458,7 @@ def test_a_terminal_that_is_closed_is_a_stop_request(
     run = tmp_path / "run"
     mine, theirs = os.openpty()
     process = started(
-        ROOT / "train.py", shapes, run, (), stdin=theirs, stdout=theirs, stderr=theirs,
+        ROOT / "train.py", shapes, run, (), workers=True, stdin=theirs, stdout=theirs, stderr=theirs,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     processes.append(process)

@@ -26,12 +26,12 @@ ON_A_CPU = (
     "graph.GraphedGradients.__call__ = call\n"
 )
 FAITHFUL = ON_A_CPU + "graph.capture = lambda step: step\n"
-ONE: tuple[str, ...] = ("--mixed_precision", "no")
+ONE: tuple[str, ...] = ()
 STEPS = 12
 VARIANTS = {
-    "dropout": (),
+    "dropout": ("--network", "whitened"),
     "sizes and freezing": ("--recipe", "speedrun", "--freeze-at", 0.5, "--peak-epoch", 0),
-    "micro-batches": ("--gradient-accumulation-steps", 2),
+    "micro-batches": ("--network", "whitened", "--gradient-accumulation-steps", 2),
 }
 Finished = Callable[[str, str, tuple[str, ...]], tuple[str, Path]]
 
