@@ -120,7 +120,7 @@ def claim_after(run: Path, number: int) -> Attempt | None:
 def _register(run: Path, number: int, world_size: int) -> bool:
     try:
         with _file(run, number).open("x") as file:
-            json.dump(_facts(world_size), file, indent=1)
+            json.dump(_metadata(world_size), file, indent=1)
     except FileExistsError:
         return False
     return True
@@ -148,7 +148,7 @@ def described(run: Path, number: int) -> str:
     return f"attempt {number} (process {found.get('pid', '?')} on {found.get('host', '?')}{job})"
 
 
-def _facts(world_size: int) -> dict[str, Any]:
+def _metadata(world_size: int) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, and the finished network.
+"""Atomic checkpoints, and the final weights.
 
 A checkpoint is a directory `step-NNNNNNN` with `model.safetensors`, `optimizer.safetensors` and `state.json`. It is
 written under a temporary name, synced and renamed; state.json holds a sha256 of each file and of itself. From it
@@ -31,7 +31,7 @@ from cifar.errors import UserError
 from cifar.formats import RUN as FORMAT
 from cifar.recipes import Recipe
 
-KEEP = 3  # checkpoints of a run; one is enough to go on, the others are for a disk that lies
+KEEP = 3  # checkpoints of a run; one is enough to resume, the others guard against corrupted files
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?")
 
@@ -65,12 +65,12 @@ class BrokenCheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Chosen:
-    """The checkpoint to go on from, or none, and a line for each broken one that was passed over."""
+    """The checkpoint to go on from, or none, and a line for each broken one that was skipped."""
 
     path: Path | None = None
     step: int = 0  # of `path`, whatever its name: it may be a copy
     origin: str | None = None  # the checkpoint that --resume named when the run began, as an absolute path
-    passed_over: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
 
 class Snapshot:
@@ -91,10 +91,10 @@ class Snapshot:
         return self._copies
 
 
-def write(attempt: Attempt, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
+def write(attempt: Attempt, snapshot: Snapshot, metadata: dict[str, Any]) -> Path:
     """Writes `checkpoints/step-NNNNNNN` in the run and deletes all but the newest KEEP. Call it on rank 0 alone.
 
-    `facts` say what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises
+    `metadata` says what the weights are: at least network, classes, mean, std, recipe and data_fingerprint. Raises
     UserError where a weight or the optimizer's state is not finite, the disk is full or not writable, or a newer
     attempt has taken the run over; earlier checkpoints are then as they were.
     """
@@ -115,7 +115,7 @@ def write(attempt: Attempt, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
         with ThreadPoolExecutor() as pool:  # copying, writing, syncing and hashing all let other threads run
             digests = pool.map(lambda name: _write_tensors(temporary / name, tensors[name]), tensors)
             sums = dict(zip(tensors, digests, strict=True))
-        state = {"format": FORMAT, **facts, "progress": asdict(snapshot.progress), "sha256": sums}
+        state = {"format": FORMAT, **metadata, "progress": asdict(snapshot.progress), "sha256": sums}
         state["sha256"] = {**sums, STATE: _state_sum(state)}
         files.write(temporary / STATE, json.dumps(state, indent=1).encode())
         files.sync(temporary)
@@ -147,7 +147,7 @@ def _commit(attempt: Attempt, temporary: Path, path: Path) -> Path:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # A broken checkpoint was passed over at the start, and its step is now reached again. It stays where it is: to
+        # A broken checkpoint was skipped at the start, and its step is now reached again. It stays where it is: to
         # move it would be to move a newer attempt's checkpoint, if this attempt were frozen before it did so.
         own = path.with_name(f"{path.name}-attempt-{attempt.number}")
         temporary.rename(attempt.temporary(own))
@@ -182,7 +182,7 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, or None, and what is wrong with each one that was passed over."""
+    """The newest complete checkpoint, or None, and what is wrong with each one that was skipped."""
     broken = []
     for path in found(directory):
         try:
@@ -248,20 +248,20 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-def changes(path: Path, facts: dict[str, Any], global_batch_size: int) -> list[str]:
-    """What differs between the run that wrote a checkpoint and the one that goes on with `facts`, in words."""
+def changes(path: Path, metadata: dict[str, Any], global_batch_size: int) -> list[str]:
+    """What differs between the run that wrote a checkpoint and the one that goes on with `metadata`, in words."""
     before = _state(path)
     lines = []
-    ranks, now = before["world_size"], facts["world_size"]
+    ranks, now = before["world_size"], metadata["world_size"]
     if ranks != now:
         lines.append(
             f"processes: {ranks} before, {now} now, so {global_batch_size // ranks} images a process before, "
-            f"{global_batch_size // now} now; same batches, but batch-norm statistics are over each process's share, "
+            f"{global_batch_size // now} now; same batches, but batch-norm statistics are per process, "
             "and the weights will not be equal bit for bit"
         )
-    if before["precision"] != facts["precision"]:
-        lines.append(f"precision: {before['precision']} before, {facts['precision']} now")
-    theirs, ours = before.get("computed_on", {}), facts["computed_on"]
+    if before["precision"] != metadata["precision"]:
+        lines.append(f"precision: {before['precision']} before, {metadata['precision']} now")
+    theirs, ours = before.get("computed_on", {}), metadata["computed_on"]
     different = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
     if different:
         each = "; ".join(f"{name}: {theirs[name]} before, {ours[name]} now" for name in different)
@@ -340,6 +340,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     failure.beat()
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone, whatever the umask
     with path.open("rb") as file:
         os.fsync(file.fileno())
         failure.beat()

@@ -12,6 +12,7 @@ single process is watched in the same way, without a store.
 
 import atexit
 import json
+import math
 import os
 import re
 import signal
@@ -66,14 +67,14 @@ class _Watch:
         self.tick = min(TICK_SECONDS, self.hang_seconds / 10)
         self.limit, self.training = float(SETUP_SECONDS), False
         self.moved, self.computed = time.monotonic(), time.process_time()  # at the last move
-        self.computing_counts = False
+        self.on_cpu = self.computing_counts = False
         self.peers: _Peers | None = None
         self.failed: End | None = None
         self.record: Record | None = None
         self.lock = threading.Lock()  # held by the thread that finds out why the job ends
         self.launcher = os.getppid()
         self.asked: float | None = None  # when a stop request was first seen
-        self.insistence = stop.Insistence(PATIENCE_SECONDS)
+        self.repeated_stop = stop.RepeatedStop(PATIENCE_SECONDS)
         self.main_thread = threading.main_thread().ident or 0
         threading.Thread(target=self._run, name="hang watch", daemon=True).start()
 
@@ -90,13 +91,13 @@ class _Watch:
             self._look(now)
 
     def _look(self, now: float) -> None:
-        peers, insisting = self.peers, self.insistence.look(self.moved)
+        peers, repeated = self.peers, self.repeated_stop.look(self.moved)
         if stop.requested() and self.asked is None:
             self.asked = now
         still = now - self.moved
         unheard = now - max(self.moved, self.asked) if self.asked else 0.0  # of a stop request
-        if insisting:
-            self.end(lambda: self._insisted(insisting, still))
+        if repeated:
+            self.end(lambda: self._stopped_again(repeated, still))
         elif unheard > PATIENCE_SECONDS and not self.training:
             self.end(lambda: End("stopped on request before the first step", 0))
         elif unheard > PATIENCE_SECONDS and peers and os.getppid() != self.launcher:
@@ -112,17 +113,22 @@ class _Watch:
         """Whether this is a process alone, which waits for no other one, and busy with a very long step."""
         return self.computing_counts and time.process_time() - self.computed > still / 10
 
-    def _insisted(self, number: int, still: float) -> End:
+    def _stopped_again(self, number: int, still: float) -> End:
         line = (
             f"{signal.Signals(number).name} again, and nothing has moved for {still:.0f} s (in {self.position()}): "
             "ended without saving; the same command goes on from the last checkpoint"
         )
         return End(line, 128 + number)
 
-    def _silent(self, reason: str) -> End:
+    def _silent(self, reason: str) -> End | None:
         if self.peers is None:
             return End(f"this process is in {self.position()} ({reason})", 1)
-        return self.peers.roll_call(reason) or self.peers.where_all_are(reason)
+        found = self.peers.roll_call(reason)
+        if found is None and (still := self.peers.still()) < self.limit:
+            # One of them moves, e.g. through a download, and the others wait for it.
+            self.moved = max(self.moved, time.monotonic() - still)
+            return None
+        return found or self.peers.where_all_are(reason)
 
     def end(self, why: Callable[[], End | None]) -> None:
         """Ends this process, unless `why` finds that nothing has failed."""
@@ -185,7 +191,7 @@ class _Peers:
         self.heartbeat = ""  # the next rank's
         self.heard = self.told = time.monotonic()  # when that last changed, and when the store last answered
         self.first: End | None = None  # what the rank said that failed first
-        self.places: list[str] = []  # where the ranks were at the last roll call that all have answered
+        self.said: list[str] = []  # what the ranks said at the last roll call that all have answered
         self.succeeds_first = False  # rank 0 does not answer, and this is the lowest rank that does
         self.leaving = threading.Event()
         # A connection serves one thread at a time.
@@ -215,7 +221,8 @@ class _Peers:
         with suppress(RuntimeError):
             while not self.leaving.is_set():
                 beats += 1
-                store.set(f"alive/{self.rank}", f"{beats} {self.watch.position()}")
+                still = time.monotonic() - self.watch.moved
+                store.set(f"alive/{self.rank}", f"{beats} {still:.1f} {self.watch.position()}")
                 heartbeat = _get(store, f"alive/{self.next}")
                 if heartbeat != self.heartbeat or heartbeat == LEFT:
                     self.heartbeat, self.heard = heartbeat, time.monotonic()
@@ -270,7 +277,7 @@ class _Peers:
             if first := _get(self.store, "first"):
                 return End(*json.loads(first))
             if not absent:
-                self.places = [place.partition(" ")[2] or LEFT for place in now]
+                self.said = now
                 return None
             if time.monotonic() > deadline:
                 break
@@ -279,11 +286,16 @@ class _Peers:
         who = ", ".join(self.name(rank) for rank in absent)
         return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1)
 
+    def still(self) -> float:
+        """After a roll call that all ranks have answered: for how many seconds none of them has moved."""
+        return min((float(said.split(" ")[1]) for said in self.said if said != LEFT), default=math.inf)
+
     def where_all_are(self, reason: str) -> End:
         """After a roll call that all ranks have answered: where each of them is."""
-        common = Counter(self.places).most_common(1)[0][0]
-        odd = [rank for rank, place in enumerate(self.places) if place != common]
-        where = "; ".join(f"{self.name(rank)} is in {self.places[rank]}" for rank in odd)
+        places = [said.split(" ", 2)[2] if said != LEFT else LEFT for said in self.said]
+        common = Counter(places).most_common(1)[0][0]
+        odd = [rank for rank, place in enumerate(places) if place != common]
+        where = "; ".join(f"{self.name(rank)} is in {places[rank]}" for rank in odd)
         return End(f"{where + ', the others in' if odd else 'all ranks are in'} {common} ({reason})", 1)
 
 
@@ -295,18 +307,19 @@ def _get(store: Any, key: str) -> str:
 _watch: _Watch | None = None
 
 
-def start(on_cpu: bool = False) -> None:
-    """From now on this rank's failure is every rank's, and a hang, of one that never comes too, ends the job.
-
-    `on_cpu`: a process alone that still computes on its CPU is slow, and does not hang.
-    """
+def start() -> None:
+    """From now on this rank's failure is every rank's, and a hang, of one that never comes too, ends the job."""
     global _watch
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     _watch = _Watch()
     if ranks > 1 and "MASTER_ADDR" in os.environ:
         _watch.peers = _Peers(_watch, int(os.environ["RANK"]), ranks)
-    else:
-        _watch.computing_counts = on_cpu
+
+
+def computes_on_cpu() -> None:
+    """A process alone that still computes on its CPU is slow, and does not hang."""
+    if _watch:
+        _watch.on_cpu, _watch.computing_counts = True, _watch.peers is None
 
 
 def introduce(hosts: list[str]) -> None:
@@ -367,7 +380,7 @@ def disable_watchdog() -> None:
     if _watch:
         peers, _watch.peers = _watch.peers, None
         _move(_watch)
-        _watch.limit, _watch.computing_counts = float(SETUP_SECONDS), True
+        _watch.limit, _watch.computing_counts = float(SETUP_SECONDS), _watch.on_cpu
         if peers:
             peers.leaving.set()
             peers.teller.join(GRACE_SECONDS)
@@ -427,7 +440,7 @@ def cause(error: BaseException) -> End:
         if watch.failed is None and peers is None:
             watch.failed = End(own, status)
         elif watch.failed is None and peers is not None:
-            if _of_the_network(error):
+            if _caused_by_a_peer(error):
                 # gloo adds its source file and advice
                 reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
                 end = peers.roll_call(reason) or peers.where_all_are(reason)
@@ -454,15 +467,15 @@ def shared() -> Iterator[None]:
     except Exception as error:
         if _watch is None or _watch.peers is None:
             raise
+        if not _caused_by_a_peer(error) and not isinstance(error, UserError):
+            traceback.print_exception(error)  # at once: the watch may end this process meanwhile
         line, status = cause(error)
         if status == USER_ERROR:
             raise UserError(line) from None
-        if not _of_the_network(error) and not isinstance(error, UserError):
-            traceback.print_exception(error)
         _say_and_exit(line, status)
 
 
-def _of_the_network(error: BaseException) -> bool:
+def _caused_by_a_peer(error: BaseException) -> bool:
     """Is it the kind of error that a rank gets because of another one? gloo raises plain RuntimeErrors."""
     from torch.distributed import DistError
 

@@ -189,6 +189,7 @@ def capture(step: Replay) -> Replay:
     """`step` as a CUDA graph. Other threads, which write checkpoints and upload batches, may go on meanwhile."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Around it, since a capture that fails leaves this thread on the stream of the capture.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay

@@ -23,6 +23,7 @@ from torch.distributed import is_nccl_available
 
 from cifar import cores, device, failure, ranks
 from cifar.cores import local_processes
+from cifar.data.sources import DOWNLOAD_SECONDS
 from cifar.errors import UserError
 
 # Gradients are summed in parts of so many MB, each while the next is computed; only the last is waited for. With DDP's
@@ -50,10 +51,12 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     other, have different devices or cannot do the precision.
     """
     _check_numbers()
+    failure.start()  # before the ranks meet: one that does not come is named, and what keeps it from coming
     decided = device.decide(local_processes())
     on_cpu = decided.kind == "cpu"
+    if on_cpu:
+        failure.computes_on_cpu()
     _check_settings(on_cpu)
-    failure.start(on_cpu)  # before the ranks meet: one that does not come is named
     machines = failure.exchange("device", f"{socket.gethostname()} {decided.kind}")
     device.compare(dict(words.split() for words in machines))
     if deterministic:
@@ -62,8 +65,9 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     torch.backends.cudnn.allow_tf32 = False  # float32 is what precision `no` says; bf16 is for speed
-    # Above the limits of failure.py, which names the rank that is missing: this one would name nobody.
-    limit = timedelta(seconds=min(2 * max(failure.SETUP_SECONDS, failure.hang_seconds()), LONGEST))
+    # Above the limits of failure.py, which names the rank that is missing: this one would name nobody. The ranks may
+    # wait as long for images that one of them downloads and decodes.
+    limit = timedelta(seconds=min(4 * max(failure.SETUP_SECONDS, DOWNLOAD_SECONDS, failure.hang_seconds()), LONGEST))
     _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [
@@ -79,7 +83,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
             "leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
         )
     launched = os.environ.get("WORLD_SIZE", "1")
-    if launched != str(accelerator.num_processes):  # each would believe to be alone, and all would write
+    if launched != str(accelerator.num_processes):  # each would believe itself to be alone, and all would write
         raise AssertionError(f"{launched} processes were launched, but this one knows of {accelerator.num_processes}")
     failure.introduce(ranks.gathered(accelerator, socket.gethostname()))
     # The launcher leaves a process on a machine with GPUs one thread, however many cores there are.
@@ -90,15 +94,15 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
 
 
 def _make_deterministic() -> None:
-    """Before CUDA and NCCL start: what they must be told, and torch, which then refuses an operation that is not."""
+    """Call before CUDA and NCCL start. torch then raises for operations that are not deterministic."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS")  # which adds up in another order each time
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # or the fastest convolution of the day is taken
+    torch.backends.cudnn.benchmark = False  # autotuning may choose another algorithm in each run
 
 
 def _check_numbers() -> None:
-    """Raises UserError for variables by which processes meet, but not in this way."""
+    """Raises UserError if the launcher's rendezvous variables are malformed or incomplete."""
     given = {name: os.environ[name] for name in NUMBERS if os.environ.get(name, "-1") != "-1"}  # -1: as if unset
     odd = next((f"{name}={value} is not a number" for name, value in given.items() if not value.isdecimal()), "")
     several = given.get("WORLD_SIZE", "1") != "1"
@@ -107,11 +111,12 @@ def _check_numbers() -> None:
         what = "WORLD_SIZE" if several else "LOCAL_RANK"
         odd = f"{what}={given[what]} without {missing[0]}"
     if odd:
-        raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set what processes meet by")
+        os.environ["RANK"] = "0"  # whatever it was: this process says itself what is wrong
+        raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set the rendezvous variables")
 
 
 def _check_settings(on_cpu: bool) -> None:
-    """Raises UserError for what was launched and is not to be had here."""
+    """Raises UserError for a launcher setting that is not supported here."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     config = ("cpu_2proc" if several else "cpu") if on_cpu else ("multi_gpu" if several else "single_gpu")
     instead = f"launch with --config_file accelerate_configs/{config}.yaml"
@@ -123,7 +128,7 @@ def _check_settings(on_cpu: bool) -> None:
             )
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16", "fp16"):
-        raise UserError(f"precision {wanted} is none that this job trains in; {instead}")
+        raise UserError(f"precision {wanted} is not supported; {instead}")
     if wanted == "fp16" and on_cpu:
         raise UserError(f"precision {wanted} needs a GPU, and there is none; launch with --mixed_precision bf16 or no")
 
@@ -244,6 +249,7 @@ def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     DDP waits for the gradient of every parameter that learnt when it was made. (One that looks for the missing ones in
     each step would send them as zeros, and says at its first step that there are none.)
     """
+    network.__dict__.pop("_is_accelerate_prepared", None)  # of a process alone that compiles: or it would not again
     model: nn.Module = accelerator.prepare_model(network)
     fix_bucket_order(accelerator, model, network)
     return model

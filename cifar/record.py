@@ -9,8 +9,9 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,8 +41,8 @@ LOG_SECONDS = 0.25  # between points of the training curves, which cost a fracti
 PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a second
 CHECK_SECONDS = 5  # between looks for a newer attempt, beside the one before each write
 WAITING, TRAINING = "waiting for images", "training"  # on the clock
-LATE = 0.1  # of training that may be waiting for images without a word
-SLOW = 1.5  # times the others' own work in a step that a rank's may take without a word
+LATE = 0.1  # fraction of training spent waiting for images above which the run says so
+SLOW = 1.5  # a rank is reported as slow above so many times the others' own work in a step
 LAST_SAVE_SECONDS = 3  # that a job which has failed leaves to a save that is under way
 
 
@@ -73,7 +74,8 @@ class RunRecord:
             if accelerator.is_main_process:
                 self.attempt = run.start(options, recipe, data.fingerprint, accelerator.num_processes)
                 chosen = checkpoint.choose(options.run / "checkpoints", options.resume)
-                self.history = History(self.attempt, chosen.step, data.test_labels)
+                with run.disk_errors_named():
+                    self.history = History(self.attempt, chosen.step, data.test_labels)
                 number, evaluated = self.attempt.number, self.history.last_epoch()
         agreed = broadcast_object_list([number, chosen, evaluated])
         self.number: int = agreed[0]
@@ -97,7 +99,7 @@ class RunRecord:
     # ---- the beginning
 
     def resume(self, network: nn.Module, optimizer: optim.Optimizer) -> Progress:
-        """Loads the checkpoint to go on from, if there is one, and says how far it had come."""
+        """Loads the checkpoint to go on from, if there is one, and returns its progress."""
         self.progress = Progress()
         with raise_on_all_ranks(self.accelerator):
             if self.chosen.path:
@@ -107,6 +109,7 @@ class RunRecord:
         self.seconds_before = self.progress.seconds
         return self.progress
 
+    @run.disk_errors_named()
     def start(self, network: nn.Module, images: TrainingImages) -> None:
         """Says what is trained where, and that it is `running`."""
         if self.attempt is None:
@@ -116,10 +119,10 @@ class RunRecord:
         batch, path = self.recipe.global_batch_size, self.chosen.path
         self.tracker = Tracker(self.attempt, self.recipe, self.data, self.progress.step, self.schedule.total_steps)
         self.tracker.start(launch.topology(self.accelerator, batch), summary.table(network), images)
-        for line in self.chosen.passed_over:
-            self.tracker.say(f"passed over a broken checkpoint: {line}")
+        for line in self.chosen.skipped:
+            self.tracker.say(f"skipped a broken checkpoint: {line}")
         if path:
-            self.tracker.say(f"attempt {self.attempt.number}: going on from {path}")
+            self.tracker.say(f"attempt {self.attempt.number}: resuming from {path}")
             for line in checkpoint.changes(path, self.metadata, batch):
                 self.tracker.say(line)
         run.write_status(self.attempt, "running", self.progress.step)
@@ -194,11 +197,16 @@ class RunRecord:
             self.progress.count(batch, metrics.loss, metrics.correct)
             if self.attempt and self.tracker and metrics.gradient_norm is not None:
                 rate = self.schedule.learning_rate(metrics.step - 1)
-                self.tracker.log_step(metrics, rate, launch.memory_bytes(self.accelerator.device))
+                log = self.tracker.say_step(metrics, rate, launch.memory_bytes(self.accelerator.device))
+                self.writer.submit(partial(self._log, log))
                 if time.monotonic() - self.checked > CHECK_SECONDS and self.drawer.idle():
                     self.checked = time.monotonic()
                     self.drawer.submit(self.attempt.check)
         return any(metrics.stop for metrics in arrived)
+
+    def _log(self, log: Callable[[], None]) -> None:
+        with run.disk_errors_named():
+            log()
 
     def _refuse(self, metrics: StepMetrics) -> None:
         self.progress.step = metrics.step - 1  # the last that was good, whatever has been computed since

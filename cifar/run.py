@@ -1,7 +1,7 @@
 """The run directory: what a run is (recipe.json), how it goes (status.json), what it measured (metrics, predictions).
 
 Rank 0 alone writes here, as long as its attempt is the newest. Files are replaced whole, so that a reader, and the next
-attempt after a crash, finds each of them in order. Three grow instead: metrics.jsonl and predictions.log, which each
+attempt after a crash, finds each of them intact. Three grow instead: metrics.jsonl and predictions.log, which each
 attempt begins as a file of its own (see History), and TensorBoard's, of which each attempt has its own and which begins
 by taking back what those before it have logged beyond the step that it goes on from.
 """
@@ -27,6 +27,8 @@ from cifar.attempt import Attempt
 from cifar.errors import UserError
 from cifar.recipes import Options, Recipe
 
+# How often a launcher or Slurm has started the same command again: `--resume never` is of the first start.
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 VERSIONS_OF = ("torch", "torchvision", "accelerate", "albumentations", "numpy", "safetensors")
 
 
@@ -57,7 +59,7 @@ def write_status(attempt: Attempt, state: str, step: int, reason: str = "") -> N
 
 
 def check(directory: Path, recipe: Recipe, resume: str) -> None:
-    """Looks whether this directory is one that the recipe may be trained in.
+    """Checks that the recipe may be trained in this directory.
 
     Raises UserError for a directory with other contents or another recipe, and, with --resume never, a used one.
     """
@@ -68,8 +70,9 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"run directory {directory}: {error.strerror}; choose another --run") from None
     if not used:
         return
-    if resume == "never":
-        raise UserError(f"run directory {directory} is not empty, and --resume never wants it so; choose a new --run")
+    restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+    if resume == "never" and not restarted:
+        raise UserError(f"run directory {directory} is not empty, as --resume never requires; choose a new --run")
     before = _read_json(directory / "recipe.json").get("recipe")
     if before is None:
         raise UserError(f"{directory} is not empty and holds no run (no readable recipe.json); choose another --run")
@@ -102,7 +105,7 @@ def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -
             raise PermissionError(13, "not writable")
         attempt = attempts.claim(directory, world_size)
         if not before:
-            facts = {
+            metadata = {
                 "name": options.recipe_name,  # as asked for, before any of its fields was changed
                 "recipe": recipe.model_dump(),
                 "data_fingerprint": fingerprint,
@@ -111,7 +114,7 @@ def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -
                 "python": sys.version.split()[0],
                 "git_revision": _git_revision(),
             }
-            attempt.replace(path, json.dumps(facts, indent=1))
+            attempt.replace(path, json.dumps(metadata, indent=1))
     except OSError as error:
         raise UserError(f"run directory {directory}: {error.strerror}; choose another --run") from None
     return attempt
@@ -228,7 +231,7 @@ def read_predictions(directory: Path, images: int) -> tuple[dict[int, npt.NDArra
 
 @contextmanager
 def disk_errors_named() -> Iterator[None]:
-    """Makes of a full disk, wherever the block meets it, a UserError."""
+    """Turns a full disk within the block into a UserError."""
     try:
         yield
     except OSError as error:

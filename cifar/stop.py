@@ -21,7 +21,7 @@ _received = 0
 _wakeup: int | None = None  # the end of a pipe into which Python writes each signal's number
 
 
-class Insistence:
+class RepeatedStop:
     """Whether a stop request was repeated after `patience` seconds in which nothing moved.
 
     Ctrl-C in a terminal reaches a rank twice, from the terminal and from its launcher: in the same moment, which does
@@ -33,7 +33,7 @@ class Insistence:
         self.first: float | None = None
 
     def look(self, moved: float) -> int:
-        """The number of the signal that insists, or 0. `moved` is when training last moved (time.monotonic)."""
+        """The number of the signal that is repeated, or 0. `moved` is when training last moved (time.monotonic)."""
         now = time.monotonic()
         for number in _new_signals():
             if number not in INSISTING:

@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,9 @@ class Tracker:
         self.writer = SummaryWriter(str(attempt.run), purge_step=step + 1 if step else 0)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not has_room_for_a_bar(sys.stderr))
         self.said = time.monotonic()
-        self.counted: list[tuple[int, float]] = []  # images and seconds of each step of this attempt
-        self.epoch_began = self.logged = 0  # entries of `counted` before this epoch, and before the last point
+        self.warm = False  # after the first step of this attempt
+        # Images and seconds of this attempt's steps, without the first; then, and before this epoch and the last point.
+        self.counted = self.epoch_began = self.logged = (0, 0.0)
         # Step and confusion matrix of an evaluation that is to be drawn.
         self.undrawn: tuple[int, npt.NDArray[np.int64]] | None = None
 
@@ -80,32 +82,37 @@ class Tracker:
 
     def count(self, images: int, seconds: float) -> None:
         """Takes note of one step's images and time, the wait for its input included."""
-        self.counted.append((images, seconds))
+        if self.warm:
+            self.counted = (self.counted[0] + images, self.counted[1] + seconds)
+        self.warm = True
 
-    def images_per_second(self, since: int = 0) -> float:
+    def images_per_second(self, since: tuple[int, float] = (0, 0.0)) -> float:
         """Training speed of this attempt; its first step, which warms up, is left out. 0 if there was no other."""
-        images, seconds = np.sum(self.counted[max(1, since) :] or [(0, 1.0)], axis=0)
-        return float(images / seconds)
+        images, seconds = self.counted[0] - since[0], self.counted[1] - since[1]
+        return images / seconds if images else 0.0
 
     def epochs_images_per_second(self) -> float:
         """Training speed since this was last asked, at an epoch's end."""
-        speed, self.epoch_began = self.images_per_second(self.epoch_began), len(self.counted)
+        speed, self.epoch_began = self.images_per_second(self.epoch_began), self.counted
         return speed
 
-    def log_step(self, metrics: StepMetrics, learning_rate: float, memory: int) -> None:
-        """One point of the training curves, and of the progress on the terminal."""
+    def say_step(self, metrics: StepMetrics, learning_rate: float, memory: int) -> Callable[[], None]:
+        """A step's progress on the terminal. Returns what adds its point to the training curves, on whatever disk."""
         step, accuracy = metrics.step, metrics.correct / self.recipe.global_batch_size
-        speed, self.logged = self.images_per_second(self.logged), len(self.counted)
+        speed, self.logged = self.images_per_second(self.logged), self.counted
         values = {"loss": metrics.loss, "accuracy": accuracy, "learning_rate": learning_rate,
                   "gradient_norm": metrics.gradient_norm, "images_per_second": speed,
                   "memory_bytes": memory}  # fmt: skip
-        for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, step)
         text = f"loss {metrics.loss:.3f}  accuracy {accuracy:.1%}  lr {learning_rate:.2g}  {speed:.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said > LINE_EVERY:
             self.say(f"step {step}/{self.total_steps}  {text}")
+        return partial(self._log_step, values, step, time.time())
+
+    def _log_step(self, values: dict[str, Any], step: int, now: float) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, step, walltime=now)
 
     def say_epoch(self, metrics: EpochMetrics) -> None:
         """An epoch's line on the terminal."""

@@ -133,15 +133,26 @@ def test_the_newest_complete_checkpoint_is_chosen_and_broken_ones_are_named(save
     (path.parent / "step-0000012").mkdir()
     chosen = checkpoint.choose(path.parent, "auto")
     assert (chosen.path, chosen.step) == (path, 7)
-    assert "step-0000012" in chosen.passed_over[0]
-    assert "step-0000010/model.safetensors does not match its sha256" in chosen.passed_over[1]
+    assert "step-0000012" in chosen.skipped[0]
+    assert "step-0000010/model.safetensors does not match its sha256" in chosen.skipped[1]
     (path / "state.json").unlink()
     with pytest.raises(UserError, match="no complete checkpoint; choose a new --run"):
         checkpoint.choose(path.parent, "auto")
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_who_may_read_it_is_what_the_umask_says(umask: int, tmp_path: Path) -> None:
+    network, optimizer = trained(seed=0)
+    before = os.umask(umask)
+    try:
+        path = save(claim(tmp_path, 1), network, optimizer, Progress(step=7), FACTS)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
+
+
 def test_without_checkpoints_training_begins(tmp_path: Path) -> None:
-    assert checkpoint.choose(tmp_path / "checkpoints", "auto") == Chosen(passed_over=[])
+    assert checkpoint.choose(tmp_path / "checkpoints", "auto") == Chosen(skipped=[])
 
 
 def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, command, poisoned
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint
 
@@ -129,6 +130,91 @@ def test_a_rank_that_raises_ends_all_with_its_own_error_as_their_last_line(
     assert lines(output) == [f"train.py: error: rank 1 on {HOST}: ValueError: boom"] * 3
     assert output.count("Traceback") == 2  # the rank's own, and the launcher's
     assert status(tmp_path / "run") == {"state": "failed", "step": 4, "reason": f"rank 1 on {HOST}: ValueError: boom"}
+
+
+def test_the_traceback_of_a_rank_that_raises_while_a_save_is_under_way_is_there(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "import threading\nfrom cifar import files\nreal_write, writes = files.write, threading.Event()\n"
+        "def write(path, content):\n"
+        "    if 'step-0000003' in str(path): writes.set(); time.sleep(60)\n"
+        "    real_write(path, content)\n"
+        "files.write = write\n"
+        "def step(rank, number):\n"
+        "    if rank == 0 and number == 5: writes.wait(); raise ValueError('boom')"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO))
+    output = processes[0].communicate(timeout=900)[0]
+    assert set(lines(output)) == {f"train.py: error: rank 0 on {HOST}: ValueError: boom"}
+    assert ", in step\n" in output  # where it was raised
+
+
+def test_what_keeps_a_rank_from_coming_is_said_by_the_first(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = "if os.environ['RANK'] == '1': os.environ['CIFAR_DEVICE'] = 'cuda'"  # as on a node without a driver
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode != 0
+    assert len(lines(output)) == 1, output
+    assert "no GPU" in lines(output)[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_wait_for_images_as_long_as_one_of_them_gets_on_with_them(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "from cifar import failure\nfrom cifar.data import cache\n"
+        "failure.SETUP_SECONDS, real_open = 8, cache.open_data\n"
+        "def open_data(*data, **how):\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        for _ in range(50): time.sleep(0.5); failure.working()\n"
+        "    return real_open(*data, **how)\n"
+        "cache.open_data = open_data"
+    )
+    run = tmp_path / "run"
+    processes.append(started(project(tmp_path, patch), shapes, run, TWO, more=("--epochs", 2)))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 0, output
+    assert status(run)["state"] == "finished"
+
+
+def test_no_step_waits_for_the_curves(shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]) -> None:
+    """The first point is written only after four steps: a disk that is so slow stops no rank."""
+    patch = (
+        "from cifar import record, tracking\n"
+        "record.LOG_SECONDS, real_add = 0, tracking.SummaryWriter.add_scalar\n"
+        "def add_scalar(*arguments, **more):\n"
+        "    while count < 4: time.sleep(0.05)\n"
+        "    real_add(*arguments, **more)\n"
+        "tracking.SummaryWriter.add_scalar = add_scalar"
+    )
+    run = tmp_path / "run"
+    more = ("--epochs", 2, "--checkpoint-every", 500)
+    processes.append(started(project(tmp_path, patch), shapes, run, (), 20, more=more))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 0, output
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    assert [point.step for point in accumulator.Scalars("train/loss")] == [*range(1, 12)]
+
+
+def test_a_disk_that_is_full_before_the_first_step_is_one_line(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "from cifar import run as run_directory\n"
+        "def write_status(*arguments): raise OSError(28, 'No space left on device', 'status.json')\n"
+        "run_directory.write_status = write_status"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", ()))
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 2
+    assert "Traceback" not in output
+    assert len(lines(output)) == 1
+    assert "No space left on device" in lines(output)[0]
 
 
 def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
@@ -596,7 +682,7 @@ def test_a_rank_that_dies_is_started_again_in_place(
         time.sleep(0.05)
     processes[0].terminate()
     output = processes[0].communicate(timeout=900)[0]
-    assert "going on from" in output
+    assert "resuming from" in output
 
 
 # ---- before training

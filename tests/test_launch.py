@@ -109,8 +109,9 @@ def test_a_leftover_configuration_is_refused_in_one_line(
     ("env", "words"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "the launch asks for DeepSpeed"),  # what its launcher sets
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "precision fp8 is none that this job trains in; launch with"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "precision fp8 is not supported; launch with"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK in the environment; unset it"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 without LOCAL_RANK in the environment; unset it"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number in the environment"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without WORLD_SIZE in the environment; unset it"),
         ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE=many is not a number"),
@@ -152,6 +153,17 @@ def test_gradients_do_not_depend_on_the_launchers_number_of_accumulation_steps(t
     code = "x = torch.ones((), requires_grad=True)\nlaunch.start().backward(x * 1)\nprint(x.grad)"
     done = output_of(tmp_path, code, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert done.stdout == "tensor(1.)\n", done.stderr
+
+
+def test_a_network_that_was_compiled_is_compiled_again_once_some_of_it_is_frozen(tmp_path: Path) -> None:
+    code = (
+        "accelerator, network = launch.start(), torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Linear(1, 1))\n"
+        "launch.prepare(accelerator, network, torch.optim.SGD(network.parameters(), 1), None)\n"
+        "network[0].requires_grad_(False)\n"
+        "print(type(launch.rewrap_ddp(accelerator, network)).__name__)"
+    )
+    done = output_of(tmp_path, code, ACCELERATE_DYNAMO_BACKEND="EAGER")
+    assert done.stdout == "OptimizedModule\n", done.stderr
 
 
 def test_a_machine_without_a_launcher_has_one_process_with_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +216,6 @@ def test_a_compiled_network_trains_stops_and_goes_on_under_its_own_names(
     done = subprocess.run(command(ROOT / "train.py", *arguments, launcher=launcher), env=environment,
                           capture_output=True, text=True, timeout=900, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     network = models.build("whitened", classes=4, dropout=0)
     assert set(load_file(tmp_path / "run/model.safetensors")) == set(network.state_dict())

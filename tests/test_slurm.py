@@ -97,7 +97,7 @@ class Job:
 
     def resumed_at(self) -> list[int]:
         """The step at which each attempt but the first went on."""
-        return [int(step) for step in re.findall(r"going on from \S+/step-(\d+)", self.text())]
+        return [int(step) for step in re.findall(r"resuming from \S+/step-(\d+)", self.text())]
 
     def wait_step(self, step: int) -> None:
         """Waits for the checkpoint of that step."""
@@ -245,7 +245,7 @@ class Struck:
         `compare`, another fault strikes at once.)
         """
         job = self.job
-        pattern = r"attempt (\d+): going on from \S+/step-(\d+)"
+        pattern = r"attempt (\d+): resuming from \S+/step-(\d+)"
         job.cluster.wait(lambda: bool(re.search(pattern, job.text()[said:])), f"the next attempt: {job.text()[said:]}")
         attempt, step = (int(number) for number in re.findall(pattern, job.text()[said:])[-1])
         self.attempts = attempt
@@ -308,7 +308,7 @@ def stopped_at(said: str) -> int:
 
 def resumed_at(said: str) -> int:
     """The step at which an attempt says that it goes on."""
-    return int(re.findall(r"going on from \S+/step-(\d+)", said)[-1])
+    return int(re.findall(r"resuming from \S+/step-(\d+)", said)[-1])
 
 
 def test_a_warning_before_python_listens_is_not_lost(begun: Struck) -> None:
@@ -459,7 +459,7 @@ def test_the_newest_checkpoint_is_truncated(struck: Struck) -> None:
     os.truncate(newest / "optimizer.safetensors", 1000)
     job.cluster.call("scontrol", "release", job.number)
     said = struck.goes_on(said_before)
-    assert f"passed over a broken checkpoint: {newest}/optimizer.safetensors does not match" in said
+    assert f"skipped a broken checkpoint: {newest}/optimizer.safetensors does not match" in said
     assert checkpoint.step_of(newest) - EVERY <= resumed_at(said) < checkpoint.step_of(newest)
 
 
@@ -557,6 +557,7 @@ def test_the_last_bits_do_not_depend_on_an_interruption_with_four_ranks(
 def test_one_element_of_an_array_is_requeued_alone(
     submit: Submit, undisturbed: Callable[..., Path], slowly: Path
 ) -> None:
+    # The last one, whose own number is that of the whole array.
     reference = undisturbed("--nodes=1")
     slowly.touch()
     array = submit("--nodes=1", "--array=0-1")
@@ -566,14 +567,15 @@ def test_one_element_of_an_array_is_requeued_alone(
         for n in (0, 1)
         for number in [cluster.field(f"{array.number}_{n}", "JobId")]
     ]
-    jobs[0].wait_step(EVERY)
-    jobs[0].warn()
-    cluster.wait(lambda: jobs[0].status()["state"] == "preempted", "the run to stop")
+    for job in jobs:
+        job.wait_step(EVERY)
+    jobs[1].warn()
+    cluster.wait(lambda: jobs[1].status()["state"] == "preempted", "the run to stop")
     slowly.unlink()
     for job in jobs:
         job.wait_state("COMPLETED")
-    assert_nothing_happened(jobs[0], reference, attempts=2)
-    assert jobs[1].attempts() == 1
+    assert_nothing_happened(jobs[0], reference, attempts=1)
+    assert jobs[1].attempts() == 2
     assert jobs[1].status()["state"] == "finished"
     assert [json.loads((job.run / "recipe.json").read_text())["recipe"]["seed"] for job in jobs] == [0, 1]
 

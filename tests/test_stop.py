@@ -43,17 +43,17 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.usefixtures("caught")
-def test_only_what_a_person_repeats_after_some_time_without_a_move_insists() -> None:
+def test_only_what_a_person_repeats_after_some_time_without_a_move_counts() -> None:
     began = time.monotonic()
-    insistence = stop.Insistence(patience=0.5)
+    repeated = stop.RepeatedStop(patience=0.5)
     send(signal.SIGINT)
     send(signal.SIGINT)  # from the terminal and from the launcher
-    assert insistence.look(began) == 0
+    assert repeated.look(began) == 0
     assert stop.name() == "SIGINT"
     time.sleep(0.6)
     send(signal.SIGUSR1)  # a job script repeats it
-    assert insistence.look(began) == 0
+    assert repeated.look(began) == 0
     send(signal.SIGTERM)
-    assert insistence.look(time.monotonic() - 0.1) == 0  # something has moved since
+    assert repeated.look(time.monotonic() - 0.1) == 0  # something has moved since
     send(signal.SIGTERM)
-    assert insistence.look(began) == signal.SIGTERM
+    assert repeated.look(began) == signal.SIGTERM

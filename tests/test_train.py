@@ -244,7 +244,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
     done = train(*arguments(shapes, directory, *more), env=environment())
     assert done.returncode == 0, done.stderr
-    assert f"attempt 2: going on from {directory}/checkpoints/step-{step:07d}" in done.stdout
+    assert f"attempt 2: resuming from {directory}/checkpoints/step-{step:07d}" in done.stdout
     assert same_result(directory, finished)
     assert without_times(directory) == without_times(finished)
     for tag in ("epoch/test_accuracy", "train/loss"):
@@ -300,7 +300,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
     goes_on_to_the_same_bytes(directory, finished, shapes, train)
 
 
-def test_a_broken_newest_checkpoint_is_named_and_passed_over(
+def test_a_broken_newest_checkpoint_is_named_and_skipped(
     finished: Path, shapes: Path, train: Train, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -311,9 +311,9 @@ def test_a_broken_newest_checkpoint_is_named_and_passed_over(
         file.write(b"\xff\x00\xff")
     done = train(*arguments(shapes, directory), env=environment())
     assert done.returncode == 0, done.stderr
-    assert "passed over a broken checkpoint:" in done.stdout
+    assert "skipped a broken checkpoint:" in done.stdout
     assert "step-0000012/model.safetensors does not match its sha256" in done.stdout
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert same_result(directory, finished)
 
 
@@ -478,13 +478,20 @@ def check(directory: Path, *flags: str) -> None:
     run.check(given.run, recipe, given.resume)
 
 
-def test_a_run_directory_of_another_kind_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_a_run_directory_of_another_kind_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"another recipe: .*epochs \(3 there, 24 here\).*choose another --run"):
         check(finished)
     with pytest.raises(UserError, match=r"another recipe: augment \('albumentations' there, 'device' here\)"):
         check(finished, "--augment", "device")
-    with pytest.raises(UserError, match="is not empty, and --resume never wants it so; choose a new --run"):
+    with pytest.raises(UserError, match="is not empty, as --resume never requires; choose a new --run"):
         check(finished, "--resume", "never")
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):  # the same command, started again by a machine
+        monkeypatch.setenv(name, "1")
+        with pytest.raises(UserError, match="another recipe"):
+            check(finished, "--resume", "never")
+        monkeypatch.delenv(name)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and holds no run"):
         check(tmp_path)
