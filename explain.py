@@ -54,12 +54,12 @@ def explain(run: Run, asked: Options) -> None:
     chosen = mistakes.choose(wrong, ranking[:, 0], labels, data.classes, asked)
     companions, companion_of = mistakes.companions(wrong, probabilities, labels)
 
-    # The same predictions of damaged images, if asked for, by the networks of the runs compared, too.
-    damaged = None
+    # The same predictions of corrupted images, if asked for, by the networks of the runs compared, too.
+    corrupted = None
     if asked.corruptions:
         first = robustness.Competitor(str(run.path), network, data)
         others = robustness.load(accelerator, asked.compare, data)
-        damaged = robustness.measure(accelerator, first, evaluated, others, asked.seed)
+        corrupted = robustness.measure(accelerator, first, evaluated, others, asked.seed)
     launch.end(accelerator)
     if not accelerator.is_main_process:
         return
@@ -86,7 +86,7 @@ def explain(run: Run, asked: Options) -> None:
         layer=layer,
         neighbours=neighbours.find(network, data, wrong, predictions) if asked.neighbours else None,
         wrong_in=wrong_in,
-        robustness=damaged,
+        robustness=corrupted,
         checks=checks.measure(network, data, wrong, predictions, *how, asked.seed) if asked.check else {},
     )
 
@@ -98,7 +98,7 @@ def explain(run: Run, asked: Options) -> None:
         "cam": below(title, strips),
         "confusion": figures.confusion(findings),
         "calibration": figures.reliability(findings),
-        **({"corruptions": figures.corruptions(damaged)} if damaged else {}),
+        **({"corruptions": figures.corruptions(corrupted)} if corrupted else {}),
     }
     result = {
         "images": len(labels),
@@ -108,7 +108,7 @@ def explain(run: Run, asked: Options) -> None:
         "method": findings.method,
         "layer": findings.layer,
         **({"checks": findings.checks} if asked.check else {}),
-        **(damaged.results() if damaged else {}),
+        **(corrupted.results() if corrupted else {}),
     }
 
     def contents() -> Iterator[tuple[str, bytes]]:
@@ -127,7 +127,7 @@ def explain(run: Run, asked: Options) -> None:
     compared = f" (the run's own: {own})" if own else ""
     print(
         f"{len(labels):,} test images, {len(wrong):,} mistakes, accuracy {findings.accuracy:.2%}{compared}",
-        *([damaged.line()] if damaged else []),
+        *([corrupted.line()] if corrupted else []),
         *filter(None, [Labels(data.classes).advice()]),
         f"see {folder / 'report.html'}",
         sep="\n",

@@ -26,7 +26,7 @@ from cifar import cores, device, names
 from cifar.data import image_files, layout, pictures
 from cifar.data.decoding import InFolder, InZip, Reader
 from cifar.data.image_files import Listing
-from cifar.data.waiting import Progress
+from cifar.data.waiting import ProgressBar
 from cifar.errors import Parser, UserError, command_line
 from cifar.explain import runs
 from cifar.explain.mistakes import guarded
@@ -82,16 +82,21 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 # ---- what is to be classified
 
 
-def items(paths: Sequence[str], passed_over: list[str]) -> Iterator[Item]:
-    """The pictures of all paths, in order; what a folder or zip holds beside pictures is added to `passed_over`."""
+def items(paths: Sequence[str], skipped: list[str], broken: Callable[[str], None]) -> Iterator[Item]:
+    """The pictures of all paths, in order.
+
+    What a folder or zip holds beside pictures is added to `skipped`; one that cannot be read is told to `broken`.
+    """
     for path in paths:
         if path == "-":
             yield from (_file(line.rstrip("\n")) for line in sys.stdin if line.strip())
-        elif os.path.isdir(path):  # noqa: PTH112  # a path that is too long is no error here
-            yield from _within(path, *_folder(path), passed_over)
-        elif zipfile.is_zipfile(path):
-            listing, entries = image_files.list_zip(Path(path))
-            yield from _within(path, listing, InZip(Path(path), entries), passed_over)
+        elif os.path.isdir(path) or zipfile.is_zipfile(path):  # noqa: PTH112  # a path too long is no error here
+            try:
+                listing, reader = _folder(path) if os.path.isdir(path) else _zip(path)  # noqa: PTH112
+            except UserError as error:
+                broken(f"{error}")
+                continue
+            yield from _within(path, listing, reader, skipped)
         else:
             yield _file(path)
 
@@ -107,24 +112,29 @@ def _read_file(path: str) -> pictures.UInt8:
         pictures.check_size(os.path.getsize(path))  # noqa: PTH202
         return pictures.read(Path(path).read_bytes())
     except (OSError, ValueError) as error:  # a null character in its name
-        raise UserError(f"it cannot be read ({error}); mend its permissions, or name another") from None
+        raise UserError(f"it cannot be read ({error}); change its permissions, or name another") from None
 
 
 def _folder(path: str) -> tuple[Listing, Reader]:
     try:
         return image_files.list_folder(Path(path)), InFolder(Path(path))
     except OSError as error:
-        raise UserError(f"{names.one_line(path)} cannot be read ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{names.one_line(path)} cannot be read ({error.strerror}); change its permissions") from None
 
 
-def _within(path: str, listing: Listing, reader: Reader, passed_over: list[str]) -> Iterator[Item]:
+def _zip(path: str) -> tuple[Listing, Reader]:
+    listing, entries = image_files.list_zip(Path(path))
+    return listing, InZip(Path(path), entries)
+
+
+def _within(path: str, listing: Listing, reader: Reader, skipped: list[str]) -> Iterator[Item]:
     where = path.removesuffix("/")
-    passed_over += [f"{where}/{name}" for name in layout.sorted_names(listing.hidden)]
+    skipped += [f"{where}/{name}" for name in layout.sorted_names(listing.hidden)]
     for name in layout.sorted_names(listing.sizes):
         if os.path.splitext(name)[1].lower() in ENDINGS:  # noqa: PTH122
             yield Item(f"{where}/{name}", partial(_read_within, listing, reader, name))
         else:
-            passed_over.append(f"{where}/{name}")
+            skipped.append(f"{where}/{name}")
 
 
 def _read_within(listing: Listing, reader: Reader, name: str) -> pictures.UInt8:
@@ -135,7 +145,7 @@ def _read_within(listing: Listing, reader: Reader, name: str) -> pictures.UInt8:
         with reader.opened() as read:
             content = read(name)
     except Exception as error:  # decompression of damaged data raises nearly anything
-        raise UserError(f"it cannot be read ({f'{error}' or type(error).__name__}); mend or remove it") from None
+        raise UserError(f"it cannot be read ({f'{error}' or type(error).__name__}); repair or remove it") from None
     return pictures.read(content)
 
 
@@ -149,7 +159,7 @@ def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callabl
     torch.backends.cudnn.allow_tf32 = False  # a GPU is to say what a CPU says
     network = runs.load(run, torch.device(device.decide(1).kind))
     decoders = ThreadPoolExecutor(cores.of_job(), "decoder")
-    with decoders, Progress("classifying", "pictures") as progress:
+    with decoders, ProgressBar("classifying", "pictures") as progress:
         for batch in _decoded_ahead(decoders, wanted):
             if not sys.stdout.isatty():  # where the lines themselves show how far it has come
                 progress.look()
@@ -211,7 +221,7 @@ def _csv_line(cells: Sequence[str]) -> str:
 def predict(asked: argparse.Namespace) -> int:
     """Prints a line for each picture; returns how many could not be read."""
     run = runs.open_run(asked.run)
-    top, count, passed_over = min(int(asked.top), len(run.classes)), 0, list[str]()
+    top, count, skipped = min(int(asked.top), len(run.classes)), 0, list[str]()
     if asked.format == "csv":
         heads = (("class", "probability"), *((f"class_{k}", f"probability_{k}") for k in range(2, top + 1)))
         print(_csv_line(["path", *(head for pair in heads for head in pair)]))
@@ -221,12 +231,12 @@ def predict(asked: argparse.Namespace) -> int:
         count += 1
         print(f"cifar.predict: {line}", file=sys.stderr)
 
-    for prediction in predictions(run, items(asked.paths, passed_over), top, broken):
+    for prediction in predictions(run, items(asked.paths, skipped, broken), top, broken):
         print(written(prediction, asked.format))
-    if passed_over:
+    if skipped:
         which = "that are hidden or not called like a picture"
-        example = names.one_line(passed_over[0])
-        print(f"cifar.predict: passed over {len(passed_over)} file(s) {which}, e.g. {example}", file=sys.stderr)
+        example = names.one_line(skipped[0])
+        print(f"cifar.predict: skipped {len(skipped)} file(s) {which}, e.g. {example}", file=sys.stderr)
     return count
 
 
@@ -235,6 +245,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may have letters that a terminal has not
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # or bytes that are none, and open the file all the same
     with command_line("cifar.predict"):
         try:
             broken = predict(parse_command_line(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The app as a user starts it: its answers, what it refuses, what it serves, and the page in a real browser."""
 
+import asyncio
 import http.client
 import json
 import math
@@ -26,7 +27,7 @@ from helpers.contrast import LEAST_CONTRAST
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cifar.app import content, engine, server
+from cifar.app import content, engine, handlers, server
 from cifar.app.engine import Engine
 from cifar.app.gate import Gate
 from cifar.data.cache import Data, open_data
@@ -566,7 +567,7 @@ def test_uploads_are_limited_before_they_are_read(app: App) -> None:
 def test_uploads_fill_only_so_much_of_the_disk(tmp_path: Path) -> None:
     async def served(*_: Any) -> None: ...
 
-    gate = Gate(served, tmp_path, largest=100, room=250)
+    gate = Gate(served, tmp_path, largest=100, room=250, kept=3600)
 
     def status(length: int) -> int:
         refusal = gate.refusal("/gradio_api/upload", "POST", {b"content-length": b"%d" % length})
@@ -580,6 +581,63 @@ def test_uploads_fill_only_so_much_of_the_disk(tmp_path: Path) -> None:
     assert gate.refusal("/gradio_api/queue/join", "POST", {b"content-length": b"51"}) is None
     (tmp_path / "a" / "picture.png").unlink()
     assert status(51) == 200
+    (tmp_path / "tmp1234").write_bytes(bytes(100))  # of an upload that was broken off: Gradio does not delete it
+    assert status(51) == 507
+    os.utime(tmp_path / "tmp1234", (0, 0))
+    assert status(51) == 200
+    assert not (tmp_path / "tmp1234").exists()
+
+
+def test_uploads_that_are_on_their_way_take_their_room(tmp_path: Path) -> None:
+    statuses: list[int] = []
+
+    async def upload_now(gate: Gate) -> None:
+        async def receive() -> Any: ...
+
+        async def send(message: Any) -> None:
+            statuses.append(message["status"]) if "status" in message else None
+
+        headers = [(b"content-length", b"100")]
+        await gate({"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": headers}, receive, send)
+
+    depth = 0
+
+    async def served(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+        if depth < 4:
+            await upload_now(gate)  # while this one is still on its way
+
+    gate = Gate(served, tmp_path, largest=100, room=250, kept=3600)
+    asyncio.run(upload_now(gate))
+    assert (depth, statuses) == (2, [507])
+    depth = 3
+    asyncio.run(upload_now(gate))
+    assert depth == 4
+
+
+def test_only_an_upload_may_be_large(app: App) -> None:
+    status, answer = app.post("/gradio_api/queue/join", {"data": [[]] * 50_000})
+    assert (status, answer) == (413, b"Too large")
+
+
+@pytest.mark.parametrize("index", [[0], [[0], [1]], "0", None, True, 0.5, -1, 1e300])
+def test_a_test_image_has_a_number(index: Any, run: Path, data: Data) -> None:
+    opened = runs.open_run(run)
+    answers = handlers.Handlers(Engine(opened), content.of_run(opened, opened.recipe["data"]), run)
+    with pytest.raises(UserError, match=r"test image .* is not possible; give a whole number from 0 to "):
+        answers.test_image(index)
+
+
+def test_a_space_of_a_network_without_mistakes_can_be_read(tmp_path: Path) -> None:
+    nothing = content.EvaluatedImages(
+        np.empty(0, np.int64), np.empty((0, 32, 32, 3), np.uint8), np.empty(0, np.uint8), np.empty((0, 4), np.float32)
+    )
+    one = content.EvaluatedImages(
+        np.zeros(1, np.int64), np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.uint8), np.ones((1, 4), np.float32)
+    )
+    content.save(content.AppContent(one, nothing, 8, [(2, 2)] * 4, {}), tmp_path)
+    assert content.read(tmp_path).mistakes.probabilities.shape == (0, 4)
 
 
 def test_the_page_says_that_it_talks_to_nobody_else(app: App) -> None:
@@ -781,6 +839,7 @@ def test_a_wrong_address_in_the_environment_is_refused(run: Path) -> None:
         ("GRADIO_SERVER_PORT", "http", "GRADIO_SERVER_PORT=http is no port; give a number from 1 to 65535"),
         ("GRADIO_SERVER_PORT", "70000", "GRADIO_SERVER_PORT=70000 is no port"),
         ("GRADIO_SERVER_NAME", "192.0.2.1", "no server can listen at 192.0.2.1 port"),
+        ("GRADIO_SERVER_NAME", "127.0..1", "no server can listen at 127.0..1 port"),
     ):
         assert words in refused("--run", run, env={**os.environ, name: value})
 

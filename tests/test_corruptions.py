@@ -41,7 +41,7 @@ def test_the_kinds_are_those_of_cifar_10_c() -> None:
 
 
 @every_kind
-def test_a_damaged_picture_is_its_own_whatever_it_is_made_together_with(kind: str, pictures: np.ndarray) -> None:
+def test_a_corrupted_picture_is_its_own_whatever_it_is_made_together_with(kind: str, pictures: np.ndarray) -> None:
     indices = np.arange(len(pictures))
     for severity in (1, 5):
         together = corrupt(kind, severity, pictures, indices, 3)
@@ -58,9 +58,9 @@ def test_a_damaged_picture_is_its_own_whatever_it_is_made_together_with(kind: st
 def test_every_picture_changes_and_more_with_severity(kind: str, pictures: np.ndarray) -> None:
     distances = []
     for severity in range(1, SEVERITIES + 1):
-        damaged = corrupt(kind, severity, pictures, np.arange(len(pictures)), 0)
-        assert (damaged != pictures).any(axis=(1, 2, 3)).all()
-        distances.append(np.abs(damaged.astype(float) - pictures).mean())
+        corrupted = corrupt(kind, severity, pictures, np.arange(len(pictures)), 0)
+        assert (corrupted != pictures).any(axis=(1, 2, 3)).all()
+        distances.append(np.abs(corrupted.astype(float) - pictures).mean())
     assert distances == sorted(set(distances))
 
 
@@ -68,7 +68,7 @@ def test_every_picture_changes_and_more_with_severity(kind: str, pictures: np.nd
 def test_another_seed_or_position_draws_other_numbers_where_any_are_drawn(kind: str) -> None:
     picture = photographs(1)
     random = Random(kind, np.array([0]), 0)
-    KINDS[kind].damage(picture.astype(np.float32) / 255, KINDS[kind].levels[4], random)
+    KINDS[kind].corruption(picture.astype(np.float32) / 255, KINDS[kind].levels[4], random)
     first = corrupt(kind, 5, picture, np.array([0]), 0)
     for index, seed in ((0, 1), (1, 0), (0, 2**70)):
         other = corrupt(kind, 5, picture, np.array([index]), seed)
@@ -78,9 +78,9 @@ def test_another_seed_or_position_draws_other_numbers_where_any_are_drawn(kind: 
 def test_only_light_lenses_and_files_draw_nothing() -> None:
     """A kind that is random must not become fixed unnoticed."""
     fixed = set()
-    for kind, (damage, levels) in KINDS.items():
+    for kind, (corruption, levels) in KINDS.items():
         random = Random(kind, np.array([0]), 0)
-        damage(photographs(1).astype(np.float32) / 255, levels[0], random)
+        corruption(photographs(1).astype(np.float32) / 255, levels[0], random)
         fixed |= set() if random.draws else {kind}
     assert fixed == {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
 
@@ -121,12 +121,12 @@ def test_what_some_kinds_do_is_what_they_say() -> None:
 # ---- which pictures flip first
 
 
-def test_the_pictures_that_flip_first_are_right_without_damage_and_wrong_at_the_least_severity(tmp_path: Path) -> None:
+def test_pictures_that_flip_first_are_right_uncorrupted_and_wrong_at_the_least_severity(tmp_path: Path) -> None:
     images = photographs(10)
     labels = np.zeros(10, np.uint8)
     data = Data(tmp_path, ["a", "b"], (0.5,) * 3, (0.25,) * 3, "", images, labels, images, labels)
     predictions, confidences = np.zeros((5, 10), np.uint8), np.full((5, 10), 0.6, np.float32)
-    predictions[:, 0] = 1  # wrong throughout, and wrong without damage
+    predictions[:, 0] = 1  # wrong throughout, and wrong without corruption
     predictions[2:, 1] = 1
     predictions[0, 2] = 1  # wrong at the first alone
     predictions[2, 3] = 1

@@ -453,6 +453,18 @@ def test_maps_of_images_beyond_the_first_hundred_thousand_are_replaced_too(tmp_p
 # ---- bad input
 
 
+def test_an_explanation_does_not_replace_a_run(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    newest = checkpoint.found(other / "checkpoints")[0]
+    for folder in (other, newest):
+        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        done = explain("--run", run, "--output", folder)
+        assert done.returncode == 2
+        assert f"output folder {folder} holds a run (" in done.stderr
+        assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 @pytest.mark.slow
 def test_a_name_that_a_terminal_cannot_show_is_no_reason_to_fail(run: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "\u732b"
@@ -525,7 +537,8 @@ runs.open_run(Path({str(closed)!r}))
         (["--count", "1000"], "--count 1000 is more than the "),
         (["--opacity", "1.5"], "--opacity 1.5 is outside 0..1"),
         (["--opacity", "nan"], "--opacity nan is outside 0..1"),
-        (["--seed", "-1"], "--seed -1 is negative"),
+        (["--seed", "-1"], "--seed -1 is outside 0..2^63 - 1"),
+        (["--seed", str(2**63)], f"--seed {2**63} is outside 0..2^63 - 1"),
         (["--data", "no/such/data"], "--data no/such/data does not exist"),
         (["--output", "explain.py"], "output folder explain.py is not writable"),
         (["--output", "explain.py/below"], "output folder explain.py/below is not writable"),
@@ -699,6 +712,21 @@ def test_neighbours_are_nearest_first_and_copies_are_found(tmp_path: Path) -> No
     assert found.nearest_labels[0, 0] == labels[5]
     assert found.near_duplicates.tolist() == [0, 1]
     assert found.accuracy_without_duplicates == 0.5
+
+
+def test_a_class_may_have_one_training_image_and_every_test_image_a_copy(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = models.build("resnet", 3, 0.0).eval()
+    generator = np.random.default_rng(0)
+    images = np.stack([np.asarray(draw(SHAPES[k % 4], generator)) for k in range(4)])
+    labels = np.array([0, 1, 1, 2], np.uint8)
+    data = Data(tmp_path, list("abc"), (0.5,) * 3, (0.25,) * 3, "", images, labels, images[:2], labels[:2])
+    found = neighbours.find(network, data, np.array([0]), np.array([1, 1], np.uint8))
+    assert found.indices[0, 0] == 0
+    assert set(found.indices[0, :3].tolist()) == {0, 1, 2}
+    assert found.indices[0, 3] == neighbours.NONE
+    assert found.near_duplicates.tolist() == [0, 1]
+    assert found.accuracy_without_duplicates is None
 
 
 def test_without_flags_the_ten_most_confident_mistakes_of_the_first_run_are_explained() -> None:

@@ -95,7 +95,7 @@ def test_a_file_that_is_not_the_network_is_not_written(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("out.pth", "is called like no format; end its name with one of: .onnx, .pt2"),
+        ("out.pth", "has an unknown suffix; use one of: .onnx, .pt2"),
         ("there.onnx", "exists; name a new file"),
         ("there.onnx/out.onnx", "cannot be written; name another folder"),
     ],

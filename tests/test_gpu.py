@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         child.kill()
     process.kill()
     process.communicate()
-    assert "going on from" in finished(started(killed, "--deterministic", precision=HALF))
+    assert "resuming from" in finished(started(killed, "--deterministic", precision=HALF))
     for name in ("model.safetensors", f"checkpoints/step-{STEPS:07d}/optimizer.safetensors", "predictions.safetensors"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
 

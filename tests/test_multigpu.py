@@ -85,7 +85,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(ranks: int, tmp_pat
     wait_for(lambda: status(run)["state"] == "running", again)
     again.send_signal(signal.SIGTERM)
     output = again.communicate(timeout=120)[0]
-    assert "going on from" in output
+    assert "resuming from" in output
 
 
 @pytest.mark.skipif(REHEARSAL, reason="a rehearsal has no GPU")

@@ -102,7 +102,7 @@ def test_every_parameter_that_learns_is_in_one_group(network: str, name: str) ->
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3, 4), (2, 3, 4, 5, 6)])
-def test_a_parameter_without_a_rule_is_refused_by_name_and_not_passed_over(shape: tuple[int, ...]) -> None:
+def test_a_parameter_without_a_rule_is_refused_by_name_and_not_skipped(shape: tuple[int, ...]) -> None:
     network = convolutional()
     network.register_parameter("extra", torch.nn.Parameter(torch.ones(shape)))
     with pytest.raises(UserError, match=rf"dimensions, and extra has {len(shape)}; .* or use --optimizer adam"):

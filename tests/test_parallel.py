@@ -133,7 +133,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
     assert 4 <= status["step"] < 12
     done = train(*arguments(shapes, run), launcher=TWO)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {run / 'checkpoints'}/step-{status['step']:07d}" in done.stdout
+    assert f"resuming from {run / 'checkpoints'}/step-{status['step']:07d}" in done.stdout
     assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     ours, theirs = (load_file(path / "checkpoints/step-0000012/optimizer.safetensors") for path in (run, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -155,7 +155,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shape
     assert "finished: test accuracy" in outputs[-1]
     assert (
         "processes: 4 before, 2 now, so 4 images a process before, 8 now; same batches, but batch-norm statistics are "
-        "over each process's share, and the weights will not be equal bit for bit"
+        "per process, and the weights will not be equal bit for bit"
     ) in outputs[1]
     assert "processes: 2 before, 1 now, so 8 images a process before, 16 now" in outputs[2]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cifar.data import pictures
-from cifar.data.image_files import UPRIGHT
+from cifar.data.image_files import UPRIGHT, decode_image
 from cifar.errors import UserError
 
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:256:8, 0:256:8], 90), axis=-1).astype(np.uint8)  # [32, 32, 3]
@@ -85,6 +85,39 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
     palette = Image.fromarray(np.zeros((32, 32), np.uint8), "P")
     palette.putpalette([9, 9, 9])
     assert (pictures.read(saved(tmp_path / "p.png", palette, transparency=0)) == 255).all()
+
+
+def grey_png(bits: int, value: int) -> bytes:
+    """32x32 pixels of a grey, of which the right half, that has `value`, is transparent."""
+    values = np.where(np.arange(32) < 16, 0, value)
+    if bits == 16:
+        row = values.astype(">u2").tobytes()
+    else:
+        row = np.packbits((values[:, None] >> np.arange(bits)[::-1]) & 1).tobytes()
+    header = struct.pack(">IIBBBBB", 32, 32, bits, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"tRNS", struct.pack(">H", value))
+        + _chunk(b"IDAT", zlib.compress((b"\0" + row) * 32)) + _chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "value"), [(1, 1), (2, 1), (4, 5), (8, 85), (16, 21845)])
+def test_a_grey_may_be_what_is_transparent(bits: int, value: int) -> None:
+    seen = pictures.read(grey_png(bits, value))
+    assert (seen[:, :16] == 0).all()
+    assert (seen[:, 16:] == 255).all()
+    with pytest.raises(UserError, match=r"partly transparent|16 bits a channel"):
+        decode_image(grey_png(bits, value), "a.png")
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(8, False), (8, True), (12, False), (16, False), (16, True)])
+def test_a_grey_tiff_is_as_light_as_it_says(bits: int, white_is_zero: bool) -> None:
+    white = bytes(128 * bits) if white_is_zero else b"\xff" * (128 * bits)
+    tags = {256: 32, 257: 32, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 277: 1, 278: 32, 279: len(white)}
+    start = 8 + 2 + 12 * (len(tags) + 1) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted({**tags, 273: start}.items()))
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags) + 1) + entries + bytes(4) + white
+    assert (pictures.read(content) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_what_is_no_picture_by_its_name_is_counted(
     status, out, err = predicted(run, f"{tmp_path}/", capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0
     assert [line.partition("  ")[0] for line in out.splitlines()] == [f"{tmp_path}/x/one.PNG"]
-    words = "passed over 3 file(s) that are hidden or not called like a picture, e.g."
+    words = "skipped 3 file(s) that are hidden or not called like a picture, e.g."
     assert err == f"cifar.predict: {words} {tmp_path}/__MACOSX\n"
 
 
@@ -130,9 +131,34 @@ def test_a_link_in_a_circle_is_named(
 ) -> None:
     (tmp_path / "back").symlink_to(tmp_path)
     words = f"{tmp_path}/back is a symbolic link to a folder that it lies in; remove it"
-    assert predicted(run, tmp_path, capsys=capsys, monkeypatch=monkeypatch) == (
-        2, "", f"cifar.predict: error: {words}\n",
+    assert predicted(run, tmp_path, capsys=capsys, monkeypatch=monkeypatch) == (1, "", f"cifar.predict: {words}\n")
+
+
+def test_a_zip_or_folder_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
+    run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = next((shapes / "test").rglob("*.png"))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(whole, "../out.png")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "back").symlink_to(tmp_path / "c")
+    paths = (whole, tmp_path / "b.zip", tmp_path / "c", whole)
+    status, out, err = predicted(run, *paths, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 1
+    assert [line.partition("  ")[0] for line in out.splitlines()] == [f"{whole}"] * 2
+    assert [line.startswith(f"cifar.predict: {path}") for line, path in zip(err.splitlines(), paths[1:3], strict=True)]
+
+
+def test_names_on_stdin_may_be_in_any_encoding(run: Path, shapes: Path, tmp_path: Path) -> None:
+    picture = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(picture)).write_bytes(next((shapes / "test").rglob("*.png")).read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar.predict", "--run", run, "-"], input=picture + b"\n", cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},  # as in en_US.UTF-8
+        capture_output=True, check=False,
     )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(os.fsencode(tmp_path) + b"/caf\\udce9.png  ")
 
 
 def test_the_most_probable_classes_in_every_format(

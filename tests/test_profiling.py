@@ -137,7 +137,7 @@ def test_an_attempt_with_few_steps_left_and_one_without_room_train_on(
 
     shutil.rmtree(run / "checkpoints" / "step-0000016")
     said = again()
-    assert "going on from" in said
+    assert "resuming from" in said
     assert "profile" not in said
     shutil.rmtree(run / "checkpoints")
     (run / "profile").write_text("where a folder should be")
@@ -170,4 +170,7 @@ def test_a_number_that_is_none_is_one_line() -> None:
     done = subprocess.run(
         command(ROOT / "train.py", "--profile", -1), capture_output=True, text=True, check=False, cwd=ROOT
     )
-    assert (done.returncode, done.stderr) == (2, "train.py: error: --profile -1 is no number of steps; give e.g. 10\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "train.py: error: --profile -1 is not a number of steps; give e.g. 10\n",
+    )

@@ -123,7 +123,7 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
     return replace(found, neighbours=neighbours, wrong_in=runs, checks=checks)
 
 
-def damaged(found: Findings, runs: int = 1, flips: int = 2, seed: int = 7) -> Findings:
+def corrupted(found: Findings, runs: int = 1, flips: int = 2, seed: int = 7) -> Findings:
     """The same with what --corruptions adds, of so many runs, and so many pictures that flip for each kind."""
     random = np.random.default_rng(seed)
     right = np.flatnonzero(found.predictions == found.labels)
@@ -467,6 +467,30 @@ def test_bad_address_is_ignored_with_a_line(opened: Open, part: str) -> None:
     assert here.count() == 12
 
 
+def test_a_mistake_without_maps_has_its_own_companion_and_the_next_its_maps_again(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = findings(12)
+    cells = found.mistakes.maps[0].size
+    monkeypatch.setattr(report, "MAP_BYTES", cells * 11)  # the last has none
+    here = opened(found, f"#open={found.mistakes.indices[10]}")
+    page = here.page
+    line = page.locator("#map-line").inner_text()
+    assert line.startswith("Method gradcam at layer2")
+    page.locator("#next").click()
+    assert "room for the maps of the 11 most confident mistakes" in page.locator("#map-line").inner_text()
+    assert page.locator("#maps .figures").is_hidden()
+    companion = found.companion_of[11]
+    if companion < 0:
+        assert page.locator("#companion").is_hidden()
+    else:
+        said = page.locator("#companion-line").inner_text()
+        assert said.startswith(f"Image {found.companions.indices[companion]} is ")
+    page.locator("#previous").click()
+    assert page.locator("#map-line").inner_text() == line
+    assert page.locator("#maps .figures").is_visible()
+
+
 # ---- pictures and numbers -------------------------------------------------------------------------------------------
 
 
@@ -572,18 +596,18 @@ def test_what_was_not_asked_for_is_not_on_the_page(opened: Open) -> None:
     assert "kept no predictions" in page.locator("#history-line").inner_text()
 
 
-# ---- damaged images -------------------------------------------------------------------------------------------------
+# ---- corrupted images ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("runs", [1, 2])
-def test_the_section_on_damage_shows_every_kinds_figures(opened: Open, runs: int) -> None:
-    found = damaged(findings(12), runs)
+def test_the_section_on_corruptions_shows_every_kinds_figures(opened: Open, runs: int) -> None:
+    found = corrupted(findings(12), runs)
     robust = found.robustness
     assert robust is not None
     here = opened(found)
     section = here.page.locator("#corruptions")
     summary = section.locator("summary").inner_text()
-    assert f"{100 * robust.accuracy[0].mean():.1f} % right under 15 kinds of damage" in summary
+    assert f"{100 * robust.accuracy[0].mean():.1f} % right under 15 corruptions" in summary
     assert robust.kinds[robust.accuracy[0].mean(axis=1).argmin()].replace("_", " ") in summary
     section.locator("summary").click()
     text = section.inner_text()
@@ -597,10 +621,10 @@ def test_the_section_on_damage_shows_every_kinds_figures(opened: Open, runs: int
     if runs == 2:
         assert section.locator("tbody th[scope=row]").all_inner_texts() == robust.runs * len(KINDS)
         for name, clean in zip(robust.runs, robust.clean, strict=True):
-            assert f"{name}: " in section.locator(".damage-runs").inner_text()
-            assert f"(without damage: {100 * clean:.1f} %)" in section.locator(".damage-runs").inner_text()
-    # The curves are the same numbers: severity 0 is the accuracy without damage.
-    charts = section.locator(".damage-curves figure")
+            assert f"{name}: " in section.locator(".corruption-runs").inner_text()
+            assert f"(without corruption: {100 * clean:.1f} %)" in section.locator(".corruption-runs").inner_text()
+    # The curves are the same numbers: severity 0 is the accuracy without corruption.
+    charts = section.locator(".corruption-curves figure")
     assert charts.locator("figcaption").all_inner_texts() == headings
     for number in range(len(KINDS)):
         lines = (
@@ -611,8 +635,8 @@ def test_the_section_on_damage_shows_every_kinds_figures(opened: Open, runs: int
         np.testing.assert_allclose((74 - heights) / 68, curves, atol=1e-3)
 
 
-def test_pictures_that_flip_stand_beside_themselves_without_damage(opened: Open) -> None:
-    found = damaged(findings(12, HOSTILE))
+def test_pictures_that_flip_stand_beside_themselves_without_corruption(opened: Open) -> None:
+    found = corrupted(findings(12, HOSTILE))
     assert found.robustness is not None
     here = opened(found)
     section = here.page.locator("#corruptions")
@@ -634,17 +658,19 @@ def test_pictures_that_flip_stand_beside_themselves_without_damage(opened: Open)
             np.testing.assert_array_equal(sprite[y : y + 32, x : x + 32], picture)
 
 
-def test_a_network_that_no_damage_turns_has_a_section_that_says_so(opened: Open) -> None:
-    here = opened(damaged(findings(0), flips=0))
+def test_a_network_that_no_corruption_turns_has_a_section_that_says_so(opened: Open) -> None:
+    here = opened(corrupted(findings(0), flips=0))
     here.page.locator("#corruptions summary").click()
-    assert "No picture that is right without damage was ever wrong." in here.page.locator("#corruptions").inner_text()
+    assert (
+        "No picture that is right without corruption was ever wrong." in here.page.locator("#corruptions").inner_text()
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_section_on_damage_fits_and_can_be_read(opened: Open, width: int, scheme: str) -> None:
+def test_the_section_on_corruptions_fits_and_can_be_read(opened: Open, width: int, scheme: str) -> None:
     long = [*CLASSES[:3], "an_uncommonly_long_class_name_without_a_single_space_in_it"]
-    here = opened(damaged(findings(12, long), runs=3), width=width, color_scheme=scheme)
+    here = opened(corrupted(findings(12, long), runs=3), width=width, color_scheme=scheme)
     here.page.locator("#corruptions summary").click()
     for media in ("screen", "print"):
         here.page.emulate_media(media=media)
@@ -656,7 +682,7 @@ def test_the_section_on_damage_fits_and_can_be_read(opened: Open, width: int, sc
 
 def test_the_section_is_there_without_javascript_and_only_if_asked_for(browser: "Browser", tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    path.write_text(report.render(damaged(findings(5))), encoding="utf-8")
+    path.write_text(report.render(corrupted(findings(5))), encoding="utf-8")
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(path.as_uri())

@@ -51,7 +51,7 @@ def tables(folder: Path) -> dict[str, list[float] | float]:
     return found
 
 
-def test_the_table_is_what_the_network_says_of_the_damaged_images(trained: list[Path], compared: Path) -> None:
+def test_the_table_is_what_the_network_says_of_the_corrupted_images(trained: list[Path], compared: Path) -> None:
     found = tables(compared)
     run = runs.open_run(trained[0])
     data = open_data(run.recipe["data"])
@@ -62,11 +62,11 @@ def test_the_table_is_what_the_network_says_of_the_damaged_images(trained: list[
     indices = np.arange(len(data.test_labels))
     for kind in KINDS:
         for severity, accuracy in enumerate(found[kind], start=1):  # type: ignore[arg-type]
-            damaged = corrupt(kind, severity, np.array(data.test_images), indices, 3)
-            said = runs.logits(run, network, damaged).argmax(dim=1).numpy()
+            corrupted = corrupt(kind, severity, np.array(data.test_images), indices, 3)
+            said = runs.logits(run, network, corrupted).argmax(dim=1).numpy()
             assert accuracy == pytest.approx((said == data.test_labels).mean(), abs=1.01 / len(indices))
     assert found["mean"] < json.loads((compared / "result.json").read_text())["accuracy"]  # some of it hurts
-    words = rf"under 15 kinds of damage at 5 severities: accuracy {found['mean']:.2%}, the worst kind \w+ with \d"
+    words = rf"under 15 corruptions at 5 severities: accuracy {found['mean']:.2%}, the worst kind \w+ with \d"
     assert re.search(words, (compared.parent / "output.txt").read_text())
 
 
@@ -107,7 +107,7 @@ def test_pictures_are_written_and_do_not_outlive_a_run_without(
     assert plain == {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir() if path.is_file()}
 
 
-def test_a_run_on_other_images_is_one_line_before_any_image_is_damaged(trained: list[Path], tmp_path: Path) -> None:
+def test_a_run_on_other_images_is_one_line_before_any_image_is_corrupted(trained: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "other"
     copy.mkdir()
     for name in ("config.json", "result.json", "model.safetensors", "predictions.safetensors"):
@@ -134,7 +134,7 @@ def test_a_stop_request_ends_it_and_nothing_is_written(trained: list[Path], tmp_
     )  # fmt: skip
     assert process.stderr is not None
     first = process.stderr.readline()
-    assert re.fullmatch(r"evaluating damaged images: [\d,]+ of 120,000 images\n", first), first
+    assert re.fullmatch(r"evaluating corrupted images: [\d,]+ of 120,000 images\n", first), first
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import shutil
 import struct
@@ -211,11 +212,36 @@ def test_a_folder_of_another_layout_is_refused(
     assert wrong in str(error.value)
 
 
-def test_hidden_files_are_passed_over(shapes: Path, tmp_path: Path) -> None:
+def test_hidden_files_are_skipped(shapes: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     shutil.copytree(shapes, root)
     (root / "train" / "disc" / ".DS_Store").write_bytes(b"x")
     assert open_data(str(root)).fingerprint == open_data(str(shapes)).fingerprint
+
+
+@pytest.mark.parametrize("how", ["another folder", "two files exchanged"])
+def test_other_bitmaps_of_the_same_size_and_time_are_other_images(how: str, tmp_path: Path) -> None:
+    def written(root: Path, colours: str) -> Path:
+        for split in ("train", "test"):
+            for name, colour in zip(("a", "b"), colours.split(), strict=True):
+                (root / split / name).mkdir(parents=True)
+                Image.new("RGB", (32, 32), colour).save(root / split / name / "0.bmp")
+                os.utime(root / split / name / "0.bmp", (1_700_000_000, 1_700_000_000))  # as an archive told
+        return root
+
+    first = written(tmp_path / "first", "red blue")
+    before = open_data(str(first))
+    if how == "another folder":
+        after = open_data(str(written(tmp_path / "second", "blue red")))
+    else:
+        one, other, aside = first / "train/a/0.bmp", first / "train/b/0.bmp", first / "0"
+        one.rename(aside)
+        other.rename(one)
+        aside.rename(other)
+        after = open_data(str(first))
+    assert after.train_images[0, 0, 0].tolist() == [0, 0, 255]
+    assert before.train_images[0, 0, 0].tolist() == [255, 0, 0]
+    assert after.fingerprint != before.fingerprint
 
 
 @pytest.mark.parametrize("name", ["/etc/train.png", "../train/disc/0.png", "train/../../x.png", "C:\\train\\x.png"])

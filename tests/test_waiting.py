@@ -17,7 +17,7 @@ import pytest
 
 from cifar.data import decoding, waiting
 from cifar.data.cache import open_data
-from cifar.data.waiting import Progress
+from cifar.data.waiting import ProgressBar
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_lines_say_how_far_decoding_has_come(
 
 
 def test_lines_come_now_and_then(at_once: None, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("reading", "B", 5_000_000) as progress:
+    with ProgressBar("reading", "B", 5_000_000) as progress:
         for progress.done in range(0, 5_000_000, 1000):
             progress.look()
     assert capsys.readouterr().err == "reading: 0.0 of 5.0 MB\n"
@@ -65,7 +65,7 @@ def test_one_process_of_a_machine_speaks(
     at_once: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with Progress("reading", "images") as progress:
+    with ProgressBar("reading", "images") as progress:
         progress.look()
     assert capsys.readouterr().err == ""
 
@@ -85,7 +85,7 @@ def test_a_terminal_that_is_wide_enough_has_a_bar(
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:  # noqa: PTH123
         patch.setattr(sys, "stderr", terminal)
-        with Progress("decoding the images", "images", total) as progress:
+        with ProgressBar("decoding the images", "images", total) as progress:
             progress.done = 40
             progress.look()
         said = os.read(ours, 1 << 16).decode()

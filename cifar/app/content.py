@@ -104,7 +104,7 @@ def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities
     return {
         "accuracy": f"{correct.mean():.2%} of {len(correct):,} test images "
         f"(95 % interval {low[0]:.2%} to {high[0]:.2%})",
-        "confidence": f"{probabilities.max(axis=1).mean():.2%} in the mean",
+        "confidence": f"{probabilities.max(axis=1).mean():.2%} on average",
         "network": f"{run.network}, {result['parameters']:,} parameters",
         "training": f"{run.step:,} steps in {hours} h {minutes:02} min, {processes}, precision {result['precision']}",
         "finished": f"{trained:%Y-%m-%d %H:%M} UTC",
@@ -145,7 +145,7 @@ def read(folder: Path) -> AppContent:
             np.array([row["index"] for row in rows], np.int64),
             np.stack(pixels) if pixels else np.empty((0, 32, 32, 3), np.uint8),
             np.array([row["true"] for row in rows], np.uint8),
-            np.array([row["probabilities"] for row in rows], np.float32).reshape(len(rows), -1),
+            np.array([row["probabilities"] for row in rows], np.float32).reshape(len(rows), len(listed["right"])),
         )
 
     return AppContent(

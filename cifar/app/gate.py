@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'"
 )
+UPLOAD = "/gradio_api/upload"
+QUESTION = 1 << 16  # bytes of any other POST; the page's own have some hundred, and JSON takes 25 times its bytes
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -34,12 +37,14 @@ HEADERS = [
 class Gate:
     """ASGI middleware in front of all that Gradio serves."""
 
-    def __init__(self, app: ASGIApp, uploads: Path, largest: int, room: int) -> None:
-        """`uploads` is the only folder that files come from, `largest` the bytes that a request may have.
+    def __init__(self, app: ASGIApp, uploads: Path, largest: int, room: int, kept: float) -> None:
+        """`uploads` is the only folder that files come from, `largest` the bytes that an upload may have.
 
-        No file comes to that folder that would make it larger than `room`, in bytes.
+        No file comes to that folder that would make it larger than `room`, in bytes. What has lain in it for `kept`
+        seconds goes: Gradio deletes no file of an upload that was broken off.
         """
-        self.app, self.uploads, self.largest, self.room = app, uploads, largest, room
+        self.app, self.uploads, self.largest, self.room, self.kept = app, uploads, largest, room, kept
+        self.coming = 0  # bytes of uploads that have been let in and are not done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers what is not allowed in, and passes on the rest."""
@@ -52,8 +57,17 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], *HEADERS]}
             await send(message)
 
-        refusal = self.refusal(scope["path"], scope["method"], dict(scope["headers"]))
-        await (refusal or self.app)(scope, receive, send_guarded)
+        headers = dict(scope["headers"])
+        refusal = self.refusal(scope["path"], scope["method"], headers)
+        if refusal:
+            await refusal(scope, receive, send_guarded)
+            return
+        length = int(headers[b"content-length"]) if scope["path"] == UPLOAD and scope["method"] == "POST" else 0
+        self.coming += length
+        try:
+            await self.app(scope, receive, send_guarded)
+        finally:
+            self.coming -= length
 
     def refusal(self, path: str, method: str, headers: dict[bytes, bytes]) -> PlainTextResponse | None:
         """The answer to a request that is not let in, else None."""
@@ -67,9 +81,9 @@ class Gate:
             length = headers.get(b"content-length", b"")
             if not length.isdigit():
                 return PlainTextResponse("Length required", 411)
-            if int(length) > self.largest:
+            if int(length) > (self.largest if path == UPLOAD else QUESTION):
                 return PlainTextResponse("Too large", 413)
-            if path == "/gradio_api/upload" and _bytes_in(self.uploads) + int(length) > self.room:
+            if path == UPLOAD and _bytes_in(self.uploads, self.kept) + self.coming + int(length) > self.room:
                 return PlainTextResponse("Too many pictures have been uploaded here; try again in an hour", 507)
         return None
 
@@ -82,12 +96,18 @@ def lies_in(path: str, folder: Path) -> bool:
         return False
 
 
-def _bytes_in(folder: Path) -> int:
-    total = 0
+def _bytes_in(folder: Path, kept: float) -> int:
+    """The bytes of a folder's files, after those that have been in it for `kept` seconds have been deleted."""
+    total, now = 0, time.time()
     for place, _, names in os.walk(folder):
         for name in names:
-            with suppress(FileNotFoundError):  # old ones are being deleted
-                total += Path(place, name).lstat().st_size
+            with suppress(FileNotFoundError):  # Gradio deletes old ones, too
+                path = Path(place, name)
+                status = path.lstat()
+                if now - status.st_mtime > kept:
+                    path.unlink()
+                else:
+                    total += status.st_size
     return total
 
 

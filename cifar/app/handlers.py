@@ -110,6 +110,7 @@ class Handlers:
 
     def test_image(self, index: Any) -> UInt8:
         """A test image that was clicked on, enlarged: so it is seen sharp, and averages back to what it was."""
+        index = validation.whole("test image", index, 0, self.content.images - 1)
         for evaluated in (self.content.examples, self.content.mistakes):
             for row in (evaluated.indices == index).nonzero()[0]:
                 return enlarged(evaluated.pixels[row], figures.ENLARGED)

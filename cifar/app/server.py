@@ -83,7 +83,8 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         from cifar.data import pictures
 
         stay_on_this_machine(host)
-        gate = Middleware(Gate, uploads=Path(uploads), largest=pictures.BYTES + (1 << 20), room=40 * pictures.BYTES)
+        largest, room = pictures.BYTES + (1 << 20), 40 * pictures.BYTES
+        gate = Middleware(Gate, uploads=Path(uploads), largest=largest, room=room, kept=sum(page.KEPT))
         fonts = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]  # what the visitor's machine has
         _, address, _ = page.build(engine, shown, Path(uploads)).launch(
             server_name=host,
@@ -142,7 +143,6 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
             probe.bind(address)
             probe.listen()
-    except OSError as error:
-        raise UserError(
-            f"no server can listen at {host} port {port} ({error.strerror}); give another --port or --host"
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter for what no address can be called
+        why = getattr(error, "strerror", None) or f"{error}"
+        raise UserError(f"no server can listen at {host} port {port} ({why}); give another --port or --host") from None

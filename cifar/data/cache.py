@@ -75,17 +75,17 @@ def open_data(data: str, *, fit: bool = False) -> Data:
     try:
         fault = _fault(path)
     except PermissionError as error:
-        mend = f"change its permissions, or {OWN_FOLDER}"
-        raise UserError(f"{error.filename}: the image cache may not be read; {mend}") from None
+        fix = f"change its permissions, or {OWN_FOLDER}"
+        raise UserError(f"{error.filename}: the image cache may not be read; {fix}") from None
     if fault is not None:
         if fault:
             print(f"image cache {path}: {fault}; it is made anew", flush=True)
         try:
             _make(path, source, data, fit)
         except OSError as error:
-            mend = f"make room or change permissions there, or {OWN_FOLDER}"
+            fix = f"make room or change permissions there, or {OWN_FOLDER}"
             wrong = f"the image cache cannot be written ({error.strerror or error})"
-            raise UserError(f"{path.parent}: {wrong}; {mend}") from None
+            raise UserError(f"{path.parent}: {wrong}; {fix}") from None
     return open_cache(path)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from cifar import cores, stop
 from cifar.data import image_files, pictures
 from cifar.data.image_files import SIZE
-from cifar.data.waiting import TURN_SECONDS, Progress, in_thread, too_long
+from cifar.data.waiting import TURN_SECONDS, ProgressBar, in_thread, too_long
 from cifar.errors import LostError, UserError
 
 PART = 256  # files that a process reads and decodes at a time
@@ -77,7 +77,13 @@ class InZip(NamedTuple):
     def opened(self) -> Iterator[Read]:
         with self.path.open("rb") as file, zipfile.ZipFile(io.BytesIO(NO_ENTRIES)) as archive:
             archive.fp = file  # the entries are known, and to read all of them again may take half a second
-            yield lambda name: archive.read(self.entries[name])
+            yield lambda name: _content(archive, self.entries[name])
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """A file in a zip; not a byte more is unpacked than its entry tells, however many there are."""
+    with archive.open(entry) as file:
+        return file.read(entry.file_size + 1)  # one more is there to read: only then its checksum is compared
 
 
 class InMemory(NamedTuple):
@@ -151,7 +157,7 @@ def _read_or_say(where: str, read: Read, name: str) -> bytes:
         return read(name)
     except Exception as error:  # decompression of damaged data raises nearly anything
         reason = f"{error}" or type(error).__name__
-        raise UserError(f"{where}: {name} cannot be read ({reason}); mend or remove it") from None
+        raise UserError(f"{where}: {name} cannot be read ({reason}); repair or remove it") from None
 
 
 def _contents(read: Read, names: Sequence[str]) -> Iterator[bytes]:
@@ -181,7 +187,7 @@ def decode_all(everything: Sequence[Part]) -> None:
     """Decodes all parts. Raises UserError for the first file in order that is wrong, OSError for the writing."""
     count = sum(len(part.names) for part in everything)
     work = sum(part.work for part in everything)
-    with Progress("decoding the images", "images", count) as progress, _decoders(work) as decoders:
+    with ProgressBar("decoding the images", "images", count) as progress, _decoders(work) as decoders:
         _share(everything, decoders, progress)
 
 
@@ -195,7 +201,7 @@ class _Running(NamedTuple):
     deadline: float
 
 
-def _share(everything: Sequence[Part], decoders: Sequence[Decoder], progress: Progress) -> None:
+def _share(everything: Sequence[Part], decoders: Sequence[Decoder], progress: ProgressBar) -> None:
     """Gives each decoder the next part whenever it has done one."""
     waiting, running = deque(enumerate(everything)), dict[Future[None], _Running]()
     failed: list[tuple[int, BaseException]] = []

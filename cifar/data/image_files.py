@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cifar.data.waiting import Progress
+from cifar.data.waiting import ProgressBar
 from cifar.errors import UserError
 
 SIZE = 32  # pixels: the networks' pooling is made for it
@@ -31,7 +31,7 @@ LARGEST_FILE = 1 << 20  # bytes; a 32x32 image as PNG or JPEG has 1 to 4 kB
 HELD = 1 << 14  # bytes of a picture of any size that are kept in memory until it is decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that starts another program, as EPS does
 MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")  # that become RGB without loss, where nothing is transparent
-REMOVE = "mend or remove it"
+REMOVE = "repair or remove it"
 GIVE = f"give opaque 8-bit RGB or grey images of {SIZE}x{SIZE} pixels, or train.py --fit {SIZE}, which makes them so"
 
 # Names that would not fit in one line of a message or table, or not in UTF-8: Python decodes other bytes to surrogates.
@@ -67,7 +67,8 @@ class Listing:
 
     where: str
     sizes: dict[str, int] = field(default_factory=dict)  # bytes, of each file
-    modified: dict[str, int] = field(default_factory=dict)  # ns, of each file in a folder
+    # ns, of each file in a folder: its content, and its entry, whose time nobody can set
+    changed: dict[str, tuple[int, int]] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)  # of some: why it cannot be read, with the fix
     folders: set[str] = field(default_factory=set)
     hidden: set[str] = field(default_factory=set)
@@ -83,7 +84,7 @@ def list_folder(root: Path) -> Listing:
     """
     listing = Listing(str(root))
     to_do: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    with Progress("looking through the images", "files") as progress:
+    with ProgressBar("looking through the images", "files") as progress:
         while to_do:
             progress.done = len(listing.sizes)
             progress.look()
@@ -105,7 +106,7 @@ def list_folder(root: Path) -> Listing:
 def _list_one(listing: Listing, folder: str, descriptor: int) -> list[str]:
     """What lies in a folder itself; returns the folders in it."""
     prefix = f"{folder}/" if folder else ""
-    sizes, modified, inner = listing.sizes, listing.modified, []
+    sizes, changed, inner = listing.sizes, listing.changed, []
     with os.scandir(descriptor) as entries:
         for entry in entries:
             own_name = entry.name
@@ -119,10 +120,10 @@ def _list_one(listing: Listing, folder: str, descriptor: int) -> list[str]:
                     continue
                 status = entry.stat()
             except OSError as error:
-                sizes[name] = modified[name] = 0
+                sizes[name], changed[name] = 0, (0, 0)
                 listing.wrong[name] = _unreadable(f"{listing.where}/{name}", error)
                 continue
-            sizes[name], modified[name] = status.st_size, status.st_mtime_ns
+            sizes[name], changed[name] = status.st_size, (status.st_mtime_ns, status.st_ctime_ns)
             if not stat.S_ISREG(status.st_mode):  # to read a pipe would wait for ever
                 listing.wrong[name] = "is a pipe, socket or device, not a file; remove it"
     listing.folders.update(inner)
@@ -138,7 +139,7 @@ def _unreadable(path: str, error: OSError) -> str:
         what = f"is a symbolic link to {str(Path(path).readlink())!r}, and that"
     except OSError:
         what = "is listed, but"
-    return f"{what} cannot be read ({error.strerror}); mend or remove it"
+    return f"{what} cannot be read ({error.strerror}); repair or remove it"
 
 
 def list_zip(path: Path) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
@@ -157,6 +158,9 @@ def list_zip(path: Path) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
                 listing.wrong[name] = "is there twice; make the zip anew"
             elif info.flag_bits & 1:
                 listing.wrong[name] = "is encrypted; make the zip without a password"
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # Python has no Deflate64, and unpacks bzip2 and LZMA whole, whatever size an entry tells.
+                listing.wrong[name] = "is compressed by another method than Deflate; make the zip again with that one"
             entries[name], listing.sizes[name] = info, info.file_size
     return listing, entries
 
@@ -219,7 +223,7 @@ def read_tar(
     """
     listing, contents = Listing(str(path)), {}
     try:
-        with tarfile.open(path) as archive, Progress("reading the archive", "files") as progress:
+        with tarfile.open(path) as archive, ProgressBar("reading the archive", "files") as progress:
             for member in archive:
                 progress.done = len(listing.sizes)
                 progress.look()
@@ -306,6 +310,7 @@ def _misfit(image: Image.Image, content: bytes) -> str:
         return f"has colour mode {image.mode}; {GIVE}"
     if image.format != "MPO" and getattr(image, "is_animated", False):
         return f"has more than one frame; {GIVE}"
+    name_transparent_grey(image)
     image.load()
     if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         return f"is partly transparent; {GIVE}"
@@ -314,6 +319,13 @@ def _misfit(image: Image.Image, content: bytes) -> str:
 
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def name_transparent_grey(image: Image.Image) -> None:
+    """Pillow makes 8 bits of a PNG's 2 or 4 of grey, but not of the grey that is transparent: call before loading."""
+    for tile in getattr(image, "tile", ()):
+        if image.format == "PNG" and tile.args in ("L;2", "L;4") and "transparency" in image.info:
+            image.info["transparency"] *= 255 // (2 ** int(tile.args[-1]) - 1)
 
 
 def _bits(image: Image.Image, content: bytes) -> int:

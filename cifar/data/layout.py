@@ -1,6 +1,6 @@
 """Classes and splits of images that are laid out as <train|test>/<class>/<image> in a folder, zip or tar archive.
 
-What would have to be guessed is refused in a line that names the file. What is passed over is printed.
+What would have to be guessed is refused in a line that names the file. What is skipped is printed.
 """
 
 import re
@@ -75,7 +75,7 @@ def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> 
     if not 2 <= len(names) <= 256:
         raise UserError(f"{where} has {len(names)} class(es); between 2 and 256 can be told apart here")
     taken = [name for found in by_split.values() for name in found]
-    _say_what_is_passed_over(listing, [f"{root}{folder}/" for folder in folders.values()], taken)
+    _say_what_is_skipped(listing, [f"{root}{folder}/" for folder in folders.values()], taken)
     if folders["test"] != "test":
         print(f"{where}: {root}{folders['test']}/ holds the test images", flush=True)
     decoding.decode_all(
@@ -132,7 +132,7 @@ def _check(listing: Listing, root: str, name: str, fit: bool) -> None:
         raise UserError(f"{listing.where}: {name} has {listing.sizes[name]} bytes; {fix}")
 
 
-def _say_what_is_passed_over(listing: Listing, splits: Sequence[str], taken: list[str]) -> None:
+def _say_what_is_skipped(listing: Listing, splits: Sequence[str], taken: list[str]) -> None:
     with_images = {name.rpartition("/")[0] for name in taken}
     class_folders = (name for name in listing.folders if name.count("/") == splits[0].count("/"))
     empty = {name for name in class_folders if name.startswith(tuple(splits))} - with_images
@@ -146,7 +146,7 @@ def _say_what_is_passed_over(listing: Listing, splits: Sequence[str], taken: lis
     }
     said = [f"{len(names):,} {kind} ({_some(names)})" for kind, names in counts.items() if names]
     if said:
-        print(f"{listing.where}: passed over {', '.join(said)}", flush=True)
+        print(f"{listing.where}: skipped {', '.join(said)}", flush=True)
 
 
 def _some(names: Collection[str]) -> str:

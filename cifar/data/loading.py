@@ -1,4 +1,4 @@
-"""From the cache to batches of training images, augmented ahead by other processes or at once on the device."""
+"""From the cache to batches of training images, augmented ahead by dataloader workers, or on the device."""
 
 import atexit
 import itertools
@@ -198,8 +198,8 @@ class _Worker:
                 self.process.start()
         except OSError as error:
             raise UserError(
-                f"{name} cannot be started ({error.strerror}); raise the limit (ulimit -n, ulimit -u, memory), or do "
-                "without such processes: --augment device, in a new --run"
+                f"{name} cannot be started ({error.strerror}); raise the limit (ulimit -n, ulimit -u, memory), or use "
+                "no dataloader workers: --augment device, in a new --run"
             ) from None
         self.name = f"{name} (process {self.process.pid} on {socket.gethostname()})"
 
@@ -231,7 +231,7 @@ class _Worker:
                 why = ", most likely for want of memory: give the job more" if code == -signal.SIGKILL else ""
                 raise LostError(
                     f"{self.name} {how}{why}; the same command goes on from the last checkpoint, and --augment device, "
-                    "in a new --run, needs no such processes"
+                    "in a new --run, needs no dataloader workers"
                 )
             buffer = buffer[received:]
 

@@ -113,15 +113,13 @@ def folder_reader(path: Path) -> Read:
 def archive_reader(official: Official, path: Path, contents: Mapping[str, bytes]) -> Read:
     """Reads files of an archive, by their whole names. The function raises UserError for one that is another."""
     by_name = {name.rpartition("/")[2]: content for name, content in contents.items()}
-    mend = f"it is damaged or another file; download {official.url} again, or give images of your own"
+    fix = f"it is damaged or another file; download {official.url} again, or give images of your own"
 
     def read(name: str, md5: str) -> bytes:
         content = by_name.get(name, b"")
         found = _md5(content)
         if found != md5:
-            raise UserError(
-                f"{path}: {name} is not that of the official {official.title} archive (md5 {found}); {mend}"
-            )
+            raise UserError(f"{path}: {name} is not that of the official {official.title} archive (md5 {found}); {fix}")
         return content
 
     return read

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cifar.data.image_files import FORMATS, SIZE, upright
+from cifar.data.image_files import FORMATS, SIZE, name_transparent_grey, upright
 from cifar.errors import UserError
 
 UInt8 = npt.NDArray[np.uint8]
 
 BYTES = 25 << 20  # of a file: a telephone's largest JPEG
 PIXELS = 64_000_000  # of a picture: a telephone's 50 million, and room; 256 MB once decoded
+WHITE_IS_ZERO = 0  # a TIFF's; Pillow turns 8 bits round, and not 16
 TOO_MANY = f"the picture has more than {PIXELS // 1_000_000} million pixels; make it smaller"
 
 # Pillow looks at the header, too: let it refuse where it would warn.
@@ -69,8 +70,9 @@ def check_size(size: int) -> None:
 
 
 def _small(image: Image.Image) -> UInt8:
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would cut off at 255
-        pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    name_transparent_grey(image)
+    if image.mode.startswith("I;16"):  # more than 8 bits of grey, which `convert` would cut off at 255
+        pixels = _grey_of_8_bits(image)
     elif image.mode in ("I", "F"):
         raise UserError(f"the picture has 32 bits a pixel (mode {image.mode}), without a known white; save it with 8")
     else:
@@ -82,6 +84,19 @@ def _small(image: Image.Image) -> UInt8:
     if square.mode == "RGBA":
         square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
     return np.array(upright(image, square).convert("RGB"))
+
+
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    """A picture of mode I;16, which may hold 12 bits, 0 as white, or a grey that is transparent."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    grey = (values >> (tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 8)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
+        grey = 255 - grey
+    if "transparency" not in image.info:
+        return Image.fromarray(grey)
+    opaque = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.fromarray(np.dstack([grey, grey, grey, opaque]))
 
 
 def _check(fine: bool, otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""Where images come from: scanned digits, the official CIFAR-10 archive or folder, any folder, zip or tar of images.
+"""Where images come from: scanned digits, official CIFAR archives, any folder, zip or tar of images.
 
 Everything here runs once per machine and set of images: what is decoded goes into the cache (cache.py).
 """
@@ -31,7 +31,7 @@ from cifar.data.decoding import InFolder, InMemory, InZip
 from cifar.data.image_files import Listing
 from cifar.data.layout import Split
 from cifar.data.official import OFFICIAL
-from cifar.data.waiting import Progress, in_thread, wait_for
+from cifar.data.waiting import ProgressBar, in_thread, wait_for
 from cifar.errors import UserError
 
 SIZE = image_files.SIZE
@@ -94,9 +94,12 @@ def _folder(path: Path, fit: bool) -> Source:
 
 
 def _key(listing: Listing, more: bytes) -> str:
-    """Names, sizes and modification times: reading 50,000 files at every start would cost seconds to minutes."""
-    sizes, modified = listing.sizes, listing.modified
-    words = "".join([f"{name}\0{sizes[name]}\0{modified[name]}\n" for name in layout.sorted_names(sizes)])
+    """Names, sizes and times: reading 50,000 files at every start would cost seconds to minutes.
+
+    Bitmaps of one size, unpacked with their archive's times, differ in the times of their entries alone.
+    """
+    sizes, changed = listing.sizes, listing.changed
+    words = "".join([f"{name}\0{sizes[name]}\0{changed[name]}\n" for name in layout.sorted_names(sizes)])
     return hashlib.sha256(words.encode(errors="surrogateescape") + more).hexdigest()
 
 
@@ -130,7 +133,7 @@ def _is_tar(path: Path) -> bool:
 def blocks(file: io.BufferedIOBase | io.RawIOBase, doing: str) -> Iterator[memoryview]:
     """The file's content, in one buffer that is used again. Raises UserError where a stop is asked for meanwhile."""
     buffer = memoryview(bytearray(BLOCK))
-    with Progress(doing, "B", os.fstat(file.fileno()).st_size) as progress:
+    with ProgressBar(doing, "B", os.fstat(file.fileno()).st_size) as progress:
         while count := file.readinto(buffer):
             progress.done += count
             progress.look()
@@ -166,28 +169,28 @@ def download(url: str, path: Path, md5: str) -> None:
 
     Raises UserError without a network, at a wrong sum, and when the user stops it; nothing half-done stays.
     """
-    mend = f"download it yourself to {path}, or pass --data PATH or --recipe digits"
+    fix = f"download it yourself to {path}, or pass --data PATH or --recipe digits"
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     print(f"downloading {url} to {path}", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, f".{path.name}.*.part")
-        with part.open("xb") as file, Progress(f"downloading {url}", "B") as progress:
+        with part.open("xb") as file, ProgressBar(f"downloading {url}", "B") as progress:
             fetched = in_thread(partial(_fetch, url, file, progress))  # a stop is heard whatever the network does
             found = wait_for(fetched, DOWNLOAD_SECONDS, progress)
             os.fsync(file.fileno())
         if found != md5:
-            raise UserError(f"{url}: the download has md5 {found}, not {md5}; {mend}")
+            raise UserError(f"{url}: the download has md5 {found}, not {md5}; {fix}")
         part.replace(path)
         files.sync(path.parent)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"{url}: cannot be downloaded ({reason}); {mend}") from None
+        raise UserError(f"{url}: cannot be downloaded ({reason}); {fix}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def _fetch(url: str, file: BinaryIO, progress: Progress) -> str:
+def _fetch(url: str, file: BinaryIO, progress: ProgressBar) -> str:
     """Writes what the address holds, and returns its md5 sum."""
     digest = hashlib.md5(usedforsecurity=False)
     try:

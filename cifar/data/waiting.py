@@ -19,7 +19,7 @@ LINE_EVERY = 10  # seconds between lines where there is no progress bar
 NARROWEST = 20  # columns of a terminal that has room for a bar
 
 
-class Progress:
+class ProgressBar:
     """How far long work has come, on stderr: a bar on a terminal, else a line now and then.
 
     Shown by the first process of each machine, once the work has taken QUIET_SECONDS.
@@ -31,7 +31,7 @@ class Progress:
         self._bar: Any = None  # a tqdm
         self._show_at = time.monotonic() + QUIET_SECONDS
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,11 +83,11 @@ def raise_if_stopped(doing: str) -> None:
 def in_thread(work: Callable[[], T]) -> Future[T]:
     """Begins the work in a thread that need not end before the process can: a disk may never answer."""
     future: Future[T] = Future()
-    threading.Thread(target=settle, args=(future, work), daemon=True).start()
+    threading.Thread(target=complete, args=(future, work), daemon=True).start()
     return future
 
 
-def settle(future: Future[T], work: Callable[[], T]) -> None:
+def complete(future: Future[T], work: Callable[[], T]) -> None:
     """Does the work, and gives its result, or what it raised, to those who wait for it."""
     try:
         future.set_result(work())
@@ -95,7 +95,7 @@ def settle(future: Future[T], work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def wait_for(future: Future[T], seconds: float, progress: Progress) -> T:
+def wait_for(future: Future[T], seconds: float, progress: ProgressBar) -> T:
     """What a thread brings. Raises UserError after so many seconds, and where a stop is asked for meanwhile."""
     deadline = time.monotonic() + seconds
     while not future.done():

@@ -3,7 +3,7 @@
 Flip test: hide the map's best cell behind a blank square; how often does the answer change? A network whose training
 had a cutout has seen such squares; to another one the square itself is something new: see `square`. Deletion and
 insertion (arXiv 1806.07421): the mean probability of the predicted class while cells are blanked, or uncovered, from
-the highest down; a map that knows has a small area under deletion and a large one under insertion. Smooth maps do well
+the highest down; a faithful map has a small area under deletion and a large one under insertion. Smooth maps do well
 in both whatever they show (arXiv 2304.13836), so each is repeated with the cells of the same map shuffled, and only
 the difference counts.
 Randomisation (arXiv 1810.03292): how similar a map of new weights is; one that stays the same does not

@@ -4,6 +4,6 @@
 {
   const sprite = spriteOf(page.flips.sprite, page.flips.spriteColumns);
   for (const figure of document.querySelectorAll(".flips figure")) {
-    figure.prepend(sprite.cut(Number(figure.dataset.clean)), sprite.cut(Number(figure.dataset.damaged)));
+    figure.prepend(sprite.cut(Number(figure.dataset.clean)), sprite.cut(Number(figure.dataset.corrupted)));
   }
 }

@@ -1,7 +1,7 @@
-"""Fifteen kinds of damage to pictures, each at five severities, after CIFAR-10-C (arXiv 1903.12261).
+"""Fifteen corruptions of pictures, each at five severities, after CIFAR-10-C (arXiv 1903.12261).
 
 Made here, offline: these are not the published files. Parameters are those that CIFAR-10-C gives for 32x32 pictures,
-except where KINDS says why not. A damaged picture depends on its kind, the severity, the picture, its position in the
+except where KINDS says why not. A corrupted picture depends on its kind, the severity, the picture, its position in the
 test set and a seed, and on nothing else: not on its batch, thread or process. At all severities of a kind a picture
 gets the same random numbers, so that these differ in strength alone.
 
@@ -58,20 +58,22 @@ class Random:
 
 
 class Kind(NamedTuple):
-    """How pictures float32 [n, side, side, 3], from 0 to 1, are damaged; clipped and rounded afterwards."""
+    """How pictures float32 [n, side, side, 3], from 0 to 1, are corrupted; clipped and rounded afterwards."""
 
-    damage: Callable[[Float, Any, Random], Float]
+    corruption: Callable[[Float, Any, Random], Float]
     levels: tuple[Any, Any, Any, Any, Any]  # what each severity passes to it
 
 
 def corrupt(kind: str, severity: int, pictures: UInt8, indices: Int64, seed: int) -> UInt8:
-    """The pictures [n, side, side, 3], which have the positions `indices` [n] in the test set, damaged.
+    """The pictures [n, side, side, 3], which have the positions `indices` [n] in the test set, corrupted.
 
     `kind` is one of KINDS, `severity` 1 to SEVERITIES.
     """
-    damage, levels = KINDS[kind]
-    damaged = damage(pictures.astype(np.float32) / np.float32(255), levels[severity - 1], Random(kind, indices, seed))
-    return _bytes(damaged)
+    corruption, levels = KINDS[kind]
+    corrupted = corruption(
+        pictures.astype(np.float32) / np.float32(255), levels[severity - 1], Random(kind, indices, seed)
+    )
+    return _bytes(corrupted)
 
 
 # ---- noise
@@ -111,12 +113,12 @@ def glass_blur(pictures: Float, level: tuple[float, int], random: Random) -> Flo
     That is what the published files show: the program that made them means to exchange two pixels, and copies one.
     """
     deviation, times = level
-    side, damaged = pictures.shape[1], _gaussian_blur(pictures, deviation)
+    side, corrupted = pictures.shape[1], _gaussian_blur(pictures, deviation)
     rows, columns = np.mgrid[2:side, 2:side]
     image = np.arange(len(pictures))[:, None, None]
     for up, left in (random.uniform(2, times, *rows.shape) < 0.5).transpose(2, 1, 0, 3, 4):
-        damaged[:, 2:, 2:] = damaged[image, rows - up, columns - left]
-    return _gaussian_blur(damaged, deviation)
+        corrupted[:, 2:, 2:] = corrupted[image, rows - up, columns - left]
+    return _gaussian_blur(corrupted, deviation)
 
 
 def motion_blur(pictures: Float, level: tuple[int, float], random: Random) -> Float:

@@ -191,7 +191,7 @@ def reliability(findings: Findings) -> UInt8:
 
 
 def corruptions(found: Robustness) -> UInt8:
-    """For each kind of damage the accuracy over its severity, of each run; severity 0 is no damage."""
+    """For each corruption the accuracy over its severity, of each run; severity 0 is no corruption."""
     severities = np.arange(found.accuracy.shape[2] + 1)
     rows = -(-len(found.kinds) // ACROSS)
     with plotting.own_style():
@@ -206,14 +206,14 @@ def corruptions(found: Robustness) -> UInt8:
             axes.grid(alpha=0.3)
         for axes in grid.flat[len(found.kinds) :]:
             axes.set_axis_off()
-        figure.supxlabel("severity (0: no damage)", fontsize=10)
+        figure.supxlabel("severity (0: no corruption)", fontsize=10)
         figure.supylabel("accuracy", fontsize=10)
         plot = plotting.pixels(figure)
-    title = f"Accuracy on damaged test images, made here with seed {found.seed}; not the published CIFAR-10-C files"
+    title = f"Accuracy on corrupted test images, made here with seed {found.seed}; not the published CIFAR-10-C files"
     lines = [lettering.of(title)]
     for number, (name, table) in enumerate(zip(Labels(found.runs).fitted(700), found.accuracy, strict=True)):
         colour, stroke, _ = _curve(number)
-        lines.append(lettering.of(f"{colour}, {stroke}: ", name, f", mean under damage {table.mean():.2%}"))
+        lines.append(lettering.of(f"{colour}, {stroke}: ", name, f", mean under corruption {table.mean():.2%}"))
     return panel(plot, lines)
 
 

@@ -30,7 +30,7 @@ class ExplainedImages:
     targets: UInt8  # [m, 2] the classes that the two maps are for
     maps: Float  # [m, 2, h, w] >= 0, not rescaled
     peaks: Float  # [m, 2] the raw maximum of each map before negative evidence was cut; <= 0: no positive evidence
-    votes: Float  # [m, 4, 4] signed; their sum plus `bias` is the margin logit(target 0) - logit(target 1)
+    votes: Float  # [m, a, a] signed, for the cells of the last stage; their sum plus `bias` is `margins`
     bias: Float  # [m] the linear layer's bias(target 0) - bias(target 1)
     margins: Float  # [m] logit(target 0) - logit(target 1)
 
@@ -42,25 +42,25 @@ class Neighbours:
     `q` are shown, as many of the predicted as of the true class; the labels of the `v` nearest of all are only counted.
     """
 
-    indices: Int64  # [m, q] positions in the training set
+    indices: Int64  # [m, q] positions in the training set; -1 at the end where a class has too few images
     labels: UInt8  # [m, q]
     distances: Float  # [m, q] 1 - cosine similarity
     nearest_labels: UInt8  # [m, v] of the nearest training images of whatever class
     pictures: UInt8  # [m, q, 32, 32, 3]
     near_duplicates: Int64  # test images (any, not only mistakes) that have a near-duplicate in the training set
-    accuracy_without_duplicates: float
+    accuracy_without_duplicates: float | None  # None if every test image has one
 
 
-FLIPS = 6  # pictures of each kind of damage that flip first
+FLIPS = 6  # pictures of each corruption that flip first
 
 
 class Flip(NamedTuple):
-    """A test image that is classified correctly until it is damaged."""
+    """A test image that is classified correctly until it is corrupted."""
 
     kind: str
     severity: int  # the least at which the class changes
     image: int  # position in the test set
-    picture: UInt8  # [32, 32, 3] damaged
+    picture: UInt8  # [32, 32, 3] corrupted
     clean: UInt8  # [32, 32, 3]
     predicted: int
     confidence: float
@@ -68,12 +68,12 @@ class Flip(NamedTuple):
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracy on damaged test images. Shapes: R runs, the one that is explained first; K kinds; S severities."""
+    """Accuracy on corrupted test images. Shapes: R runs, the one that is explained first; K kinds; S severities."""
 
     seed: int
     kinds: list[str]
     runs: list[str]  # their paths
-    clean: npt.NDArray[np.float64]  # [R] without damage
+    clean: npt.NDArray[np.float64]  # [R] without corruption
     accuracy: npt.NDArray[np.float64]  # [R, K, S]
     flips: list[Flip]  # of the first run, some for each kind: the least severity first, then the most confident
 
@@ -104,7 +104,7 @@ class Robustness:
         """The whole in one line."""
         of_kinds = self.means[0]
         return (
-            f"under {len(self.kinds)} kinds of damage at {self.accuracy.shape[2]} severities: accuracy "
+            f"under {len(self.kinds)} corruptions at {self.accuracy.shape[2]} severities: accuracy "
             f"{of_kinds.mean():.2%}, the worst kind {self.kinds[self.worst]} with {of_kinds[self.worst]:.2%}"
         )
 

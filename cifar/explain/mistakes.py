@@ -84,7 +84,7 @@ def guarded(text: str) -> str:
 def table(findings: Findings) -> bytes:
     """misclassified.csv: a line for each mistake, the most confident first. The margin is one of logits.
 
-    `top5` and `epochs_right` are lists within a field, separated by spaces and semicolons. Names are `guarded`.
+    `top5` and `epochs_right` are lists within a field, separated by "; " and by spaces. Names are `guarded`.
     `doubt_rank` is empty where the label is not in doubt.
     """
     text = io.StringIO()

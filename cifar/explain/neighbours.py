@@ -1,4 +1,4 @@
-"""The nearest training images of each mistake: was there a bad neighbour, a gap, or an odd label.
+"""The nearest training images of each mistake, to see a wrong label or what is missing among them.
 
 From the same features: test images that have a near-duplicate among the training images (ciFAIR, arXiv 1902.00423,
 found one for 3.25 % of CIFAR-10's), and the accuracy without them.
@@ -13,6 +13,7 @@ from cifar.data.cache import Data
 from cifar.explain.findings import Float, Int64, Neighbours, UInt8
 
 OF_EACH = 2  # nearest training images of the predicted class, and as many of the true class
+NONE = -1  # where a class has fewer
 NEAREST = 10  # training images, of whatever class, whose labels are compared with the mistake's
 CANDIDATES = 5  # nearest training images whose pixels are compared
 # Correlation of pixels from which two pictures count as near-duplicates. Looked at on CIFAR-10 as JPEGs: 23 of 24 pairs
@@ -32,12 +33,13 @@ def find(network: nn.Module, data: Data, wrong: Int64, predictions: UInt8) -> Ne
         nearest_labels.append(data.train_labels[similar.topk(min(NEAREST, len(training))).indices.cpu().numpy()])
         picked = []
         for name in (int(predictions[image]), int(data.test_labels[image])):
-            similar_of_class = similar.masked_fill(labels != name, -2)
-            picked.append(similar_of_class.topk(OF_EACH).indices)
+            of_class = (labels == name).nonzero()[:, 0]
+            picked.append(of_class[similar[of_class].topk(min(OF_EACH, len(of_class))).indices])
         rows = torch.cat(picked)
         rows = rows[similar[rows].argsort(descending=True)]
-        nearest.append(rows.cpu().numpy())
-        distances.append((1 - similar[rows]).cpu().numpy())
+        missing = (0, 2 * OF_EACH - len(rows))
+        nearest.append(np.pad(rows.cpu().numpy(), missing, constant_values=NONE))
+        distances.append(np.pad((1 - similar[rows]).cpu().numpy(), missing))
     indices = np.array(nearest, np.int64).reshape(len(wrong), 2 * OF_EACH)
 
     duplicates = _near_duplicates(training, test, data)
@@ -49,7 +51,9 @@ def find(network: nn.Module, data: Data, wrong: Int64, predictions: UInt8) -> Ne
         nearest_labels=np.array(nearest_labels, np.uint8).reshape(len(wrong), min(NEAREST, len(training))),
         pictures=data.train_images[indices],
         near_duplicates=duplicates,
-        accuracy_without_duplicates=float((predictions[others] == data.test_labels[others]).mean()),
+        accuracy_without_duplicates=(
+            float((predictions[others] == data.test_labels[others]).mean()) if len(others) else None
+        ),
     )
 
 

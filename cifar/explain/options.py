@@ -72,7 +72,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add(
         "--corruptions",
         action="store_true",
-        help="accuracy under the 15 kinds of damage of CIFAR-10-C at 5 severities, made here and not the published "
+        help="accuracy under the 15 corruptions of CIFAR-10-C at 5 severities, made here and not the published "
         "files: evaluates the test images 75 times, which takes minutes on a CPU",
     )
     add("--compare", type=Path, nargs="+", default=[], metavar="RUN",
@@ -81,8 +81,8 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     options = Options(**vars(parser.parse_args(argv)))
     if options.count is not None and options.count < 1:
         raise UserError(f"--count {options.count} shows nothing; give at least 1")
-    if options.seed < 0:
-        raise UserError(f"--seed {options.seed} is negative; give 0 or more")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed} is outside 0..2^63 - 1; give e.g. 0")
     if not 0 <= options.opacity <= 1:
         raise UserError(f"--opacity {options.opacity:g} is outside 0..1; give e.g. 0.5")
     for flag, value, known in (("--order", options.order, ORDERS), ("--method", options.method, METHODS)):

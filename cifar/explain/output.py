@@ -1,4 +1,4 @@
-"""Putting an explanation in its folder: of two of them, or of a crash between them, nobody finds a part of each."""
+"""Publishes an explanation: its folder never holds a mixture of two, even after a crash or of two processes."""
 
 import errno
 import fcntl

@@ -769,17 +769,19 @@ function peakWords(row, target) {
   return peak > 0 ? `Raw maximum ${significant(peak)}.` : `No positive evidence for ${name} (raw maximum ${significant(peak)}).`;
 }
 
+let mapLine; // what the template says of the maps
+
 function drawMaps() {
   const row = state.open;
   const maps = mapsOf(row);
   const opacity = byId("opacity").valueAsNumber;
   byId("opacity-shown").textContent = percent(opacity, 0);
-  byId("maps").querySelector(".figures").hidden = !maps;
-  if (!maps) {
-    byId("map-line").textContent = `The page has room for the maps of the ${number(page.mapped)} most confident mistakes; this one is not among them.`;
-    return;
-  }
   const pageWide = document.querySelector("input[name=scale]:checked").value === "page";
+  drawCompanion(row, opacity, pageWide);
+  byId("maps").querySelector(".figures").hidden = !maps;
+  mapLine ??= byId("map-line").textContent;
+  byId("map-line").textContent = maps ? mapLine : `The page has room for the maps of the ${number(page.mapped)} most confident mistakes; this one is not among them.`;
+  if (!maps) return;
   const limit = pageWide ? page.pageTop : Math.max(maps[0].top, maps[1].top);
   const difference = maps[0].values.map((value, cell) => value - maps[1].values[cell]);
   const reach = pageWide ? page.pageDifference : Math.max(...difference.map(Math.abs));
@@ -799,7 +801,6 @@ function drawMaps() {
     byId(id).setAttribute("role", "img");
     byId(id).setAttribute("aria-label", words);
   }
-  drawCompanion(row, opacity, pageWide);
 }
 
 function drawCompanion(row, opacity, pageWide) {
@@ -949,7 +950,8 @@ function drawNeighbours(row) {
   const { depth } = page.nearest;
   nearest ??= { array: arraysOf(page.nearest.arrays), sprite: spriteOf(page.nearest.sprite, page.nearest.spriteColumns) };
   const at = (name, place) => nearest.array(name)[row * depth + place];
-  byId("nearest").replaceChildren(...Array.from({ length: depth }, (_, place) => {
+  const places = Array.from({ length: depth }, (_, place) => place).filter((place) => at("index", place) >= 0);
+  byId("nearest").replaceChildren(...places.map((place) => {
     const label = at("labels", place);
     const part = label === truth(row) ? " true-word" : label === said(row) ? " said-word" : "";
     return make("figure", { title: `training image ${at("index", place)}` },
@@ -957,11 +959,11 @@ function drawNeighbours(row) {
       make("span", { className: part, textContent: named[label] }),
       make("span", { className: "quiet", textContent: at("distances", place).toFixed(3) }));
   }));
-  const labels = Array.from({ length: depth }, (_, place) => at("labels", place));
+  const labels = places.map((place) => at("labels", place));
   const count = (label) => labels.filter((other) => other === label).length;
   const fewer = depth < page.nearest.found ? ` The page has room for ${depth} of ${page.nearest.found}.` : "";
   const twin = page.nearest.nearDuplicates.includes(indices[row]) ? " This image has a near-duplicate among the training images." : "";
-  byId("nearest-line").textContent = `Nearest first, with their labels and distances (1 − cosine) in the network’s feature space: ${count(truth(row))} of ${depth} are ${named[truth(row)]}, ${count(said(row))} are ${named[said(row)]}.${twin}${fewer}`;
+  byId("nearest-line").textContent = `Nearest first, with their labels and distances (1 − cosine) in the network’s feature space: ${count(truth(row))} of ${places.length} are ${named[truth(row)]}, ${count(said(row))} are ${named[said(row)]}.${twin}${fewer}`;
 }
 
 function fillView(row) {

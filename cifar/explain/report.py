@@ -28,7 +28,7 @@ MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is rea
 # The page stays under 15 MB whatever the network: base64 adds a third to these.
 LOSSLESS_BYTES = 6_000_000  # a larger sprite of mistakes is compressed with loss, and the page says so
 MAP_BYTES = 3_000_000  # maps of the most confident mistakes; the rest are left out, and the page says so
-LOSSES = 5  # colours of the table of damaged images
+LOSSES = 5  # colours of the table of corrupted images
 NEIGHBOUR_PICTURES = 10_000  # different training pictures; fewer neighbours of each mistake are shown if there are more
 
 Array = npt.NDArray[Any]
@@ -58,7 +58,7 @@ def render(findings: Findings) -> str:
         interval=[float(end) for end in calibration.wilson(np.array(findings.accuracy), np.array(count))],
         facts=findings.facts,
         checks=_checks(findings.checks),
-        damage=_damage(findings, findings.robustness) if findings.robustness else None,
+        corruption=_corruption(findings, findings.robustness) if findings.robustness else None,
         pairs=_pairs(findings),
         expected_error=reliability.error,
         bins=BINS,
@@ -266,15 +266,15 @@ def _figure(value: float | None, spread: float | None) -> str:
     return text + (f" ± {spread:.3f}" if spread is not None and math.isfinite(spread) else "")
 
 
-def _damage(findings: Findings, found: Robustness) -> dict[str, Any]:
-    """What the section on damaged images shows: curves, table, and the captions of the pictures that flip first."""
+def _corruption(findings: Findings, found: Robustness) -> dict[str, Any]:
+    """What the section on corrupted images shows: curves, table, and the captions of the pictures that flip first."""
     runs = names.readable(found.runs)
     places = np.linspace(30, 142, 1 + found.accuracy.shape[2]).tolist()  # of severities, 0 first, in the drawing
     kinds = [
         {
             "name": kind.replace("_", " "),
             "lines": [
-                _damage_line(run, clean, values, places)
+                _corruption_line(run, clean, values, places)
                 for run, clean, values in zip(runs, found.clean, of_runs, strict=True)
             ],
             "flips": [_caption(findings, number, flip) for number, flip in enumerate(found.flips) if flip.kind == kind],
@@ -298,8 +298,8 @@ def _damage(findings: Findings, found: Robustness) -> dict[str, Any]:
     }
 
 
-def _damage_line(run: str, clean: float, values: Array, places: list[float]) -> dict[str, Any]:
-    """What a run makes of a kind of damage."""
+def _corruption_line(run: str, clean: float, values: Array, places: list[float]) -> dict[str, Any]:
+    """What a run makes of a corruption."""
     return {
         "run": run,
         "points": " ".join(f"{x:.1f},{_height(y):.1f}" for x, y in zip(places, [clean, *values], strict=True)),
@@ -317,7 +317,7 @@ def _caption(findings: Findings, number: int, flip: Flip) -> dict[str, Any]:
         "predicted": shown[flip.predicted],
         "confidence": _tenths(flip.confidence),
         "clean": 2 * number,
-        "damaged": 2 * number + 1,
+        "corrupted": 2 * number + 1,
     }
 
 
@@ -336,7 +336,7 @@ def _lost(accuracy: float, clean: float) -> int:
 
 
 def _flip_pictures(found: Robustness | None) -> dict[str, Any]:
-    """The pictures that flip first, each followed by itself damaged."""
+    """The pictures that flip first, each followed by itself corrupted."""
     if found is None:
         return {}
     pictures = [picture for flip in found.flips for picture in (flip.clean, flip.picture)]

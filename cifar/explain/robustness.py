@@ -1,4 +1,4 @@
-"""Where does it break? The accuracy on damaged test images, see corruptions.py."""
+"""Where does it break? The accuracy on corrupted test images, see corruptions.py."""
 
 from collections import deque
 from collections.abc import Generator
@@ -16,14 +16,14 @@ from torch import nn
 
 from cifar import cores, evaluation
 from cifar.data.cache import Data
-from cifar.data.waiting import Progress
+from cifar.data.waiting import ProgressBar
 from cifar.evaluation import Evaluation
 from cifar.explain import corruptions, runs
 from cifar.explain.corruptions import KINDS, SEVERITIES
 from cifar.explain.findings import DECIMALS, FLIPS, Flip, Float, Int64, Robustness, UInt8
 from cifar.ranks import raise_on_all_ranks
 
-PART = 250  # images that a thread damages at a time
+PART = 250  # images that a thread corrupts at a time
 AHEAD = 1  # severities that are made while the networks see the one before
 
 
@@ -48,28 +48,28 @@ def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[Compe
 
 
 def measure(
-    accelerator: Accelerator, explained: Competitor, undamaged: Evaluation, others: list[Competitor], seed: int
+    accelerator: Accelerator, explained: Competitor, uncorrupted: Evaluation, others: list[Competitor], seed: int
 ) -> Robustness:
-    """Shows the explained run's network, and others, the test images with each damage.
+    """Shows the explained run's network, and others, the test images with each corruption.
 
-    `undamaged` is what the former said without. A rank damages the images that it evaluates itself: all of them are
+    `uncorrupted` is what the former said without. A rank corrupts the images that it evaluates itself: all of them are
     made, and evaluated, once.
     """
     data, kinds, competitors = explained.data, list(KINDS), [explained, *others]
     count = len(data.test_labels)
-    clean = [undamaged, *(_evaluate(accelerator, one, torch.from_numpy(data.test_images)) for one in others)]
+    clean = [uncorrupted, *(_evaluate(accelerator, one, torch.from_numpy(data.test_images)) for one in others)]
     accuracy = np.zeros((len(competitors), len(kinds), SEVERITIES))
     predictions = np.zeros((len(kinds), SEVERITIES, count), np.uint8)  # of the first, as its confidences
     confidences = np.zeros(predictions.shape, np.float32)
-    progress = Progress("evaluating damaged images", "images", accuracy.size * count)
-    with progress, closing(_damaged(accelerator, data, seed)) as damaged:
-        for kind, severity, images in damaged:
+    progress = ProgressBar("evaluating corrupted images", "images", accuracy.size * count)
+    with progress, closing(_corrupted(accelerator, data, seed)) as corrupted:
+        for kind, severity, images in corrupted:
             place = kinds.index(kind), severity - 1
             evaluated = [_evaluate(accelerator, one, images, progress) for one in competitors]
             accuracy[:, *place] = [of_one.accuracy for of_one in evaluated]
             predictions[place] = evaluated[0].probabilities.argmax(axis=1)
             confidences[place] = evaluated[0].probabilities.max(axis=1)
-    unbroken = undamaged.probabilities.argmax(axis=1) == data.test_labels
+    unbroken = uncorrupted.probabilities.argmax(axis=1) == data.test_labels
     return Robustness(
         seed=seed,
         kinds=kinds,
@@ -87,7 +87,7 @@ def measure(
 def flips(
     kind: str, predictions: UInt8, confidences: Float, unbroken: npt.NDArray[np.bool_], data: Data, seed: int
 ) -> list[Flip]:
-    """The images that a kind of damage turns first, of those [n] that are right without it: `unbroken`.
+    """The images that a corruption turns first, of those [n] that are right without it: `unbroken`.
 
     `predictions` and `confidences` are [SEVERITIES, n]. The least severity comes first, then the highest confidence.
     """
@@ -111,7 +111,7 @@ def flips(
 
 
 def _evaluate(
-    accelerator: Accelerator, one: Competitor, images: torch.Tensor, progress: Progress | None = None
+    accelerator: Accelerator, one: Competitor, images: torch.Tensor, progress: ProgressBar | None = None
 ) -> Evaluation:
     evaluated = evaluation.evaluate_whole(accelerator, one.network, images, one.data)
     if progress:
@@ -120,8 +120,8 @@ def _evaluate(
     return evaluated
 
 
-def _damaged(accelerator: Accelerator, data: Data, seed: int) -> Generator[tuple[str, int, torch.Tensor], None, None]:
-    """Each kind at each severity: the test images, of which those are damaged that this rank evaluates."""
+def _corrupted(accelerator: Accelerator, data: Data, seed: int) -> Generator[tuple[str, int, torch.Tensor], None, None]:
+    """Each kind at each severity: the test images, of which those are corrupted that this rank evaluates."""
     own = evaluation.share(accelerator, len(data.test_labels))
     parts = [own[begin : begin + PART] for begin in range(0, len(own), PART)]
     threads = ThreadPoolExecutor(max(1, cores.of_job() // cores.local_processes()), "corruption")

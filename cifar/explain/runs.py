@@ -126,7 +126,10 @@ def _nothing_to_explain(path: Path) -> UserError:
 
 
 def check_output(folder: Path) -> None:
-    """Raises UserError where files could not be written into a folder, which need not exist yet."""
+    """Raises UserError where files could not be written into a folder, which need not exist yet, or are a run's."""
+    for name in ("recipe.json", "config.json", "state.json"):  # a run has a result.json, as an explanation has
+        if os.path.lexists(folder / name):
+            raise UserError(f"output folder {folder} holds a run ({name}); choose another --output")
     if not can_be_written(folder):
         raise UserError(f"output folder {folder} is not writable; choose another --output")
 

@@ -1,6 +1,6 @@
 """The vote map: how much each cell of the last stage added to the margin between two classes.
 
-Between the last stage and the logits lie a max-pool and a linear layer. The logits are therefore a sum over cells, and
+Only pooling and a linear layer lie between the last stage and the logits. These are therefore a sum over cells, and
 HiResCAM (gradient times activation, Draelos and Carin, arXiv 2011.08891) gives exactly the terms of that sum: with the
 difference of two logits as its objective they add up to the margin, less the difference of the two biases. Grad-CAM
 averages the gradients over the cells first, and its map does not add up to anything.
