@@ -19,7 +19,7 @@ from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
 
 
 def train(recipe: Recipe, options: Options) -> None:
-    """Trains, going on from the newest checkpoint if there is one, and writes the run directory."""
+    """Trains, resuming from the newest checkpoint if there is one, and writes the run directory."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import torch
 
@@ -55,9 +55,9 @@ def train(recipe: Recipe, options: Options) -> None:
     progress = record.resume(network, optimizer)
     if progress.step > schedule.freeze_step:
         models.freeze(network)
-    model, prepared = launch.prepare(accelerator, network, optimizer, progress.scaler)  # `network` is evaluated, saved
+    model, prepared = launch.prepare(accelerator, network, optimizer, progress.scaler)  # evaluate and save `network`
 
-    # Batches are augmented ahead by other processes, or on the device; an epoch's end does not interrupt them.
+    # Batches are augmented ahead by dataloader workers, or on the device; an epoch's end does not interrupt them.
     sampler = DistributedBatchSampler(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images)
@@ -65,7 +65,7 @@ def train(recipe: Recipe, options: Options) -> None:
     compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network)
     with record.running(), record.profiled_steps() as profiler:
         while not stopping:
-            # An epoch's end: its checkpoint is under way already, so an evaluation that is cut short is made again.
+            # An epoch's end. Its checkpoint is being written: an evaluation cut short here is repeated on resume.
             step = progress.step
             if schedule.completes_epoch(step):
                 if schedule.epochs_completed(step) > record.evaluated:
@@ -92,7 +92,7 @@ def train(recipe: Recipe, options: Options) -> None:
             torch.manual_seed(schedule.generator_seed(step, rank))  # for dropout
             totals = compute_gradients(model, batch, labels, record.write_failed())
             norm = loop.gradient_norm(accelerator, network) if record.log_due() else None
-            with accelerator.autocast():  # for what an optimizer multiplies
+            with accelerator.autocast():  # for Muon's matrix products
                 prepared.step()
             prepared.zero_grad()
             progress.step += 1

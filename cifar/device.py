@@ -74,7 +74,7 @@ def compare(kinds: Mapping[str, str]) -> None:
 
 
 class Mark:
-    """A place in what a device has been given to do, and that somebody can wait for; on a CPU, this moment."""
+    """A point in a device's work queue that can be waited for (a CUDA event); on a CPU, the present moment."""
 
     def __init__(self, device: "torch.device", timed: bool = False) -> None:
         import torch

@@ -49,7 +49,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     asked = parser.parse_args(argv)
     output: Path = asked.output
     if output.suffix not in NEEDS:
-        raise UserError(f"--output {output} is called like no format; end its name with one of: {', '.join(NEEDS)}")
+        raise UserError(f"--output {output} has an unknown suffix; use one of: {', '.join(NEEDS)}")
     if os.path.lexists(output):
         raise UserError(f"--output {output} exists; name a new file")
     if not runs.can_be_written(output.parent):

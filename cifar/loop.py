@@ -33,7 +33,7 @@ class StepMetrics(NamedTuple):
     correct: int
     stop: bool  # a rank was asked to stop
     write_failed: bool  # rank 0 could not write something
-    gradient_norm: float | None = None  # of steps that are logged, where they are
+    gradient_norm: float | None = None  # only on rank 0, and only of steps that are logged
 
 
 class DelayedMetrics:

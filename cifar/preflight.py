@@ -21,7 +21,7 @@ SECONDS = 60  # for all nodes to begin, and again for the all-reduce
 
 
 def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, seconds: int) -> None:
-    """Returns when the nodes have added up their numbers. Raises UserError, naming the nodes that did not answer."""
+    """Returns when an all-reduce over the nodes has succeeded. Raises UserError, naming nodes that did not answer."""
     import torch
     from torch import distributed
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
     meet("added up")  # or tried to: a frozen node is named here, and the others have only waited for it
     if error:
         raise UserError(
-            f"{nodes[rank]}: the nodes answer but cannot add up their numbers ({error}); set the interface that "
+            f"{nodes[rank]}: the nodes answer but their all-reduce fails ({error}); set the interface that "
             "connects them (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         )
     distributed.destroy_process_group()

@@ -43,8 +43,8 @@ class Recipe(BaseModel):
         int,
         Field(
             ge=1,
-            description="parts that a process cuts its share of the batch into, to save memory; each part has its own "
-            "batch-norm statistics, so other numbers give other weights",
+            description="micro-batches that each process splits its batch into, to save memory; batch-norm statistics "
+            "are per micro-batch, so results depend on it",
         ),
     ] = 1
     gradient_compression: Annotated[
@@ -53,20 +53,21 @@ class Recipe(BaseModel):
     augmentation: Annotated[str, Field(description="an entry of cifar/data/augment.py")] = "crop_flip_cutout"
     augment: Annotated[
         Literal["albumentations", "device"],
-        Field(description="image by image in other processes, or whole batches where the network is"),
+        Field(description="albumentations: image by image, in dataloader workers; device: whole batches, there"),
     ] = "albumentations"
     image_sizes: Annotated[
         str,
         Field(
             pattern=r"^\d+(,\d+)*$",
-            description="sides of the training images, one after the other, e.g. 24,28,32: equal parts of the steps",
+            description="progressive resizing: sides of the training images, each for an equal part of the steps, "
+            "e.g. 24,28,32",
         ),
     ] = "32"
     optimizer: Annotated[
         Literal["adam", "muon"],
-        Field(description="of all parameters; muon is for filters, beside Nesterov SGD for the rest"),
+        Field(description="adam, or muon for convolution filters and Nesterov SGD for the rest"),
     ] = "adam"
-    peak_learning_rate: Annotated[float, Field(gt=0, le=100, description="at its peak; with muon the filters'")] = 0.01
+    peak_learning_rate: Annotated[float, Field(gt=0, le=100, description="peak; with muon, that of the filters")] = 0.01
     bias_learning_rate: Annotated[
         float, Field(gt=0, le=10_000, description="the same for biases and norms, where the optimizer is muon")
     ] = 0.1
@@ -77,16 +78,16 @@ class Recipe(BaseModel):
         float,
         Field(
             ge=0,
-            description="epoch at which the learning rate peaks, to fall to zero from there; other --epochs move it "
-            "along where it is not given",
+            description="epoch at which the learning rate peaks before it falls to zero; scaled with --epochs unless "
+            "given",
         ),
     ] = 5.0
     freeze_at: Annotated[
-        float, Field(gt=0, le=1, description="part of the steps after which early layers are frozen")
+        float, Field(gt=0, le=1, description="fraction of the steps after which early layers are frozen")
     ] = 1.0
     weight_decay: Annotated[
         float,
-        Field(ge=0, le=1, description="L2 penalty; with muon the part that a step at the peak takes from the rest"),
+        Field(ge=0, le=1, description="L2 penalty; with muon divided by the peak learning rate, and none on filters"),
     ] = 1e-4
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="probability spread over all classes")] = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1, description="rate on the features before the linear layer")] = 0.1
@@ -135,7 +136,7 @@ def resnet() -> Recipe:
 
     accelerate launch --mixed_precision bf16 train.py
 
-    Expect 90.7 % test accuracy on CIFAR-10 re-encoded as JPEG, after 65 minutes on 2 CPU cores with native bf16, or
+    Expect 90.7 % test accuracy on CIFAR-10 re-encoded as JPEG, after 69 minutes on 2 CPU cores with native bf16, or
     84 s on an H200.
     """
     return Recipe()
@@ -262,7 +263,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
     if not re.fullmatch("0*[1-9][0-9]{0,17}", every):
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
     if arguments["profile"] < 0:
-        raise UserError(f"--profile {arguments['profile']} is no number of steps; give e.g. 10")
+        raise UserError(f"--profile {arguments['profile']} is not a number of steps; give e.g. 10")
     options = Options(
         arguments["run"] or Path("runs", name),
         arguments["resume"],
@@ -286,8 +287,8 @@ def _add_options(parser: Parser, name: str) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="go on from the run's newest complete checkpoint (auto), start in a new directory (never), "
-        "or go on from the checkpoint at PATH (auto)",
+        help="resume from the run's newest complete checkpoint (auto), start in a new directory (never), "
+        "or resume from the checkpoint at PATH (auto)",
     )
     parser.add_argument(
         "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, epochs' ends aside (500)"
@@ -327,7 +328,7 @@ def _moved_peak(defaults: Recipe, epochs: str, options: Options) -> float:
 
 
 def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """`base` with some fields changed (strings are converted). Raises UserError, naming the flag, if one is off."""
+    """`base` with some fields changed (strings are converted). Raises UserError, naming the flag, if one is invalid."""
     try:
         return Recipe(**{**base.model_dump(), **overrides})
     except ValidationError as error:

@@ -40,7 +40,7 @@ class Schedule:
         return steps > 0 and self.epochs_completed(steps) > self.epochs_completed(steps - 1)
 
     def saves(self, steps: int) -> bool:
-        """Whether a checkpoint is due after so many steps."""
+        """Whether a checkpoint is due after so many steps. Needs a `checkpoint_every` of at least 1."""
         return self.completes_epoch(steps) or steps % self.checkpoint_every == 0
 
     def learning_rate(self, step: int) -> float:

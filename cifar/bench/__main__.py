@@ -1,4 +1,4 @@
-"""python -m cifar.bench: what this machine can do, how near this project comes to it, and against the plain way.
+"""python -m cifar.bench: peak throughput of this machine, how close this project gets, and a naive baseline.
 
     python -m cifar.bench                                # everything
     python -m cifar.bench step --recipe digits --repeats 3
@@ -27,7 +27,7 @@ PARTS: dict[str, tuple[Callable[[Bench], list[Measurement]], str]] = {
     "step": (step.measure, "a training step, by operator too, and evaluation"),
     "input": (input.measure, "training images from one core, and what a step waits for them"),
     "scaling": (scaling.measure, "two processes against one, and the bytes that they exchange"),
-    "checkpoint": (checkpoint.measure, "saving, and going on"),
+    "checkpoint": (checkpoint.measure, "saving and resuming"),
     "explain": (explain.measure, "maps in batches against one at a time"),
     "startup": (startup.measure, "launch to first step, --help, the image cache"),
 }

@@ -53,7 +53,7 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def settle() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -85,11 +85,11 @@ def main() -> None:
         return torch.ones(COPIED // 4, device=device), torch.ones(COPIED // 4, device=device)
 
     def repeated(function: Callable[[], object], amount: int) -> Answer:
-        settle()
+        synchronize()
         began = time.perf_counter()
         for _ in range(amount):
             function()
-        settle()
+        synchronize()
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
     def multiply(precision: str, shape: tuple[int, int], amount: int) -> Answer:

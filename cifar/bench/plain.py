@@ -93,7 +93,7 @@ class Plain:
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            self.settle()
+            self.synchronize()
             if step >= 0:
                 seconds += time.perf_counter() - began
                 input_seconds += made - began
@@ -145,7 +145,7 @@ class Plain:
             self.optimizer.load_state_dict(state["optimizer"])
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Waits for a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()

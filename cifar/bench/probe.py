@@ -119,7 +119,7 @@ class Observer:
             self.uncounted -= 1
             return
         if self.counted == self.asked["amount"]:
-            self.settle()
+            self.synchronize()
             self.spans, self.host = {}, time.thread_time()
             if self.asked["do"] == "profile":
                 from cifar.bench import counts
@@ -155,7 +155,7 @@ class Observer:
     def trained(self) -> Answer:
         """What the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
         assert self.asked is not None
-        self.settle()
+        self.synchronize()
         spans, host = self.spans, time.thread_time() - self.host
         facts = {
             "amount": self.asked["amount"],
@@ -172,7 +172,7 @@ class Observer:
             self.profiler = None
         return facts
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Waits for what a GPU was given to do; on a CPU it is done."""
         import torch
 
@@ -221,12 +221,12 @@ class Observer:
         images = torch.randn(EVALUATION_BATCH, 3, 32, 32, device=self.accelerator.device)
         images = images.contiguous(memory_format=torch.channels_last)
         self.network.eval()
-        self.settle()
+        self.synchronize()
         began = time.perf_counter()
         with torch.no_grad():
             for _ in range(amount // EVALUATION_BATCH):
                 self.network(images)
-        self.settle()
+        self.synchronize()
         seconds = time.perf_counter() - began
         self.network.train()
         return {"amount": amount, "seconds": seconds}

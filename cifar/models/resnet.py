@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution of maps of few cells: nn.Conv2d's numbers within rounding, sooner on a CPU.
+    """A convolution for small maps: nn.Conv2d's results up to rounding, faster on a CPU.
 
     With channels last, oneDNN's kernels go along a row of the map, and one of 4 cells leaves them half idle: with 512
     channels, bf16, batch 512 and 2 cores, 52 ms forward and 52 and 62 ms backward, against 30, 31 and 57 where both map
@@ -53,7 +53,7 @@ def conv_block(
 
 
 class GlobalMaxPool2d(nn.Module):
-    """The maximum of each map: nn.AdaptiveMaxPool2d(1), whose backward pass on CUDA is not deterministic by name."""
+    """The maximum of each map: nn.AdaptiveMaxPool2d(1), whose CUDA backward pass torch lists as nondeterministic."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, x.shape[-2:])
