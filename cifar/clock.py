@@ -11,7 +11,7 @@ import psutil
 class Clock:
     """Seconds by what they were spent on, from the start of this process on; first of all on `start`.
 
-    They are the host's, which runs ahead of a GPU: computing that it waits for counts as what it waits in.
+    This is host time: work on a GPU is counted wherever the host waits for it.
     """
 
     def __init__(self) -> None:

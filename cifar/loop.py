@@ -63,7 +63,7 @@ class DelayedMetrics:
 
 
 class OwnWork:
-    """The time of this rank's own work in a step: from the step's start until it first waits for the other ranks.
+    """The rank's own time in a step: from its start to its last backward pass, where it may first wait for others.
 
     Ranks that average their gradients all take equally long for a step; this tells for which one the others wait.
     """

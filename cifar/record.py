@@ -129,7 +129,7 @@ class RunRecord:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A failure within the block, of whichever rank, leaves `failed` and its words in status.json."""
+        """A failure within the block, of whichever rank, is left in status.json, as `failed` or `preempted`."""
         failure.when_ended(self._write_end)
         try:
             with run.disk_errors_named():

@@ -301,7 +301,7 @@ def test_curves_of_one_name_share_a_colour_and_a_mean(tmp_path: Path) -> None:
         drawn.append(output.read_bytes())
     assert drawn[0] == drawn[1]
     texts = [element.text for element in ET.fromstring(drawn[0]).iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[-2:] == ["one: 90.50 %, 93.00 % of several views (mean of 2)", "other: 85.00 %"]
+    assert texts[-2:] == ["one: 90.50 %, 93.00 % with TTA (mean of 2)", "other: 85.00 %"]
     assert {"1", "2"} < set(texts)  # minutes
 
 

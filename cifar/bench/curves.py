@@ -43,7 +43,7 @@ def read(run: Path) -> Curve:
 
 
 def draw(runs: dict[str, list[Curve]]) -> Figure:
-    """A colour for each name. The legend has the mean of the last accuracies; a cross is one of several views."""
+    """A colour for each name. The legend has the mean of the last accuracies; a cross is one with TTA."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, curves) in enumerate(runs.items()):
@@ -51,7 +51,7 @@ def draw(runs: dict[str, list[Curve]]) -> Figure:
         label = f"{name}: {_mean([curve.accuracies[-1] for curve in curves])}"
         seen = [curve.of_views for curve in curves if curve.of_views is not None]
         if seen:
-            label += f", {_mean(seen)} of several views"
+            label += f", {_mean(seen)} with TTA"
         if len(curves) > 1:
             label += f" (mean of {len(curves)})"
         for curve in curves:

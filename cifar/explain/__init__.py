@@ -1,1 +1,1 @@
-"""What a finished run gets wrong, and what in the picture made it say so."""
+"""What a finished run gets wrong, and which parts of the picture led to it."""

@@ -41,7 +41,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     parser = Parser(
         prog="explain.py",
         allow_abbrev=False,
-        description="Show what a finished run gets wrong, and what in the picture made it say so.",
+        description="Show what a finished run gets wrong, and which parts of the picture led to it.",
         epilog="Processes and precision are set by the launcher: accelerate launch explain.py --run runs/resnet",
     )
     add = parser.add_argument

@@ -50,10 +50,10 @@ def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[Compe
 def measure(
     accelerator: Accelerator, explained: Competitor, uncorrupted: Evaluation, others: list[Competitor], seed: int
 ) -> Robustness:
-    """Shows the explained run's network, and others, the test images with each corruption.
+    """Evaluates the explained run's network, and others, on the test images with each corruption.
 
-    `uncorrupted` is what the former said without. A rank corrupts the images that it evaluates itself: all of them are
-    made, and evaluated, once.
+    `uncorrupted` is the former's evaluation without. A rank corrupts the images that it evaluates itself: all of them
+    are made, and evaluated, once.
     """
     data, kinds, competitors = explained.data, list(KINDS), [explained, *others]
     count = len(data.test_labels)
@@ -87,7 +87,7 @@ def measure(
 def flips(
     kind: str, predictions: UInt8, confidences: Float, unbroken: npt.NDArray[np.bool_], data: Data, seed: int
 ) -> list[Flip]:
-    """The images that a corruption turns first, of those [n] that are right without it: `unbroken`.
+    """The images that a corruption flips first, of those [n] that are classified correctly without it: `unbroken`.
 
     `predictions` and `confidences` are [SEVERITIES, n]. The least severity comes first, then the highest confidence.
     """

@@ -1,7 +1,7 @@
 """Networks, one per file, found by name: `cifar/models/<name>.py` has `build(classes, dropout)`.
 
-A network names the modules that may be frozen early in `early_layers` (see `freeze`). One whose initial weights depend
-on the images has a method `init_from_data` (see below).
+A network has `early_layers` (see `freeze`) and `explainable_layers` (see explain/layers.py). One whose initial weights
+depend on the images has a method `init_from_data` (see below).
 """
 
 import importlib
