@@ -107,7 +107,7 @@ class _Watch:
         elif peers and self.training and peers.silent(now, still):
             self.end(lambda: peers.roll_call(f"no heartbeat for {SILENT_SECONDS} s"))
         elif still > self.limit and not self._computes(still):
-            self.end(lambda: self._silent(f"no step for {self.limit:.0f} s"))
+            self.end(self._hang)
 
     def _computes(self, still: float) -> bool:
         """Whether this is a process alone, which waits for no other one, and busy with a very long step."""
@@ -120,15 +120,21 @@ class _Watch:
         )
         return End(line, 128 + number)
 
-    def _silent(self, reason: str) -> End | None:
-        if self.peers is None:
-            return End(f"this process is in {self.position()} ({reason})", 1)
-        found = self.peers.roll_call(reason)
-        if found is None and (still := self.peers.still()) < self.limit:
+    def _hang(self) -> End | None:
+        reason, peers = f"no step for {self.limit:.0f} s", self.peers
+        if peers is None:
+            return self._silent(reason)
+        found = peers.roll_call(reason)
+        if found is None and (still := peers.still()) < self.limit:
             # One of them moves, e.g. through a download, and the others wait for it.
             self.moved = max(self.moved, time.monotonic() - still)
             return None
-        return found or self.peers.where_all_are(reason)
+        return found or peers.where_all_are(reason)
+
+    def _silent(self, reason: str) -> End:
+        if self.peers is None:
+            return End(f"this process is in {self.position()} ({reason})", 1)
+        return self.peers.roll_call(reason) or self.peers.where_all_are(reason)
 
     def end(self, why: Callable[[], End | None]) -> None:
         """Ends this process, unless `why` finds that nothing has failed."""

@@ -249,6 +249,38 @@ def test_a_run_by_graphs_is_the_same_run(precision: str, tmp_path: Path) -> None
     assert (tmp_path / "auto/model.safetensors").read_bytes() == (tmp_path / "off/model.safetensors").read_bytes()
 
 
+# Its step reads the device, which no capture allows.
+READS = "from cifar import graph\n" + (
+    (
+        "graph.KINDS = ('cpu',)\n"
+        "def capture(step): raise RuntimeError('CUDA error: operation not permitted when stream is capturing')\n"
+        "graph.capture = capture\n"
+    )
+    if REHEARSAL
+    else (
+        "real_step = graph.GraphedGradients._step\n"
+        "def step(self):\n"
+        "    real_step(self)\n"
+        "    self.flat.sum().item()\n"
+        "graph.GraphedGradients._step = step\n"
+    )
+)
+
+
+def test_a_run_whose_capture_fails_is_the_eager_run(tmp_path: Path) -> None:
+    arguments = (*DIGITS, "--deterministic", "--cuda-graph", "auto")
+    for name, patch in (("failing", READS), ("eager", "")):
+        more = () if patch else ("--cuda-graph", "off")
+        done = subprocess.run(
+            command(patched(tmp_path, patch), *arguments, "--run", tmp_path / name, *more,
+                    launcher=("--mixed_precision", PRECISIONS[0])),
+            env=environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("no CUDA graph (" in done.stdout) == bool(patch)
+    assert (tmp_path / "failing/model.safetensors").read_bytes() == (tmp_path / "eager/model.safetensors").read_bytes()
+
+
 # ---- two ranks on one GPU, over NCCL
 
 
