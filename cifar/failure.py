@@ -399,6 +399,8 @@ def command_line(program: str) -> Iterator[None]:
     Ctrl-C, where it is not caught, ends it with 130, as in a shell.
     """
     outlive_readers()
+    # Before torch is imported: when a rank dies, NCCL's watchdog writes 30 lines in each other one, and names none.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         yield
     except UserError as error:

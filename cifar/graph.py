@@ -1,13 +1,16 @@
 """A step's gradients as a CUDA graph: forward, loss and backward are recorded once and then launched as one.
 
 With 64 images for each GPU, launching some 400 kernels one by one takes longer than computing them. The graph holds the
-bare network: DDP's hooks belong to the stream on which it was made, and its reducer changes while it warms up. The
-ranks' gradients lie in one flat tensor instead, which one all-reduce averages after the replay. That all-reduce does
-not overlap with the backward pass, as DDP's do, which is why DDP stays wherever no graph is replayed.
+bare network: DDP's hooks belong to the stream on which it was made, and its reducer changes while it warms up. Even the
+parameters' own autograd nodes, which DDP keeps alive, belong to that stream, and a capture that meets them fails: the
+graph's gradients are those of leaves of its own, which share the parameters' memory. The ranks' gradients lie in one
+flat tensor instead, which one all-reduce averages after the replay. That all-reduce does not overlap with the backward
+pass, as DDP's do, which is why DDP stays wherever no graph is replayed.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Literal
 
@@ -15,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch.func import functional_call
 
 from cifar import failure, loop, ranks
 from cifar.recipes import Recipe
@@ -100,15 +104,20 @@ class _Graph:
             part.as_strided(parameter.shape, parameter.stride())
             for part, parameter in zip(torch.split(self.flat, sizes), parameters, strict=True)
         ]
+        self.leaves = {name: parameter.detach().requires_grad_()
+                       for name, parameter in network.named_parameters() if parameter.requires_grad}  # fmt: skip
         self.replay: Replay = self._step
 
     def _step(self) -> None:
         """Adds a micro-batch's gradients and totals to those that are there."""
-        loss = loop.micro_batch_loss(self.network, self.images, self.labels, self.recipe, self.totals)
+        loss = loop.micro_batch_loss(self._logits, self.images, self.labels, self.recipe, self.totals)
         scaler = self.accelerator.scaler
-        # Not backward(): it would accumulate by nodes that belong to DDP's stream.
-        gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self.parameters)
-        torch._foreach_add_(self.gradients, gradients)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        torch._foreach_add_(self.gradients, torch.autograd.grad(scaled, list(self.leaves.values())))
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = functional_call(self.network, self.leaves, (images,))
+        return logits
 
     def run(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Leaves this rank's gradients in the parameters, and its totals."""
@@ -159,10 +168,13 @@ class _Graph:
         except RuntimeError as error:
             restore()
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # float16's gradients may overflow in the first steps, until their scale is found.
+        finite = torch.equal(eager.isfinite(), replayed.isfinite())
+        eager, again, replayed = (each.nan_to_num(0, 0, 0) for each in (eager, again, replayed))
         difference, allowed = (eager - replayed).norm(), (eager - again).norm()
         if not torch.are_deterministic_algorithms_enabled():
             allowed += TOLERANCE * eager.norm()
-        if not difference <= allowed:
+        if not finite or not difference <= allowed:
             return f"its gradients differ by {difference:.3g} from the eager step's, and {allowed:.3g} are allowed"
         return ""
 
@@ -189,7 +201,14 @@ def capture(step: Replay) -> Replay:
     """`step` as a CUDA graph. Other threads, which write checkpoints and upload batches, may go on meanwhile."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # Around it, since a capture that fails leaves this thread on the stream of the capture.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    try:
+        # Around it, since a capture that fails leaves this thread on the stream of the capture.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError:
+        # Until torch 2.13 the generator then still believes to be captured, and the next dropout would fail; a capture
+        # that succeeds ends that.
+        with suppress(RuntimeError), warnings.catch_warnings(action="ignore"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            pass
+        raise
     return graph.replay

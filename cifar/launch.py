@@ -61,8 +61,9 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     device.compare(dict(words.split() for words in machines))
     if deterministic:
         _make_deterministic()
-    # NCCL's watchdog would end the process before failure.py can say why, with 30 lines that name no rank.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # NCCL's watchdog would end the process before failure.py can say why, with 30 lines that name no rank. (torch's
+    # launcher has set the first to 1.)
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     torch.backends.cudnn.allow_tf32 = False  # float32 is what precision `no` says; bf16 is for speed
     # Above the limits of failure.py, which names the rank that is missing: this one would name nobody. The ranks may

@@ -7,6 +7,7 @@ import math
 import socket
 import statistics
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -125,8 +126,9 @@ def accumulate_gradients(
 
 
 def micro_batch_loss(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, recipe: Recipe, totals: torch.Tensor
-) -> torch.Tensor:
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor, recipe: Recipe,
+    totals: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """A micro-batch's part of the batch's mean loss; adds it and the number of correct predictions to `totals` [2]."""
     logits = model(images)
     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing) / recipe.gradient_accumulation_steps

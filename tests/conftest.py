@@ -55,6 +55,8 @@ def draw(shape: str, generator: np.random.Generator) -> Image.Image:
 
 def gpus() -> int:
     """How many GPUs torch can use here, asked of a process of its own: this one is not to see them."""
+    if not any(Path(place).exists() for place in ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")):
+        return 0
     script = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run(
         [sys.executable, "-c", script], env=GPU_ENVIRONMENT, capture_output=True, text=True, check=False

@@ -343,3 +343,9 @@ def test_a_cache_that_vanishes_before_it_is_mapped_is_one_line(opened: Data) -> 
     shutil.rmtree(opened.path)
     with pytest.raises(UserError, match="was removed or damaged just now"):
         cache.open_cache(opened.path)
+
+
+def test_the_cache_is_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.directory() == tmp_path / ".cache" / "cifar"

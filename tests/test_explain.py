@@ -714,6 +714,12 @@ def test_neighbours_are_nearest_first_and_copies_are_found(tmp_path: Path) -> No
     assert found.accuracy_without_duplicates == 0.5
 
 
+def test_a_compared_run_is_wrong_where_its_predictions_were(run: Path) -> None:
+    tensors = load_file(run / "predictions.safetensors")
+    (wrong,) = runs.wrong_in([run], open_data(runs.open_run(run).recipe["data"])).values()
+    assert wrong.tolist() == (tensors["predictions"][-1] != tensors["labels"]).tolist()
+
+
 def test_a_class_may_have_one_training_image_and_every_test_image_a_copy(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = models.build("resnet", 3, 0.0).eval()

@@ -225,7 +225,7 @@ def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
         "from pathlib import Path\nfrom cifar import attempt\n"
         f"def step(rank, number):\n    if (rank, number) == (0, 5): attempt.claim(Path({str(tmp_path / 'run')!r}), 1)"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO))
     output = processes[0].communicate(timeout=900)[0]
     assert len(lines(output)) == 1
     assert "was taken over by attempt 2" in lines(output)[0]
@@ -328,8 +328,8 @@ ONE = ("--num_processes", "1")
 @pytest.mark.parametrize(
     ("launcher", "number", "by_keyboard"),
     [(ONE, signal.SIGINT, True), (ONE, signal.SIGTERM, False), (ONE, signal.SIGKILL, False),
-     (THREE, signal.SIGINT, True), (THREE, signal.SIGTERM, False)],
-    ids=["Ctrl-C", "kill", "kill -9", "Ctrl-C, three processes", "kill, three processes"],
+     (TWO, signal.SIGINT, True), (TWO, signal.SIGTERM, False)],
+    ids=["Ctrl-C", "kill", "kill -9", "Ctrl-C, two processes", "kill, two processes"],
 )  # fmt: skip
 def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
     launcher: tuple[str, ...], number: signal.Signals, by_keyboard: bool,
@@ -367,7 +367,7 @@ def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
     patch: str, last_step: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     run = tmp_path / "run"
-    processes.append(started(project(tmp_path, f"import signal\n{patch}"), shapes, run, THREE))
+    processes.append(started(project(tmp_path, f"import signal\n{patch}"), shapes, run, TWO))
     output = processes[0].communicate(timeout=900)[0]
     assert processes[0].returncode == 0, output
     assert status(run) == {"state": "preempted", "step": last_step, "reason": "another rank asked to stop"}

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.gpu
 PRECISIONS = ("no",) if REHEARSAL else ("no", "bf16", "fp16")
 HALF = PRECISIONS[-1]
 DIGITS = ("--recipe", "digits", "--epochs", 2, "--checkpoint-every", 5)
+ONE = ("--num_processes", "1")  # also where there are more GPUs
 STEPS = 45  # 2 epochs of 1,437 images in batches of 64
 HOST = os.uname().nodename
 
@@ -41,7 +42,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def started(run: Path, *more: object, precision: str = PRECISIONS[0], **variables: str) -> "subprocess.Popen[str]":
     """train.py as one process."""
-    arguments = command(ROOT / "train.py", *DIGITS, "--run", run, *more, launcher=("--mixed_precision", precision))
+    arguments = command(
+        ROOT / "train.py", *DIGITS, "--run", run, *more, launcher=(*ONE, "--mixed_precision", precision)
+    )
     return subprocess.Popen(
         arguments, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -171,7 +174,7 @@ def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], 
     for kind in ("cpu", "cuda"):
         done = subprocess.run(
             command(ROOT / "explain.py", "--run", run, "--output", tmp_path / kind,
-                    launcher=("--mixed_precision", "no")),
+                    launcher=(*ONE, "--mixed_precision", "no")),
             env=environment(CIFAR_DEVICE="cpu") if kind == "cpu" else environment(),
             capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -227,7 +230,8 @@ def test_no_step_reads_from_the_device(way: str, graph: str, tmp_path: Path) -> 
     # float16's scaler is left out: it asks the device whether gradients overflowed.
     arguments = (*DIGITS, "--run", tmp_path / "run", "--checkpoint-every", 500, "--augment", way, "--cuda-graph", graph)
     done = subprocess.run(
-        command(patched(tmp_path, COUNTED + NO_READS), *arguments, launcher=("--mixed_precision", PRECISIONS[-2:][0])),
+        command(patched(tmp_path, COUNTED + NO_READS), *arguments,
+                launcher=(*ONE, "--mixed_precision", PRECISIONS[-2:][0])),
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -240,7 +244,7 @@ def test_a_run_by_graphs_is_the_same_run(precision: str, tmp_path: Path) -> None
     for graph in ("auto", "off"):
         done = subprocess.run(
             command(patched(tmp_path, COUNTED), *arguments, "--run", tmp_path / graph, "--cuda-graph", graph,
-                    launcher=("--mixed_precision", precision)),
+                    launcher=(*ONE, "--mixed_precision", precision)),
             env=environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -258,11 +262,11 @@ READS = "from cifar import graph\n" + (
     )
     if REHEARSAL
     else (
-        "real_step = graph.GraphedGradients._step\n"
+        "real_step = graph._Graph._step\n"
         "def step(self):\n"
         "    real_step(self)\n"
         "    self.flat.sum().item()\n"
-        "graph.GraphedGradients._step = step\n"
+        "graph._Graph._step = step\n"
     )
 )
 
@@ -273,7 +277,7 @@ def test_a_run_whose_capture_fails_is_the_eager_run(tmp_path: Path) -> None:
         more = () if patch else ("--cuda-graph", "off")
         done = subprocess.run(
             command(patched(tmp_path, patch), *arguments, "--run", tmp_path / name, *more,
-                    launcher=("--mixed_precision", PRECISIONS[0])),
+                    launcher=(*ONE, "--mixed_precision", PRECISIONS[0])),
             env=environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

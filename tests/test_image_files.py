@@ -656,11 +656,22 @@ except UserError as error:
 """
 
 
+@pytest.mark.parametrize("count", [256, 257])
+def test_as_many_classes_as_a_byte_tells(count: int, tmp_path: Path) -> None:
+    image = png()
+    path = as_zip(tmp_path / "x.zip", {f"{s}/{n:03}/0.png": image for s in ("train", "test") for n in range(count)})
+    if count == 257:
+        assert "has 257 class(es); between 2 and 256" in refused(path)
+    else:
+        assert open_data(str(path)).test_labels.tolist() == list(range(256))
+
+
 @pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
 def test_a_stop_request_is_heard_while_images_are_decoded(
     make: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
 ) -> None:
-    content = {f"{split}/{name}/{number}.png": png() for split in ("test", "train") for name in "ab"
+    image = png()
+    content = {f"{split}/{name}/{number}.png": image for split in ("test", "train") for name in "ab"
                for number in range(10_000)}  # fmt: skip
     path = make(tmp_path / "data", content)
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +122,6 @@ def test_a_leftover_configuration_is_refused_in_one_line(
 def test_what_was_launched_wrongly_is_refused_in_one_line(
     env: dict[str, str], words: str, train: Train, tmp_path: Path
 ) -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("this machine has an accelerator, where processes meet in another way")
     done = train("--recipe", "digits", "--run", tmp_path / "run", env=env)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -166,10 +166,34 @@ def test_a_network_that_was_compiled_is_compiled_again_once_some_of_it_is_frozen
     assert done.stdout == "OptimizedModule\n", done.stderr
 
 
-def test_a_machine_without_a_launcher_has_one_process_with_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_launcher_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     assert launch.local_processes() == 1
-    assert launch.loader_workers() >= 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (4, 1, 3), (16, 1, 8), (16, 4, 3), (2, 4, 1)]
+)
+def test_loader_workers_are_the_further_cores_and_at_most_8(
+    cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.cores, "available", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert launch.loader_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("native", "precision", "words"),
+    [(True, "no", "computes bf16 natively"), (False, "bf16", "only emulates bf16")],
+)
+def test_the_faster_precision_is_named(
+    native: bool, precision: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1, mixed_precision=precision)
+    monkeypatch.setattr(launch, "native_bf16", lambda _: native)
+    assert words in launch.topology(job, 512)
+    monkeypatch.setattr(launch, "native_bf16", lambda _: not native)
+    assert "hint" not in launch.topology(job, 512)
 
 
 def test_the_configuration_for_two_cpu_processes_hides_gpus(tmp_path: Path) -> None:

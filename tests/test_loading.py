@@ -95,9 +95,12 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_the_run_goes_on(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for worker in psutil.Process(process.pid).children():
-        worker.kill()
-    errors = process.communicate(timeout=300)[1]
+    try:
+        for worker in psutil.Process(process.pid).children():
+            worker.kill()
+        errors = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
     assert process.returncode == 1, errors
     assert re.fullmatch(
         r"train.py: error: loader worker \d of \d \(process \d+ on \S+\) was ended by SIGKILL, most likely for want of "
@@ -251,6 +254,7 @@ def test_a_batch_of_many_images_takes_as_much_python_as_one_of_few(shapes: Path)
         next(made)  # sends to the device what stays there
         return [python_instructions(lambda: next(made)) for _ in range(2 * sampler.BLOCK // size)]
 
+    costs(64)  # Python 3.12 and 3.13 miss instructions of code that they trace for the first time
     few, many = costs(64), costs(1024)
     assert set(few) == set(many)
     assert min(few) < 400

@@ -13,13 +13,12 @@ import psutil
 import pytest
 import safetensors.numpy
 import test_parallel
-from conftest import GPU_ENVIRONMENT, REHEARSAL, ROOT, command, gpus
-from test_gpu import DIGITS, STEPS, errors, result, status, wait_for
+from conftest import REHEARSAL, ROOT, command, gpus
+from test_gpu import DIGITS, STEPS, environment, errors, result, status, wait_for
 
 pytestmark = pytest.mark.multigpu
 
 CONFIG = f"{ROOT}/accelerate_configs/{'cpu_2proc' if REHEARSAL else 'multi_gpu'}.yaml"
-ENVIRONMENT = {**GPU_ENVIRONMENT, "CIFAR_DEVICE": "cpu" if REHEARSAL else "cuda"}
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +34,14 @@ def launcher(ranks: int) -> tuple[str, ...]:
 
 def started(run: Path, ranks: int, *more: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command(ROOT / "train.py", *DIGITS, "--run", run, *more, launcher=launcher(ranks)),
-                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
 def test_batches_gradient_and_evaluation_are_those_of_one_gpu(ranks: int, shapes: Path, tmp_path: Path) -> None:
     for name in ("one", "all"):
         (tmp_path / name).mkdir()
-    (alone,) = test_parallel.parity(shapes, tmp_path / "one", 1, *launcher(1), env=ENVIRONMENT)
-    found = test_parallel.parity(shapes, tmp_path / "all", 1, *launcher(min(ranks, 16)), env=ENVIRONMENT)
+    (alone,) = test_parallel.parity(shapes, tmp_path / "one", 1, *launcher(1), env=environment())
+    found = test_parallel.parity(shapes, tmp_path / "all", 1, *launcher(min(ranks, 16)), env=environment())
     test_parallel.assert_the_same(found, alone)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from cifar.data import sampler
 
 pytestmark = pytest.mark.slow
 
-TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no")
+TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no",
+       "--main_process_port", "0")  # fmt: skip
 
 
 def parity(
@@ -150,6 +152,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shape
         if stop_at:
             while not list((tmp_path / "run" / "checkpoints").glob(f"step-*{stop_at}")):
                 assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.05)
             process.terminate()
         outputs.append(process.communicate(timeout=900)[0])
     assert "finished: test accuracy" in outputs[-1]

@@ -16,7 +16,8 @@ from conftest import ROOT, Train, command
 from cifar import profiling
 from cifar.profiling import Waits, covered, waits
 
-TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no")
+TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no",
+       "--main_process_port", "0")  # fmt: skip
 
 
 def event(name: str, begin: float, end: float, device: str = "CPU", annotation: bool = False) -> Any:

@@ -419,6 +419,9 @@ def test_it_is_downloaded_checked_and_kept(made: Made, server: str) -> None:
     assert [path.name for path in there.iterdir()] == [made.archive.name]
     made.change(url=f"{server}/gone/{made.archive.name}")
     assert len(sources.find(made.name, there).decode(there)[1]["test"].images) == 10
+    shutil.copytree(made.folder, there / made.folder.name)  # unpacked by hand
+    (there / made.archive.name).unlink()
+    assert len(sources.find(made.name, there).decode(there)[1]["test"].images) == 10
 
 
 @pytest.mark.parametrize("served", ["another file", "gone.tar.gz", "cut.tar.gz"])
