@@ -67,7 +67,7 @@ class _Watch:
         self.tick = min(TICK_SECONDS, self.hang_seconds / 10)
         self.limit, self.training = float(SETUP_SECONDS), False
         self.moved, self.computed = time.monotonic(), time.process_time()  # at the last move
-        self.on_cpu = self.computing_counts = False
+        self.on_cpu = False
         self.peers: _Peers | None = None
         self.failed: End | None = None
         self.record: Record | None = None
@@ -111,7 +111,8 @@ class _Watch:
 
     def _computes(self, still: float) -> bool:
         """Whether this is a process alone, which waits for no other one, and busy with a very long step."""
-        return self.computing_counts and time.process_time() - self.computed > still / 10
+        busy = time.process_time() - self.computed > still / 10
+        return self.on_cpu and self.peers is None and busy
 
     def _stopped_again(self, number: int, still: float) -> End:
         line = (
@@ -325,7 +326,7 @@ def start() -> None:
 def computes_on_cpu() -> None:
     """A process alone that still computes on its CPU is slow, and does not hang."""
     if _watch:
-        _watch.on_cpu, _watch.computing_counts = True, _watch.peers is None
+        _watch.on_cpu = True
 
 
 def introduce(hosts: list[str]) -> None:
@@ -386,7 +387,7 @@ def disable_watchdog() -> None:
     if _watch:
         peers, _watch.peers = _watch.peers, None
         _move(_watch)
-        _watch.limit, _watch.computing_counts = float(SETUP_SECONDS), _watch.on_cpu
+        _watch.limit = float(SETUP_SECONDS)
         if peers:
             peers.leaving.set()
             peers.teller.join(GRACE_SECONDS)

@@ -64,7 +64,7 @@ class GraphedGradients:
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, write_failed: bool
     ) -> torch.Tensor:
         """See `loop.accumulate_gradients`; `model` is used where no graph is."""
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        parameters = {name: each for name, each in self.network.named_parameters() if each.requires_grad}
         key = (images.shape, len(parameters))
         if self.trusted and key not in self.graphs:
             self.graphs[key] = _Graph(self.accelerator, self.recipe, self.network, parameters, images, labels)
@@ -89,23 +89,23 @@ class _Graph:
     """The captured step for one size of images and one set of parameters, with the tensors that it reads and writes."""
 
     def __init__(
-        self, accelerator: Accelerator, recipe: Recipe, network: nn.Module, parameters: list[nn.Parameter],
+        self, accelerator: Accelerator, recipe: Recipe, network: nn.Module, parameters: dict[str, nn.Parameter],
         images: torch.Tensor, labels: torch.Tensor,
     ) -> None:  # fmt: skip
-        self.accelerator, self.recipe, self.network, self.parameters = accelerator, recipe, network, parameters
+        self.accelerator, self.recipe, self.network = accelerator, recipe, network
+        self.parameters = list(parameters.values())
         self.parts = recipe.gradient_accumulation_steps
         self.images = torch.empty_like(images[: len(images) // self.parts])
         self.labels = torch.empty_like(labels[: len(labels) // self.parts])
         self.totals = torch.zeros(2, device=images.device)  # loss and correct predictions
-        sizes = [parameter.numel() for parameter in parameters]
+        sizes = [parameter.numel() for parameter in self.parameters]
         self.flat = torch.zeros(sum(sizes), device=images.device)
         # Laid out in memory as their parameters are, which the fused optimizers want.
         self.gradients = [
             part.as_strided(parameter.shape, parameter.stride())
-            for part, parameter in zip(torch.split(self.flat, sizes), parameters, strict=True)
+            for part, parameter in zip(torch.split(self.flat, sizes), self.parameters, strict=True)
         ]
-        self.leaves = {name: parameter.detach().requires_grad_()
-                       for name, parameter in network.named_parameters() if parameter.requires_grad}  # fmt: skip
+        self.leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
         self.replay: Replay = self._step
 
     def _step(self) -> None:

@@ -90,13 +90,10 @@ def items(paths: Sequence[str], skipped: list[str], broken: Callable[[str], None
     for path in paths:
         if path == "-":
             yield from (_file(line.rstrip("\n")) for line in sys.stdin if line.strip())
-        elif os.path.isdir(path) or zipfile.is_zipfile(path):  # noqa: PTH112  # a path too long is no error here
-            try:
-                listing, reader = _folder(path) if os.path.isdir(path) else _zip(path)  # noqa: PTH112
-            except UserError as error:
-                broken(f"{error}")
-                continue
-            yield from _within(path, listing, reader, skipped)
+        elif os.path.isdir(path):  # noqa: PTH112  # a path that is too long is no error here
+            yield from _within(path, _folder, skipped, broken)
+        elif zipfile.is_zipfile(path):
+            yield from _within(path, _zip, skipped, broken)
         else:
             yield _file(path)
 
@@ -127,7 +124,14 @@ def _zip(path: str) -> tuple[Listing, Reader]:
     return listing, InZip(Path(path), entries)
 
 
-def _within(path: str, listing: Listing, reader: Reader, skipped: list[str]) -> Iterator[Item]:
+def _within(
+    path: str, opened: Callable[[str], tuple[Listing, Reader]], skipped: list[str], broken: Callable[[str], None]
+) -> Iterator[Item]:
+    try:
+        listing, reader = opened(path)
+    except UserError as error:
+        broken(f"{error}")
+        return
     where = path.removesuffix("/")
     skipped += [f"{where}/{name}" for name in layout.sorted_names(listing.hidden)]
     for name in layout.sorted_names(listing.sizes):

@@ -9,9 +9,8 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,15 +197,11 @@ class RunRecord:
             if self.attempt and self.tracker and metrics.gradient_norm is not None:
                 rate = self.schedule.learning_rate(metrics.step - 1)
                 log = self.tracker.say_step(metrics, rate, launch.memory_bytes(self.accelerator.device))
-                self.writer.submit(partial(self._log, log))
+                self.writer.submit(run.disk_errors_named()(log))
                 if time.monotonic() - self.checked > CHECK_SECONDS and self.drawer.idle():
                     self.checked = time.monotonic()
                     self.drawer.submit(self.attempt.check)
         return any(metrics.stop for metrics in arrived)
-
-    def _log(self, log: Callable[[], None]) -> None:
-        with run.disk_errors_named():
-            log()
 
     def _refuse(self, metrics: StepMetrics) -> None:
         self.progress.step = metrics.step - 1  # the last that was good, whatever has been computed since

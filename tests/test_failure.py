@@ -19,43 +19,14 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, command, poisoned
+from helpers.launching import THREE, TWO, project
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint
 
 pytestmark = pytest.mark.slow
 
-TWO = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-       "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-THREE = ("--multi_gpu", "--num_processes", "3", "--num_machines", "1", "--mixed_precision", "no",
-         "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 HOST = os.uname().nodename
-
-
-def project(tmp_path: Path, patch: str) -> Path:
-    """A train.py in which `patch` has changed `step(rank, number)`, which is called before each step."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
-        "from cifar import loop\n"
-        "def step(rank, number): pass\n"
-        f"{patch}\n"
-        "real, count = loop.accumulate_gradients, 0\n"
-        "def patched(*arguments):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    step(int(os.environ.get('RANK', '0')), count)\n"
-        "    return real(*arguments)\n"
-        "loop.accumulate_gradients = patched\n"
-        "sys.modules.pop('train', None)\n"
-        "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('real_train', {str(ROOT / 'train.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "if __name__ == '__main__':\n"
-        "    module.main()\n"
-    )
-    return script
 
 
 def started(
@@ -84,6 +55,12 @@ def processes() -> Iterator[list["subprocess.Popen[str]"]]:
                 child.kill()
             process.kill()
             process.communicate()
+
+
+def ended(processes: list["subprocess.Popen[str]"], *arguments: Any, **options: Any) -> str:
+    """The output of a job that is started and ends by itself; its process is the first of `processes`."""
+    processes.append(started(*arguments, **options))
+    return processes[0].communicate(timeout=900)[0]
 
 
 def lines(output: str) -> list[str]:
@@ -124,8 +101,7 @@ def test_a_rank_that_raises_ends_all_with_its_own_error_as_their_last_line(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     patch = "def step(rank, number):\n    if (rank, number) == (1, 5): raise ValueError('boom')"
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE)
     assert processes[0].returncode != 0
     assert lines(output) == [f"train.py: error: rank 1 on {HOST}: ValueError: boom"] * 3
     assert output.count("Traceback") == 2  # the rank's own, and the launcher's
@@ -144,8 +120,7 @@ def test_the_traceback_of_a_rank_that_raises_while_a_save_is_under_way_is_there(
         "def step(rank, number):\n"
         "    if rank == 0 and number == 5: writes.wait(); raise ValueError('boom')"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO)
     assert set(lines(output)) == {f"train.py: error: rank 0 on {HOST}: ValueError: boom"}
     assert ", in step\n" in output  # where it was raised
 
@@ -154,8 +129,7 @@ def test_what_keeps_a_rank_from_coming_is_said_by_the_first(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     patch = "if os.environ['RANK'] == '1': os.environ['CIFAR_DEVICE'] = 'cuda'"  # as on a node without a driver
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO)
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
     assert "no GPU" in lines(output)[0]
@@ -175,8 +149,7 @@ def test_ranks_wait_for_images_as_long_as_one_of_them_gets_on_with_them(
         "cache.open_data = open_data"
     )
     run = tmp_path / "run"
-    processes.append(started(project(tmp_path, patch), shapes, run, TWO, more=("--epochs", 2)))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, run, TWO, more=("--epochs", 2))
     assert processes[0].returncode == 0, output
     assert status(run)["state"] == "finished"
 
@@ -193,8 +166,7 @@ def test_no_step_waits_for_the_curves(shapes: Path, tmp_path: Path, processes: l
     )
     run = tmp_path / "run"
     more = ("--epochs", 2, "--checkpoint-every", 500)
-    processes.append(started(project(tmp_path, patch), shapes, run, (), 20, more=more))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, run, (), 20, more=more)
     assert processes[0].returncode == 0, output
     accumulator = EventAccumulator(str(run))
     accumulator.Reload()
@@ -209,8 +181,7 @@ def test_a_disk_that_is_full_before_the_first_step_is_one_line(
         "def write_status(*arguments): raise OSError(28, 'No space left on device', 'status.json')\n"
         "run_directory.write_status = write_status"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", ()))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", ())
     assert processes[0].returncode == 2
     assert "Traceback" not in output
     assert len(lines(output)) == 1
@@ -225,8 +196,7 @@ def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
         "from pathlib import Path\nfrom cifar import attempt\n"
         f"def step(rank, number):\n    if (rank, number) == (0, 5): attempt.claim(Path({str(tmp_path / 'run')!r}), 1)"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO)
     assert len(lines(output)) == 1
     assert "was taken over by attempt 2" in lines(output)[0]
     assert status(tmp_path / "run")["state"] == "running"  # it is the newer attempt's to change
@@ -262,8 +232,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(
         "    real_write(path, content)\n"
         "files.write = write"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8)
     assert len(set(lines(output))) == 1, output
     line = lines(output)[0]
     assert f"rank 0 on {HOST} is in cifar/checkpoint.py:" in line
@@ -284,8 +253,7 @@ def test_a_file_system_that_answers_nothing_any_more_does_not_keep_the_job(
         "    real_write(path, content)\n"
         "files.write = write"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8)
     assert len(set(lines(output))) == 1, output
     assert len(lines(output)) == 3, output  # rank 0 ends itself, before the launcher's patience is at its end
     assert f"rank 0 on {HOST} is in cifar/checkpoint.py:" in lines(output)[0]
@@ -298,8 +266,7 @@ def test_a_rank_that_does_not_come_is_named(
         "from cifar import failure\nfailure.SETUP_SECONDS = 20\n"
         "if os.environ['RANK'] == '2': time.sleep(600)"  # the ranks form a group without it, for half an hour
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE)
     line = "train.py: error: rank 2 on machine 0: no answer, so killed, frozen or cut off (no step for 20 s)"
     assert lines(output) == [line] * 2, output
 
@@ -314,8 +281,7 @@ def test_a_rank_that_hangs_before_its_first_step_is_named_with_the_place(
         "    return real_build(*arguments)\n"
         "models.build = build"
     )
-    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8)
     assert len(set(lines(output))) == 1, output
     assert f"rank 1 on {HOST} is in train.py:" in lines(output)[0]
     assert "(train), the others in cifar/ranks.py:" in lines(output)[0]
@@ -367,8 +333,7 @@ def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
     patch: str, last_step: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     run = tmp_path / "run"
-    processes.append(started(project(tmp_path, f"import signal\n{patch}"), shapes, run, TWO))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, f"import signal\n{patch}"), shapes, run, TWO)
     assert processes[0].returncode == 0, output
     assert status(run) == {"state": "preempted", "step": last_step, "reason": "another rank asked to stop"}
     newest, _ = checkpoint.newest(run / "checkpoints")
@@ -388,8 +353,7 @@ def test_where_metrics_come_back_later_all_ranks_stop_after_the_same_step(
         "def step(rank, number):\n    if (rank, number) == (1, 2): os.kill(os.getpid(), signal.SIGTERM)"
     )
     more = ("--checkpoint-every", 500)
-    processes.append(started(project(tmp_path, patch), shapes, run, TWO, more=more))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, patch), shapes, run, TWO, more=more)
     assert processes[0].returncode == 0, output
     assert status(run) == {"state": "preempted", "step": 5, "reason": "another rank asked to stop"}
     newest, _ = checkpoint.newest(run / "checkpoints")
@@ -418,8 +382,7 @@ def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
 def test_an_absurd_hang_limit_is_refused(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
-    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", TWO, hang_seconds=0))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, ROOT / "train.py", shapes, tmp_path / "run", TWO, hang_seconds=0)
     assert lines(output) == [
         "train.py: error: CIFAR_HANG_SECONDS=0 is not a number of seconds; give a whole number of at least 1"
     ]
@@ -434,8 +397,7 @@ def test_a_process_alone_that_hangs_is_ended_with_the_place(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     run = tmp_path / "run"
-    processes.append(started(project(tmp_path, SLEEPS_IN_STEP_5), shapes, run, (), hang_seconds=8))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, SLEEPS_IN_STEP_5), shapes, run, (), hang_seconds=8)
     assert processes[0].returncode == 1
     assert len(lines(output)) == 1, output
     assert "this process is in train.py:" in lines(output)[0]
@@ -628,8 +590,7 @@ def test_a_run_that_is_started_twice_belongs_to_the_later_one_and_the_earlier_on
     slow = project(tmp_path, "def step(rank, number): time.sleep(0.2)")
     processes.append(started(slow, shapes, run, RESTARTING))
     wait_for(run / "checkpoints/step-0000003", processes[0])
-    processes.append(started(slow, shapes, run, RESTARTING))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, slow, shapes, run, RESTARTING)
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
     assert "was taken over by attempt 2" in lines(output)[0]
@@ -644,8 +605,7 @@ def test_a_users_error_is_not_tried_again_in_place(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     run = tmp_path / "run"
-    processes.append(started(project(tmp_path, poisoned(5)), shapes, run, RESTARTING))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, project(tmp_path, poisoned(5)), shapes, run, RESTARTING)
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
     assert "loss nan in step 5" in lines(output)[0]
@@ -656,8 +616,7 @@ def test_a_users_error_is_not_tried_again_in_place(
 def test_a_wrong_flag_is_not_tried_again_in_place(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
-    processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", RESTARTING, more=("--epochs", "many")))
-    output = processes[0].communicate(timeout=900)[0]
+    output = ended(processes, ROOT / "train.py", shapes, tmp_path / "run", RESTARTING, more=("--epochs", "many"))
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
 

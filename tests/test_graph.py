@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import command
-from test_failure import TWO, project
+from helpers.launching import TWO, project
 
 pytestmark = pytest.mark.slow
 

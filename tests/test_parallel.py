@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Train, command
+from helpers.launching import CPU_2PROC, project
 from safetensors.torch import load_file
-from test_failure import project
 
 from cifar.data import sampler
 
 pytestmark = pytest.mark.slow
-
-TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no",
-       "--main_process_port", "0")  # fmt: skip
 
 
 def parity(
@@ -48,7 +45,7 @@ def alone(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return rank
 
 
-@pytest.mark.parametrize(("launcher", "accumulation_steps"), [(TWO, 1), (TWO, 2), ((), 4)])
+@pytest.mark.parametrize(("launcher", "accumulation_steps"), [(CPU_2PROC, 1), (CPU_2PROC, 2), ((), 4)])
 def test_batches_gradient_and_evaluation_are_those_of_one_process(
     launcher: tuple[str, ...], accumulation_steps: int, alone: dict[str, torch.Tensor], shapes: Path, tmp_path: Path
 ) -> None:
@@ -66,7 +63,7 @@ def arguments(shapes: Path, run: Path) -> list[object]:
 def finished(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes."""
     run = tmp_path_factory.mktemp("parallel") / "run"
-    done = train(*arguments(shapes, run), launcher=TWO)
+    done = train(*arguments(shapes, run), launcher=CPU_2PROC)
     assert done.returncode == 0, done.stderr
     assert "CPU, 2 processes" in done.stdout
     assert "global batch 16 (8 a process)" in done.stdout
@@ -86,7 +83,7 @@ def test_two_processes_train_one_network_and_judge_every_image_once(finished: Pa
 
 def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, train: Train, tmp_path: Path) -> None:
     more = ("--recipe", "speedrun", "--gradient-compression", "bf16")
-    done = train(*arguments(shapes, tmp_path / "run"), *more, launcher=TWO)
+    done = train(*arguments(shapes, tmp_path / "run"), *more, launcher=CPU_2PROC)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["world_size"], result["steps"]) == (2, 12)
@@ -107,7 +104,7 @@ def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, tr
 def test_a_rank_for_which_the_other_waits_is_named_once(shapes: Path, tmp_path: Path) -> None:
     script = project(tmp_path, "def step(rank, number):\n    if rank == 1: time.sleep(0.5)")
     more = (*arguments(shapes, tmp_path / "run"), "--global-batch-size", 6)
-    done = subprocess.run(command(script, *more, launcher=TWO), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(script, *more, launcher=CPU_2PROC), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     named = [line for line in done.stdout.splitlines() if " is slow: its own work in a step takes " in line]
     assert len(named) == 1
@@ -121,7 +118,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
 ) -> None:
     run = tmp_path / "run"
     running = subprocess.Popen(
-        command(ROOT / "train.py", *arguments(shapes, run), launcher=TWO),
+        command(ROOT / "train.py", *arguments(shapes, run), launcher=CPU_2PROC),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert running.stdout is not None
@@ -133,7 +130,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "preempted", output
     assert 4 <= status["step"] < 12
-    done = train(*arguments(shapes, run), launcher=TWO)
+    done = train(*arguments(shapes, run), launcher=CPU_2PROC)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {run / 'checkpoints'}/step-{status['step']:07d}" in done.stdout
     assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
@@ -144,7 +141,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
 def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shapes: Path, tmp_path: Path) -> None:
     outputs = []
     for ranks, stop_at in ((4, 3), (2, 6), (1, None)):
-        launcher = (*TWO, "--num_processes", str(ranks)) if ranks > 1 else ("--mixed_precision", "no")
+        launcher = (*CPU_2PROC, "--num_processes", str(ranks)) if ranks > 1 else ("--mixed_precision", "no")
         process = subprocess.Popen(
             command(ROOT / "tests/helpers/recording.py", *arguments(shapes, tmp_path / "run"), launcher=launcher),
             env={**os.environ, "RECORD": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -179,7 +176,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shape
 
 
 def test_a_user_error_ends_all_ranks_with_one_line(shapes: Path, train: Train, tmp_path: Path) -> None:
-    done = train(*arguments(shapes, tmp_path / "run"), "--gradient-accumulation-steps", 3, launcher=TWO)
+    done = train(*arguments(shapes, tmp_path / "run"), "--gradient-accumulation-steps", 3, launcher=CPU_2PROC)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "train.py: error" in line]
     assert len(lines) == 1

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Train, command
+from helpers.launching import CPU_2PROC
 
 from cifar import profiling
 from cifar.profiling import Waits, covered, waits
-
-TWO = ("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--mixed_precision", "no",
-       "--main_process_port", "0")  # fmt: skip
 
 
 def event(name: str, begin: float, end: float, device: str = "CPU", annotation: bool = False) -> Any:
@@ -77,9 +75,9 @@ def arguments(shapes: Path, run: Path) -> list[object]:
 
 @pytest.mark.slow
 def test_each_rank_leaves_a_trace_and_the_run_is_the_same(shapes: Path, train: Train, tmp_path: Path) -> None:
-    plain = train(*arguments(shapes, tmp_path / "plain"), launcher=TWO)
+    plain = train(*arguments(shapes, tmp_path / "plain"), launcher=CPU_2PROC)
     # Steps 6 to 10 are traced, and an epoch has 8: there is an evaluation between them.
-    traced = train(*arguments(shapes, tmp_path / "traced"), "--profile", 5, launcher=TWO)
+    traced = train(*arguments(shapes, tmp_path / "traced"), "--profile", 5, launcher=CPU_2PROC)
     assert (plain.returncode, traced.returncode) == (0, 0), plain.stderr + traced.stderr
     for name in ("model.safetensors", "predictions.safetensors", "checkpoints/step-0000016/optimizer.safetensors"):
         assert (tmp_path / "traced" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SHAPES, Train, command, draw
 from helpers.explained import explain
+from helpers.launching import CPU_2PROC
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,8 +20,6 @@ from cifar.explain import runs
 from cifar.explain.corruptions import KINDS, corrupt
 
 pytestmark = pytest.mark.slow
-
-CONFIGURATION = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_two_runs_stand_side_by_side(trained: list[Path], compared: Path, tmp_pa
 
 def test_two_processes_find_what_one_finds(trained: list[Path], compared: Path, tmp_path: Path) -> None:
     done = explain("--run", trained[0], "--corruptions", "--compare", trained[1], "--seed", 3, "--output", tmp_path,
-                   launcher=("--config_file", str(CONFIGURATION), "--main_process_port", "0"))  # fmt: skip
+                   launcher=CPU_2PROC)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     for name in ("result.json", "corruptions.png"):

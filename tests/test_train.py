@@ -16,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, Disk, Train, command, poisoned
+from helpers.launching import TWO, project
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from test_failure import TWO, project
 
 from cifar import checkpoint, launch, models, run
 from cifar.data.augment import normalize

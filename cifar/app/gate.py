@@ -83,7 +83,7 @@ class Gate:
                 return PlainTextResponse("Length required", 411)
             if int(length) > (self.largest if path == UPLOAD else QUESTION):
                 return PlainTextResponse("Too large", 413)
-            if path == UPLOAD and _bytes_in(self.uploads, self.kept) + self.coming + int(length) > self.room:
+            if path == UPLOAD and _tidied(self.uploads, self.kept) + self.coming + int(length) > self.room:
                 return PlainTextResponse("Too many pictures have been uploaded here; try again in an hour", 507)
         return None
 
@@ -96,8 +96,8 @@ def lies_in(path: str, folder: Path) -> bool:
         return False
 
 
-def _bytes_in(folder: Path, kept: float) -> int:
-    """The bytes of a folder's files, after those that have been in it for `kept` seconds have been deleted."""
+def _tidied(folder: Path, kept: float) -> int:
+    """Deletes the files that have been in a folder for `kept` seconds; returns the bytes of the others."""
     total, now = 0, time.time()
     for place, _, names in os.walk(folder):
         for name in names:

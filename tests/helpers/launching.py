@@ -1,0 +1,39 @@
+"""Several processes on this machine's CPUs, and a train.py that fails where a test wants it to."""
+
+from pathlib import Path
+
+from conftest import ROOT
+
+TWO = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+       "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+THREE = ("--multi_gpu", "--num_processes", "3", "--num_machines", "1", "--mixed_precision", "no",
+         "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+# The same by the project's own configuration.
+CPU_2PROC = ("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml"), "--mixed_precision", "no",
+             "--main_process_port", "0")  # fmt: skip
+
+
+def project(tmp_path: Path, patch: str) -> Path:
+    """A train.py in which `patch` has changed `step(rank, number)`, which is called before each step."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
+        "from cifar import loop\n"
+        "def step(rank, number): pass\n"
+        f"{patch}\n"
+        "real, count = loop.accumulate_gradients, 0\n"
+        "def patched(*arguments):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    step(int(os.environ.get('RANK', '0')), count)\n"
+        "    return real(*arguments)\n"
+        "loop.accumulate_gradients = patched\n"
+        "sys.modules.pop('train', None)\n"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('real_train', {str(ROOT / 'train.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "if __name__ == '__main__':\n"
+        "    module.main()\n"
+    )
+    return script
