@@ -124,9 +124,9 @@ def explain(run: Run, asked: Options) -> None:
         output.publish(folder, contents())
         output.write_events(run.events(folder), pictures, run.step)
     own = runs.own_accuracy(run, accelerator.mixed_precision)
-    compared = f" (the run's own: {own})" if own else ""
+    compared, noun = f" (the run's own: {own})" if own else "", "mistake" if len(wrong) == 1 else "mistakes"
     print(
-        f"{len(labels):,} test images, {len(wrong):,} mistakes, accuracy {findings.accuracy:.2%}{compared}",
+        f"{len(labels):,} test images, {len(wrong):,} {noun}, accuracy {findings.accuracy:.2%}{compared}",
         *([corrupted.line()] if corrupted else []),
         *filter(None, [Labels(data.classes).advice()]),
         f"see {folder / 'report.html'}",
