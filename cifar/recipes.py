@@ -53,7 +53,10 @@ class Recipe(BaseModel):
     augmentation: Annotated[str, Field(description="an entry of cifar/data/augment.py")] = "crop_flip_cutout"
     augment: Annotated[
         Literal["albumentations", "device"],
-        Field(description="albumentations: image by image, in dataloader workers; device: whole batches, there"),
+        Field(
+            description="albumentations: image by image, in dataloader workers; device: whole batches, on the "
+            "training device"
+        ),
     ] = "albumentations"
     image_sizes: Annotated[
         str,

@@ -50,7 +50,7 @@ def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
     choices = list(zip(names.on_pages(classes), classes, strict=True))  # what is shown, and what is sent
     layers = [(f"{name} ({cells}x{cells})", name) for name, cells in engine.layers.items()]
     right = content.facts["accuracy"].partition(" (")[0]
-    name = f"{engine.run.network}: {len(classes)} classes, {right} accuracy"
+    name = f"{engine.run.network}: {len(classes)} classes, {right} correct"
 
     def carry(event: gr.EventData) -> tuple[Image.Image, gr.Tabs]:
         index = event._data.get("index") if isinstance(event._data, dict) else None
