@@ -8,9 +8,7 @@
 All processes predict, then the first one goes on alone. Everything is written to explain/ in the run.
 """
 
-import json
 import sys
-from collections.abc import Iterator
 
 from cifar import failure
 from cifar.explain import layers, options, runs
@@ -25,9 +23,8 @@ def explain(run: Run, asked: Options) -> None:
     import torch
 
     from cifar import evaluation, launch
-    from cifar.explain import checks, evidence, figures, label_quality, mistakes, neighbours, output, report, robustness
+    from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, robustness
     from cifar.explain.findings import Findings
-    from cifar.figures import below, png
     from cifar.lettering import Labels
     from cifar.ranks import raise_on_all_ranks
 
@@ -91,37 +88,9 @@ def explain(run: Run, asked: Options) -> None:
     )
 
     # Pictures, the list of mistakes, and the report that holds everything.
-    strips = figures.map_strips(findings, chosen, asked.opacity)
-    title = figures.map_title(findings, asked.opacity)
-    pictures = {
-        "gallery": figures.gallery(findings, chosen, asked),
-        "cam": below(title, strips),
-        "confusion": figures.confusion(findings),
-        "calibration": figures.reliability(findings),
-        **({"corruptions": figures.corruptions(corrupted)} if corrupted else {}),
-    }
-    result = {
-        "images": len(labels),
-        "mistakes": len(wrong),
-        "labels_in_doubt": int((label_quality.measure(findings).rank > 0).sum()),
-        "accuracy": findings.accuracy,
-        "method": findings.method,
-        "layer": findings.layer,
-        **({"checks": findings.checks} if asked.check else {}),
-        **(corrupted.results() if corrupted else {}),
-    }
-
-    def contents() -> Iterator[tuple[str, bytes]]:
-        for name, picture in pictures.items():
-            yield f"{name}.png", png(picture)
-        for row, strip in zip(chosen, strips, strict=True):
-            yield f"{output.MAPS}/{wrong[row]:05}.png", png(below(title, [strip]))
-        yield "misclassified.csv", mistakes.table(findings)
-        yield "report.html", report.render(findings).encode()
-        yield "result.json", json.dumps(result, indent=1).encode()
-
+    pictures, map_pictures = figures.draw(findings, chosen, asked)
     with runs.written_to(folder):
-        output.publish(folder, contents())
+        output.publish(folder, output.contents(findings, pictures, map_pictures))
         output.write_events(run.events(folder), pictures, run.step)
     own = runs.own_accuracy(run, accelerator.mixed_precision)
     compared, noun = f" (the run's own: {own})" if own else "", "mistake" if len(wrong) == 1 else "mistakes"

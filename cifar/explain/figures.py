@@ -4,6 +4,8 @@ Images are enlarged by whole numbers and without smoothing: what is seen is what
 cells. The opacity is true: 0 is the picture, 1 the map's colours, and between them each pixel is their weighted mean.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 
@@ -48,6 +50,20 @@ def _bar(limit: float, height: int) -> UInt8:
 
 
 # ---- pictures
+
+
+def draw(findings: Findings, rows: Int64, options: Options) -> tuple[dict[str, UInt8], Iterator[tuple[int, UInt8]]]:
+    """The pictures of an explanation by name, and for each mistake of `rows` its test image and its maps."""
+    strips, title = map_strips(findings, rows, options.opacity), map_title(findings, options.opacity)
+    pictures = {
+        "gallery": gallery(findings, rows, options),
+        "cam": below(title, strips),
+        "confusion": confusion(findings),
+        "calibration": reliability(findings),
+        **({"corruptions": corruptions(findings.robustness)} if findings.robustness else {}),
+    }
+    images = findings.mistakes.indices[rows].tolist()
+    return pictures, ((image, below(title, [strip])) for image, strip in zip(images, strips, strict=True))
 
 
 def gallery(findings: Findings, rows: Int64, options: Options) -> UInt8:

@@ -1,8 +1,9 @@
-"""Publishes an explanation: its folder never holds a mixture of two, even after a crash or of two processes."""
+"""Writes an explanation: its folder never holds a mixture of two, even after a crash or of two processes."""
 
 import errno
 import fcntl
 import io
+import json
 import os
 import re
 import shutil
@@ -15,11 +16,36 @@ from pathlib import Path
 
 from cifar import files
 from cifar.errors import UserError
-from cifar.explain.findings import UInt8
+from cifar.explain import label_quality, mistakes, report
+from cifar.explain.findings import Findings, UInt8
+from cifar.figures import png
 
 LOCK_SECONDS = 60  # for another explanation to be put in the same folder, which takes as long as renaming its files
 MAPS = "maps"
 ON_REQUEST = ("corruptions.png",)  # not in every explanation: one from before must not stay beside a newer one
+
+
+def contents(
+    findings: Findings, pictures: Mapping[str, UInt8], maps: Iterable[tuple[int, UInt8]]
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file of an explanation; `maps` are test images with pictures of their maps."""
+    for name, picture in pictures.items():
+        yield f"{name}.png", png(picture)
+    for image, picture in maps:
+        yield f"{MAPS}/{image:05}.png", png(picture)
+    yield "misclassified.csv", mistakes.table(findings)
+    yield "report.html", report.render(findings).encode()
+    result = {
+        "images": len(findings.labels),
+        "mistakes": len(findings.mistakes.indices),
+        "labels_in_doubt": int((label_quality.measure(findings).rank > 0).sum()),
+        "accuracy": findings.accuracy,
+        "method": findings.method,
+        "layer": findings.layer,
+        **({"checks": findings.checks} if findings.checks else {}),
+        **(findings.robustness.results() if findings.robustness else {}),
+    }
+    yield "result.json", json.dumps(result, indent=1).encode()
 
 
 def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
