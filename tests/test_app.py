@@ -27,15 +27,17 @@ from helpers.contrast import LEAST_CONTRAST
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cifar.app import content, engine, handlers, server
+from cifar.app import content, engine
 from cifar.app.engine import Engine
-from cifar.app.gate import Gate
 from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
 from cifar.explain import evidence, figures, maps, mistakes, options, runs
 from cifar.explain.runs import Run
 
 gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed")
+from cifar.app import handlers, server  # noqa: E402
+from cifar.app.gate import Gate  # noqa: E402
+
 Client, handle_file = gradio_client.Client, gradio_client.handle_file
 
 pytestmark = pytest.mark.slow

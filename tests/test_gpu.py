@@ -126,10 +126,10 @@ def test_a_profile_sees_the_gpu(tmp_path: Path) -> None:
     assert int(re.findall(r"the device (\d+)%", parts)[0]) > 0
 
 
-def runs_through(script: str) -> None:
+def runs_through(script: str, *arguments: object) -> None:
     """A program of its own, which asserts."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
@@ -184,6 +184,29 @@ def test_a_run_is_explained_as_a_cpu_explains_it(run_of: Callable[[str], Path], 
     ours, theirs = (json.loads((tmp_path / kind / "result.json").read_text()) for kind in ("cuda", "cpu"))
     # An image on the border between two classes may fall to either side.
     assert abs(ours["mistakes"] - theirs["mistakes"]) <= 1
+
+
+def test_maps_and_votes_are_those_of_a_cpu_and_of_the_app(run_of: Callable[[str], Path]) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nimport numpy as np, torch\nfrom cifar import launch\n"
+        "from cifar.app.engine import Engine\nfrom cifar.explain import evidence, layers, maps, runs\n"
+        "run = runs.open_run(Path(sys.argv[1]))\n"
+        "data, cells, engine = runs.images(run, None), layers.of(run.network), Engine(run)\nlast = list(cells)[-1]\n"
+        "networks = [runs.load(run, device) for device in (torch.device('cpu'), launch.start().device)]\n"
+        "images, labels = np.arange(8), np.array(data.test_labels[:8])\n"
+        "targets = np.stack((labels, (labels + 1) % 10), axis=1).astype(np.uint8)\n"
+        "def equal(ours, theirs):\n"  # a hundredth of a map's scale is less than its colours show
+        "    return np.allclose(ours, theirs, rtol=0, atol=0.01 * np.abs(theirs).max())\n"
+        "for method in maps.METHODS:\n"
+        "    for layer in cells:\n"
+        "        theirs, ours = (evidence.attributions(network, data, images, targets, method, layer, last)\n"
+        "                        for network in networks)\n"
+        "        for name in ('maps', 'peaks', 'votes', 'bias', 'margins'):\n"
+        "            assert equal(getattr(ours, name), getattr(theirs, name)), (method, layer, name)\n"
+        "        answer = engine.answer(data.test_images[0], int(labels[0]), method, [layer])\n"
+        "        assert equal(answer.heatmaps[0].map, ours.maps[0, 0]), (method, layer)\n"
+    )
+    runs_through(script, run_of("no"))
 
 
 # ---- steps that wait for nothing
