@@ -30,6 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
+LONGEST = ("test_slurm", "test_failure", "test_readme", "test_train", "test_launch", "test_app", "test_explain")
 SHAPES = ("disc", "ring", "square", "stripes")
 CHROMIUM = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -85,8 +86,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # once -m has left out what was not asked for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cluster's tests take longest and mostly wait: first, while another process goes through the others."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """The longest modules first, so that no process has one of them left when the others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     found = gpus() if marked and not REHEARSAL else 2
     for item in marked:
@@ -135,6 +136,19 @@ def shapes_zip(shapes: Path) -> Path:
         for file in sorted(shapes.rglob("*.png")):
             archive.write(file, file.relative_to(shapes))
     return path
+
+
+@pytest.fixture(scope="session")
+def copied_project(session_path: Path) -> Path:
+    """A copy of the project's files that has one network more, `small`."""
+    root = session_path / "project" / "cifar"
+    root.mkdir(parents=True)
+    for name in ("accelerate_configs", "slurm", "cifar"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "explain.py"):
+        shutil.copy(ROOT / name, root)
+    shutil.copy(ROOT / "tests/helpers/networks/small.py", root / "cifar/models")
+    return root
 
 
 @pytest.fixture(autouse=True, scope="session")

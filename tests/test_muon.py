@@ -117,7 +117,7 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int, like_p
 
 
 def freeze_some(network: nn.Module) -> None:
-    if hasattr(network, "beginning"):
+    if hasattr(network, "early_layers"):
         models.freeze(network)
     else:
         for number, parameter in enumerate(network.parameters()):

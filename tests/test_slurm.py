@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, SHAPES, draw, poisoned
+from helpers.networks.small import SECONDS
 from helpers.slurm_cluster import Cluster, reason_to_skip
-from helpers.small import SECONDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar import checkpoint
@@ -63,15 +63,10 @@ def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files, with one network more, and with every step a point of the curves."""
+def project(copied_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files with the small network, and with every step a point of the curves."""
     root = tmp_path_factory.mktemp("project") / "cifar"
-    root.mkdir()
-    for name in ("accelerate_configs", "slurm", "cifar"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "explain.py"):
-        shutil.copy(ROOT / name, root)
-    shutil.copy(ROOT / "tests" / "helpers" / "small.py", root / "cifar" / "models")
+    shutil.copytree(copied_project, root)
     record = root / "cifar/record.py"
     text, found = re.subn(r"^LOG_SECONDS = [0-9.]+", "LOG_SECONDS = 0", record.read_text(), flags=re.MULTILINE)
     assert found == 1

@@ -1,4 +1,7 @@
-"""Several processes on this machine's CPUs, and a train.py that fails where a test wants it to."""
+"""Several processes on this machine's CPUs, and a train.py that fails where a test wants it to.
+
+`--network small` is there, too: helpers/networks/small.py.
+"""
 
 from pathlib import Path
 
@@ -18,6 +21,8 @@ def project(tmp_path: Path, patch: str) -> Path:
     script = tmp_path / "train.py"
     script.write_text(
         f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = 'train.py'\n"
+        "import cifar.models\n"
+        f"cifar.models.__path__.append({str(ROOT / 'tests/helpers/networks')!r})\n"
         "from cifar import loop\n"
         "def step(rank, number): pass\n"
         f"{patch}\n"

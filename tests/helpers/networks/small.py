@@ -1,4 +1,4 @@
-"""A network of 25,000 weights, for tests that want many steps and little computing: one more file of cifar/models.
+"""A network of 25,000 weights, for tests that want many steps and little computing: as if a file of cifar/models.
 
 While there is a file that the variable SLOWLY names, steps take SECONDS at least: a test that wants to strike a run
 keeps it from ending before, however fast the machine, and then lets it go.
@@ -19,6 +19,7 @@ SECONDS = 0.5  # a step at least, while it is to be slow
 class Small(nn.Module):
     """Three convolutions; images float32 [n, 3, 32, 32] in, logits [n, classes] out."""
 
+    early_layers: ClassVar = ("stages.0",)
     explainable_layers: ClassVar = {"stages.0": 16, "stages.1": 8, "stages.2": 4}
 
     def __init__(self, classes: int, dropout: float) -> None:
