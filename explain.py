@@ -5,7 +5,7 @@
     accelerate launch explain.py --run runs/resnet --corruptions
     python explain.py --help
 
-All processes predict, then the first one goes on alone. Everything is written to explain/ in the run.
+All processes predict, then rank 0 does the rest. Everything is written to explain/ in the run directory.
 """
 
 import sys
@@ -17,7 +17,7 @@ from cifar.explain.runs import Run
 
 
 def explain(run: Run, asked: Options) -> None:
-    """Predicts with all processes; the first one writes pictures, tables and report."""
+    """Predicts with all processes; rank 0 writes figures, tables and the report."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import numpy as np
     import torch
@@ -25,6 +25,7 @@ def explain(run: Run, asked: Options) -> None:
     from cifar import evaluation, launch
     from cifar.explain import checks, evidence, figures, mistakes, neighbours, output, robustness
     from cifar.explain.findings import Findings
+    from cifar.explain.wording import counted
     from cifar.lettering import Labels
     from cifar.ranks import raise_on_all_ranks
 
@@ -39,29 +40,30 @@ def explain(run: Run, asked: Options) -> None:
             runs.images(run, asked.data)
     with raise_on_all_ranks(accelerator):
         data = runs.images(run, asked.data)
-        wrong_in = runs.wrong_in(asked.compare, data)
+        compared, left_out = runs.others(run, asked.compare)
+        wrong_in = runs.wrong_in(compared, data)
         network = runs.load(run, accelerator.device)
     accelerator.prepare_model(network, evaluation_mode=True)
     evaluated = evaluation.evaluate_whole(accelerator, network, torch.from_numpy(data.test_images), data)
     probabilities, labels = evaluated.probabilities, np.array(data.test_labels)
     ranking = np.argsort(-probabilities, axis=1, kind="stable").astype(np.uint8)
 
-    # Mistakes, the most confident first, and for each a correct image to see beside it.
+    # Mistakes, most confident first, each with a correctly classified image for comparison.
     wrong = mistakes.find(probabilities, labels)
     chosen = mistakes.choose(wrong, ranking[:, 0], labels, data.classes, asked)
     companions, companion_of = mistakes.companions(wrong, probabilities, labels)
 
-    # The same predictions of corrupted images, if asked for, by the networks of the runs compared, too.
+    # With --corruptions: the same on corrupted images, also for the compared runs' networks.
     corrupted = None
     if asked.corruptions:
         first = robustness.Competitor(str(run.path), network, data)
-        others = robustness.load(accelerator, asked.compare, data)
+        others = robustness.load(accelerator, compared, data)
         corrupted = robustness.measure(accelerator, first, evaluated, others, asked.seed)
     launch.end(accelerator)
     if not accelerator.is_main_process:
         return
 
-    # Maps and votes, on a copy of the network that no launcher has put autocast around.
+    # Maps and votes, on a fresh copy of the network without the launcher's autocast.
     network = runs.load(run, accelerator.device)
     predictions, how = ranking[:, 0], (asked.method, layer)
     epochs, epoch_predictions = runs.prediction_history(run, data)
@@ -93,9 +95,10 @@ def explain(run: Run, asked: Options) -> None:
         output.publish(folder, output.contents(findings, pictures, map_pictures))
         output.write_events(run.events(folder), pictures, run.step)
     own = runs.own_accuracy(run, accelerator.mixed_precision)
-    compared, noun = f" (the run's own: {own})" if own else "", "mistake" if len(wrong) == 1 else "mistakes"
+    beside = f" (the run's own: {own})" if own else ""
     print(
-        f"{len(labels):,} test images, {len(wrong):,} {noun}, accuracy {findings.accuracy:.2%}{compared}",
+        f"{len(labels):,} test images, {counted(len(wrong), 'mistake')}, accuracy {findings.accuracy:.2%}{beside}",
+        *left_out,
         *([corrupted.line()] if corrupted else []),
         *filter(None, [Labels(data.classes).advice()]),
         f"see {folder / 'report.html'}",

@@ -9,7 +9,7 @@ A run that was stopped, killed or crashed resumes with the same command, and end
 
 from cifar import stop
 
-stop.catch()  # first of all: torch takes seconds to import, and a stop request must not be lost meanwhile
+stop.catch()  # first: importing torch takes seconds, and a stop request must not be lost during that time
 
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -49,7 +49,7 @@ def train(recipe: Recipe, options: Options) -> None:
     torch.manual_seed(recipe.seed)
     network = models.build(recipe.network, len(data.classes), recipe.dropout)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    models.init_from_data(network, loading.first_images(data, device))
+    models.init_from_data(network, loading.sample_images(data, device))
     optimizer = optim.build(network, recipe)
     record = RunRecord(accelerator, options, recipe, data, schedule, clock)
     progress = record.resume(network, optimizer)
@@ -57,7 +57,7 @@ def train(recipe: Recipe, options: Options) -> None:
         models.freeze(network)
     model, prepared = launch.prepare(accelerator, network, optimizer, progress.scaler)  # evaluate and save `network`
 
-    # Batches are augmented ahead by dataloader workers, or on the device; an epoch's end does not interrupt them.
+    # Dataloader workers augment batches ahead of time, or the device does; epochs do not interrupt the stream.
     sampler = DistributedBatchSampler(recipe, schedule.images, progress.step, schedule.total_steps, rank, ranks)
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images)
@@ -65,7 +65,7 @@ def train(recipe: Recipe, options: Options) -> None:
     compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network)
     with record.running(), record.profiled_steps() as profiler:
         while not stopping:
-            # An epoch's end. Its checkpoint is being written: an evaluation cut short here is repeated on resume.
+            # End of an epoch. Its checkpoint is already queued: an interrupted evaluation is repeated on resume.
             step = progress.step
             if schedule.completes_epoch(step):
                 if schedule.epochs_completed(step) > record.evaluated:
@@ -89,7 +89,7 @@ def train(recipe: Recipe, options: Options) -> None:
                 models.freeze(network)
                 model = launch.rewrap_ddp(accelerator, network)
             optim.set_lr(optimizer, schedule.learning_rate(step))
-            torch.manual_seed(schedule.generator_seed(step, rank))  # for dropout
+            graph.dropout_generator(device).manual_seed(schedule.generator_seed(step, rank))
             totals = compute_gradients(model, batch, labels, record.write_failed())
             norm = loop.gradient_norm(accelerator, network) if record.log_due() else None
             with accelerator.autocast():  # for Muon's matrix products
@@ -97,7 +97,7 @@ def train(recipe: Recipe, options: Options) -> None:
             prepared.zero_grad()
             progress.step += 1
 
-            # On a GPU, metrics come back some steps later; a checkpoint waits for those of all steps before it.
+            # On a GPU, metrics arrive a few steps late; before a checkpoint, wait for all of them.
             metrics = delayed.add(progress.step, totals, norm)
             if schedule.saves(progress.step) or any(each.stop for each in metrics):
                 metrics += delayed.read()

@@ -1,17 +1,18 @@
 """Attempts at a run: of several jobs that each believe the run to be theirs, only the newest may write (fencing).
 
-A node that only seemed dead trains on while its job runs again elsewhere; a job is submitted twice. Each attempt makes
-a file of its own, `attempts/NNNN.json`, and whoever finds a higher number than its own stops. Everything in the run
-directory is written under a temporary name with the attempt's number in it and then renamed, after a look for a newer
-attempt; and a new attempt first clears away the temporary files of those before it. So an old attempt that was frozen
-between its look and its rename finds nothing left to rename. An attempt moves and deletes only what it wrote itself,
-or what such a rename has marked before (`mark`). It needs what POSIX promises of a shared file system; where NFS caches
-directories, an old attempt may notice some seconds late.
+A node presumed dead may keep training while its job runs elsewhere; a job may be submitted twice. So each attempt
+creates `attempts/NNNN.json`, and stops once it sees a higher number than its own. Everything in the run directory is
+written under a temporary name that contains the attempt's number, then renamed after a check for newer attempts. A new
+attempt first deletes the temporary files of older ones, so an old attempt that was frozen between check and rename has
+nothing left to rename. An attempt moves and deletes only what it wrote itself, or what was marked by such a rename
+(`mark`). This relies on POSIX semantics of the shared file system; with NFS's directory caching, an old attempt may
+notice some seconds late.
 """
 
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
@@ -29,8 +30,8 @@ VISIBLE_SECONDS = 10  # NFS clients may keep a directory's listing for that long
 class Attempt:
     """One attempt at the run in directory `run`. All writing there goes through it, on rank 0."""
 
-    def __init__(self, run: Path, number: int) -> None:
-        self.run, self.number = run, number
+    def __init__(self, run: Path, number: int, token: str) -> None:
+        self.run, self.number, self.token = run, number, token
 
     def check(self) -> None:
         """Raises UserError if a newer attempt has taken the run over."""
@@ -40,15 +41,20 @@ class Attempt:
                 f"{self.run} was taken over by {described(self.run, newest)}; "
                 f"this one, attempt {self.number}, ends and has written nothing since"
             )
+        if _read(self.run, self.number).get("token") != self.token:  # numbers begin anew in a new directory
+            raise UserError(
+                f"{self.run} was deleted or replaced while attempt {self.number} (process {os.getpid()} on "
+                f"{socket.gethostname()}) trained there; it ends and has written nothing since"
+            )
 
     def temporary(self, path: Path) -> Path:
         """The name under which `path` is written first."""
-        return path.with_name(f".{path.name}.{self.number}.tmp")
+        return path.with_name(f".{path.name}.{self.token}.{self.number}.tmp")
 
     def commit(self, path: Path) -> None:
         """Gives what was written and synced under `temporary(path)` its name. Raises UserError (see check), OSError.
 
-        A directory takes no other one's name, unless that one is empty: OSError (ENOTEMPTY or EEXIST).
+        A directory does not replace a non-empty one: OSError (ENOTEMPTY or EEXIST).
         """
         self._rename(self.temporary(path), path)
         files.sync(path.parent)
@@ -56,7 +62,7 @@ class Attempt:
     def mark(self, directory: Path, name: str) -> None:
         """Replaces the file `name` in a directory by an empty one. Raises UserError (see check), OSError.
 
-        Only the newest attempt can do this: whatever is marked may be deleted, even by an attempt that freezes now.
+        Only the newest attempt can, so a marked directory may be deleted even by an attempt that is superseded by then.
         """
         marker = self.temporary(directory)
         try:
@@ -70,7 +76,7 @@ class Attempt:
         try:
             temporary.rename(path)
         except FileNotFoundError:
-            self.check()  # a newer attempt began, and cleared it away, since the line above
+            self.check()  # perhaps a newer attempt has started since, and deleted it
             raise
 
     def replace(self, path: Path, content: str | bytes) -> None:
@@ -80,7 +86,7 @@ class Attempt:
     def begin(self, path: Path, content: bytes) -> IO[bytes]:
         """Writes a file as `replace` does, and leaves it open for more.
 
-        What is added once a newer attempt has replaced the file reaches nobody: it has no name any more.
+        After a newer attempt has replaced the file, additions are lost: the file is unlinked.
         """
         temporary = self.temporary(path)
         try:
@@ -100,27 +106,29 @@ class Attempt:
 
 
 def claim(run: Path, world_size: int) -> Attempt:
-    """Begins an attempt at the run, which ends those before it at their next write. Raises OSError."""
+    """Starts a new attempt; earlier ones end at their next write. Raises OSError."""
     (run / "attempts").mkdir(parents=True, exist_ok=True)
-    number = max(_numbers(run), default=0) + 1
-    while not _register(run, number, world_size):
+    number, token = max(_numbers(run), default=0) + 1, secrets.token_hex(4)
+    while not _register(run, number, token, world_size):
         number += 1  # another one began in the same moment
     _clear_before(run, number)
-    return Attempt(run, number)
+    return Attempt(run, number, token)
 
 
-def claim_after(run: Path, number: int) -> Attempt | None:
-    """Takes over from attempt `number`, to write down how it ended; None where another one has begun since."""
-    if max(_numbers(run)) > number or not _register(run, number + 1, 0):
+def claim_after(run: Path, number: int, token: str) -> Attempt | None:
+    """Takes over from an attempt to record how it ended; None if another one has started since."""
+    new = secrets.token_hex(4)
+    newest = max(_numbers(run), default=0) == number and _read(run, number).get("token") == token
+    if not newest or not _register(run, number + 1, new, 0):
         return None
     _clear_before(run, number + 1)
-    return Attempt(run, number + 1)
+    return Attempt(run, number + 1, new)
 
 
-def _register(run: Path, number: int, world_size: int) -> bool:
+def _register(run: Path, number: int, token: str, world_size: int) -> bool:
     try:
         with _file(run, number).open("x") as file:
-            json.dump(_metadata(world_size), file, indent=1)
+            json.dump(_metadata(token, world_size), file, indent=1)
     except FileExistsError:
         return False
     return True
@@ -139,17 +147,25 @@ def wait_until_visible(run: Path, number: int) -> None:
 
 
 def described(run: Path, number: int) -> str:
-    """An attempt in words."""
-    try:
-        found = json.loads(_file(run, number).read_bytes())
-    except (OSError, ValueError):  # it is being written
-        found = {}
+    """Describes an attempt for messages."""
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        found = _read(run, number)
     job = f", Slurm job {found['job']}" if found.get("job") else ""
     return f"attempt {number} (process {found.get('pid', '?')} on {found.get('host', '?')}{job})"
 
 
-def _metadata(world_size: int) -> dict[str, Any]:
+def _read(run: Path, number: int) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(_file(run, number).read_bytes())
+    except (FileNotFoundError, ValueError):  # it is being written
+        return {}
+    return found
+
+
+def _metadata(token: str, world_size: int) -> dict[str, Any]:
     return {
+        "token": token,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
@@ -173,7 +189,7 @@ def _numbers(run: Path) -> list[int]:
 
 
 def _clear_before(run: Path, number: int) -> None:
-    """Takes from the attempts before `number` what they have not renamed yet."""
+    """Deletes the temporary files of attempts before `number`."""
     for folder in (run, run / "checkpoints"):
         for leftover in folder.glob(".*.tmp*"):
             writer = re.search(r"\.(\d+)\.tmp(-cleared-by-\d+)?$", leftover.name)
@@ -182,7 +198,7 @@ def _clear_before(run: Path, number: int) -> None:
 
 
 def _clear(leftover: Path, number: int) -> None:
-    """Takes a temporary file or directory from its writer at once, then deletes it."""
+    """Renames a temporary file or directory away from its writer, atomically, then deletes it."""
     aside = leftover.with_name(f"{leftover.name.partition('-cleared-by-')[0]}-cleared-by-{number}")
     try:
         leftover.rename(aside)

@@ -1,4 +1,4 @@
-"""Work beside the training loop: what a disk or a picture takes, no step waits for."""
+"""A background thread, so that no training step waits for a disk or a plot."""
 
 import threading
 from collections import deque
@@ -9,9 +9,9 @@ NAMES = ("writer", "drawer")  # of its threads, by which failure.py finds what t
 
 
 class Background:
-    """Does one task after the other in a thread of its own. After one that failed it does no more.
+    """Runs tasks one after another in its own thread; after a failed one it runs no more.
 
-    The thread is a daemon: a task that hangs, in a file system that does not answer, keeps no process from ending.
+    The thread is a daemon: a task that hangs on an unresponsive file system does not keep the process alive.
     """
 
     def __init__(self, name: Literal["writer", "drawer"]) -> None:
@@ -22,7 +22,7 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Does the task after those that were submitted before."""
+        """Queues a task."""
         with self._changed:
             self._tasks.append(task)
             if self._thread is None:
@@ -30,11 +30,11 @@ class Background:
                 self._thread.start()
 
     def idle(self) -> bool:
-        """Whether all that was submitted has been done, or has failed."""
+        """Whether no task is running, or waiting to run; after a failed one none is."""
         return self._thread is None
 
     def wait(self, seconds: float | None = None) -> None:
-        """Returns once all is done, or after so many seconds. Raises the error of a task that failed."""
+        """Waits until it is idle, at most `seconds`. Raises the error of a failed task."""
         with self._changed:
             self._changed.wait_for(self.idle, seconds)
         if self.error is not None:

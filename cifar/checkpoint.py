@@ -1,9 +1,9 @@
 """Atomic checkpoints, and the final weights.
 
 A checkpoint is a directory `step-NNNNNNN` with `model.safetensors`, `optimizer.safetensors` and `state.json`. It is
-written under a temporary name, synced and renamed; state.json holds a sha256 of each file and of itself. From it
-alone any tool rebuilds the network: it names network, classes and normalisation. There is no pickle. An attempt that
-reaches a step whose name is taken, by a broken checkpoint, adds its own number: `step-NNNNNNN-attempt-N`.
+written under a temporary name, synced and renamed. state.json has a sha256 of each file and of itself, and all that is
+needed to rebuild the network: its name, classes and normalisation. There is no pickle. If a broken checkpoint already
+has the name, the attempt's number is appended: `step-NNNNNNN-attempt-N`.
 """
 
 import errno
@@ -27,7 +27,7 @@ from torch import nn
 
 from cifar import device, failure, files, recipes
 from cifar.attempt import Attempt
-from cifar.errors import UserError
+from cifar.errors import FULL, LOST, UserError, disk_error
 from cifar.formats import RUN as FORMAT
 from cifar.recipes import Recipe
 
@@ -38,7 +38,7 @@ _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?")
 
 @dataclass
 class Progress:
-    """How far a run has come: all of a training's state that is not in network and optimizer."""
+    """Training progress: all state that is not in the network or the optimizer."""
 
     step: int = 0  # optimizer steps taken
     seconds: float = 0.0  # spent so far, over all attempts
@@ -46,16 +46,16 @@ class Progress:
     loss_sum: float = 0.0
     correct: int = 0
     seen: int = 0
-    scaler: dict[str, Any] | None = None  # of float16 losses
+    scaler: dict[str, Any] | None = None  # state of the float16 loss scaler
 
     def count(self, images: int, loss: float, correct: int) -> None:
-        """Takes note of the mean loss of a step, and of how many of its images were predicted correctly."""
+        """Adds a step's mean loss and its number of correct predictions."""
         self.loss_sum += loss * images
         self.correct += correct
         self.seen += images
 
     def begin_epoch(self) -> None:
-        """The next image counts for another epoch."""
+        """Resets the sums for the next epoch."""
         self.loss_sum, self.correct, self.seen = 0.0, 0, 0
 
 
@@ -65,7 +65,7 @@ class BrokenCheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Chosen:
-    """The checkpoint to go on from, or none, and a line for each broken one that was skipped."""
+    """The checkpoint to resume from, if any, and a message for each broken one that was skipped."""
 
     path: Path | None = None
     step: int = 0  # of `path`, whatever its name: it may be a copy
@@ -74,7 +74,7 @@ class Chosen:
 
 
 class Snapshot:
-    """Copies of the weights and the optimizer's state as they are at one step, to be written while training goes on."""
+    """Copies of weights and optimizer state at one step, to be written in the background."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         self.progress = replace(progress)
@@ -101,11 +101,11 @@ def write(attempt: Attempt, snapshot: Snapshot, metadata: dict[str, Any]) -> Pat
     directory = attempt.run / "checkpoints"
     path = directory / f"step-{snapshot.progress.step:07d}"
     tensors = snapshot.tensors()
-    # The loss of the step before says nothing about its update, and a run could never go on from such a checkpoint.
+    # A finite loss does not imply a finite update, and no run could resume from such a checkpoint.
     if not all_finite([tensor for part in tensors.values() for tensor in part.values()]):
         raise UserError(
             f"weights are not finite after step {snapshot.progress.step}; lower --peak-learning-rate in a new --run "
-            f"(last good checkpoint: {newest(directory)[0] or 'none yet'})"
+            f"(last good checkpoint: {last_good(directory)})"
         )
     temporary = attempt.temporary(path)
     try:
@@ -122,15 +122,15 @@ def write(attempt: Attempt, snapshot: Snapshot, metadata: dict[str, Any]) -> Pat
         path = _commit(attempt, temporary, path)
     except OSError as error:
         attempt.check()  # a newer one may have cleared the temporary directory away
-        raise UserError(
-            f"{path}: checkpoint not written ({error.strerror}); make room there and start again with the same "
-            "command: training goes on from the checkpoint before"
-        ) from None
+        advice = "make room there" if error.errno in FULL else "make it writable"
+        advice += " and start again with the same command: it resumes from the previous checkpoint"
+        raise disk_error(error, f"{path}: checkpoint not written", advice) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    older = [other for other in found(directory) if _order(other) < _order(path)]
-    for old in older[KEEP - 1 :]:
-        _delete(attempt, old)
+    with suppress(OSError):  # what cannot be listed now is deleted after a later save
+        older = [other for other in found(directory) if _order(other) < _order(path)]
+        for old in older[KEEP - 1 :]:
+            _delete(attempt, old)
     return path
 
 
@@ -147,8 +147,8 @@ def _commit(attempt: Attempt, temporary: Path, path: Path) -> Path:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # A broken checkpoint was skipped at the start, and its step is now reached again. It stays where it is: to
-        # move it would be to move a newer attempt's checkpoint, if this attempt were frozen before it did so.
+        # A broken checkpoint was skipped at the start, and its step is reached again. It is left in place: an attempt
+        # that froze before moving it could move a newer attempt's checkpoint instead.
         own = path.with_name(f"{path.name}-attempt-{attempt.number}")
         temporary.rename(attempt.temporary(own))
         attempt.commit(own)
@@ -164,8 +164,12 @@ def _delete(attempt: Attempt, old: Path) -> None:
 
 
 def found(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, newest first, whole or not."""
-    return sorted((path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)), key=_order, reverse=True)
+    """The checkpoints in a directory, newest first, complete or not. Raises OSError where it cannot be read."""
+    try:
+        names = os.listdir(directory)  # noqa: PTH208 -- Path.glob takes a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+    return sorted((directory / name for name in names if _NAME.fullmatch(name)), key=_order, reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -174,7 +178,7 @@ def step_of(path: Path) -> int:
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """Step and attempt: of two checkpoints of one step the later is the whole one."""
+    """Step and attempt: of two checkpoints of the same step, the later one is complete."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path} has not the name of a checkpoint")
@@ -194,10 +198,19 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
     return None, broken
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The checkpoint's state, after every file's sum was found right and every number finite.
+def last_good(directory: Path) -> str:
+    """The newest complete checkpoint, for a message."""
+    try:
+        return str(newest(directory)[0] or "none yet")
+    except (OSError, UserError):
+        return "unknown"
 
-    Raises BrokenCheckpointError where one is not, UserError for a format that a later version of this project wrote.
+
+def verify(path: Path) -> dict[str, Any]:
+    """Returns the checkpoint's state after verifying the checksum of every file.
+
+    Raises BrokenCheckpointError if a file is missing or does not match, UserError for a format of a later version or a
+    disk that cannot be read.
     """
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_bytes())
@@ -212,6 +225,8 @@ def verify(path: Path) -> dict[str, Any]:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise BrokenCheckpointError(f"{path / name} does not match its sha256")
     except OSError as error:
+        if error.errno in LOST:  # nothing is known of it, and to skip it would be to lose its steps
+            raise disk_error(error, f"{path} cannot be read", "") from None
         raise BrokenCheckpointError(f"{error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenCheckpointError(f"{path / STATE} is damaged ({error})") from None
@@ -219,12 +234,15 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def choose(directory: Path, resume: str) -> Chosen:
-    """The checkpoint that `--resume` asks for, none to start from the beginning.
+    """The checkpoint to resume from according to `--resume`; none to start from scratch.
 
-    A run that began from a named checkpoint goes on from its own newest one when the same command is given again.
-    Raises UserError where none of those that are there is complete, or the one that was named is not.
+    A run that started from a named checkpoint resumes from its own newest one when the same command is given again.
+    Raises UserError if there are checkpoints but none is complete, or the named one is not.
     """
-    path, broken = newest(directory)
+    try:
+        path, broken = newest(directory)
+    except OSError as error:
+        raise disk_error(error, f"{directory} cannot be read", "make it readable") from None
     own = _state(path) if path else {}
     step, origin = own["progress"]["step"] if path else 0, own.get("resumed_from")
     if resume in ("auto", "never"):
@@ -243,13 +261,33 @@ def choose(directory: Path, resume: str) -> Chosen:
     return Chosen(Path(resume), named_step, str(named))
 
 
+def check_named(directory: Path, resume: str, recipe: Recipe, data_fingerprint: str) -> None:
+    """Raises UserError where `--resume PATH` names no checkpoint from which this run could resume.
+
+    Call it before the run is claimed: an attempt that is training there would end for nothing.
+    """
+    if resume in ("auto", "never"):
+        return
+    path = choose(directory, resume).path
+    if path:
+        _check_origin(path, _state(path), recipe, data_fingerprint)
+
+
+def _check_origin(path: Path, state: dict[str, Any], recipe: Recipe, data_fingerprint: str) -> None:
+    different = recipes.differences(recipe, state["recipe"])
+    if different:
+        raise UserError(f"{path} was written with another recipe: {', '.join(different)}; use the same, or a new --run")
+    if state["data_fingerprint"] != data_fingerprint:
+        raise UserError(f"{path} was trained on other images than --data {recipe.data}; give the same --data")
+
+
 def _state(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / STATE).read_bytes())
     return state
 
 
 def changes(path: Path, metadata: dict[str, Any], global_batch_size: int) -> list[str]:
-    """What differs between the run that wrote a checkpoint and the one that goes on with `metadata`, in words."""
+    """Describes what differs between the run that wrote a checkpoint and the one that resumes from it."""
     before = _state(path)
     lines = []
     ranks, now = before["world_size"], metadata["world_size"]
@@ -272,21 +310,17 @@ def changes(path: Path, metadata: dict[str, Any], global_batch_size: int) -> lis
 def restore(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, data_fingerprint: str
 ) -> Progress:
-    """Loads a verified checkpoint into network and optimizer, and says how far it had come.
+    """Loads a verified checkpoint into network and optimizer; returns its progress.
 
     Raises UserError where it comes from another recipe, other images or another network.
     """
     state = _state(path)
-    different = recipes.differences(recipe, state["recipe"])
-    if different:
-        raise UserError(f"{path} is of another recipe: {', '.join(different)}; give the same, or start a new --run")
-    if state["data_fingerprint"] != data_fingerprint:
-        raise UserError(f"{path} was trained on other images than --data {recipe.data}; give the same --data")
+    _check_origin(path, state, recipe, data_fingerprint)
     load_weights(path / WEIGHTS, network)
     tensors = safetensors.torch.load_file(path / OPTIMIZER)
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
-            continue  # it is no parameter of the optimizer
+            continue  # frozen: not in the optimizer
         optimizer.state[parameter] = {}
         for key in [key for key in tensors if key.rpartition(".")[0] == name]:
             value = tensors.pop(key)
@@ -326,7 +360,7 @@ def export(attempt: Attempt, network: nn.Module, config: dict[str, Any]) -> None
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors refuses channels-last memory; the layout is the loading side's business.
+    # safetensors refuses channels-last memory; the loader restores the layout.
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -340,7 +374,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     failure.beat()
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone, whatever the umask
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
     with path.open("rb") as file:
         os.fsync(file.fileno())
         failure.beat()

@@ -9,7 +9,7 @@ import psutil
 
 
 class Clock:
-    """Seconds by what they were spent on, from the start of this process on; first of all on `start`.
+    """Wall time by activity, from the start of this process on; the first activity is `start`.
 
     This is host time: work on a GPU is counted wherever the host waits for it.
     """
@@ -21,14 +21,14 @@ class Clock:
         self._since = time.perf_counter() - (time.time() - psutil.Process().create_time())
 
     def on(self, what: str) -> None:
-        """From now on the time is spent on this."""
+        """Starts counting time for `what`."""
         now = time.perf_counter()
         self.seconds[self._what] += now - self._since
         self._what, self._since = what, now
 
     @contextmanager
     def within(self, what: str) -> Iterator[None]:
-        """A block whose time is spent on this, and then on what it was spent on before."""
+        """Counts the block's time for `what`, then for the previous activity again."""
         before = self._what
         self.on(what)
         try:

@@ -7,7 +7,7 @@ from cifar import stop
 
 
 def of_job() -> int:
-    """All that its processes on this machine may use together."""
+    """Cores that all of the job's processes on this machine may use together."""
     return min(available(), asked_for() * local_processes() or available())
 
 
@@ -17,7 +17,7 @@ def local_processes() -> int:
 
 
 def available() -> int:
-    """Those that this process may run on, or fewer where a container has a limit."""
+    """Cores that this process may run on, within the container's quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         limit = int(quota) // int(period)
@@ -27,10 +27,10 @@ def available() -> int:
 
 
 def asked_for() -> int:
-    """The CPU threads that somebody gave by OMP_NUM_THREADS or --num_cpu_threads_per_process, 0 where nobody did.
+    """The number of CPU threads set by OMP_NUM_THREADS or --num_cpu_threads_per_process; 0 if none was.
 
-    Launchers set the variable to 1 where nobody has said anything, which would leave all cores but one idle; what was
-    there before them is seen in their own environment.
+    Launchers set the variable to 1 if the user did not, which would leave all but one core idle; the launcher's own
+    environment shows what the user set.
     """
     import psutil  # processes that decode images import this module, too, and never ask
 
@@ -38,8 +38,11 @@ def asked_for() -> int:
     try:
         launcher = psutil.Process().parent()
         before, words = launcher.environ(), " ".join(launcher.cmdline())
-    except (psutil.Error, AttributeError):  # it is gone, or another user's
+    except (psutil.Error, AttributeError):  # it has exited, or belongs to another user
         before, words = {}, ""
-    launched = any(name in os.environ and name not in before for name in stop.SET_BY_LAUNCHERS)
-    asked = not launched or "OMP_NUM_THREADS" in before or "num_cpu_threads_per_process" in words.replace("-", "_")
+    asked = (
+        not stop.launched(before)
+        or "OMP_NUM_THREADS" in before
+        or "num_cpu_threads_per_process" in words.replace("-", "_")
+    )
     return int(number) if asked and number.isdecimal() else 0

@@ -1,9 +1,9 @@
-"""The device that a process trains on: decided here alone, from what was asked for, and never silently another one.
+"""Chooses the training device, in this place only; there is no silent fallback.
 
-What asks for CPUs: CIFAR_DEVICE=cpu, `accelerate launch --cpu` or `use_cpu: true` for one process, and hidden GPUs
-(CUDA_VISIBLE_DEVICES=-1, which `gpu_ids: "-1,-1"` in a configuration file sets). What asks for GPUs: CIFAR_DEVICE=cuda,
-which slurm/train.sbatch sets for jobs that have some. Otherwise a process takes the GPU that there is, and launch.py
-compares the ranks' choices.
+The CPU is requested by CIFAR_DEVICE=cpu, by `accelerate launch --cpu` or `use_cpu: true` for one process, and by hidden
+GPUs (CUDA_VISIBLE_DEVICES=-1, which `gpu_ids: "-1,-1"` in a configuration file sets). GPUs are requested by
+CIFAR_DEVICE=cuda, which slurm/train.sbatch sets for jobs that have some. Otherwise a GPU is used if there is one;
+launch.py compares the ranks' choices.
 """
 
 import os
@@ -21,7 +21,7 @@ VARIABLE = "CIFAR_DEVICE"
 
 
 class Device(NamedTuple):
-    """What kind of device it is, and over what its processes talk."""
+    """A device type and its communication backend."""
 
     kind: Literal["cpu", "cuda"]
 
@@ -68,8 +68,8 @@ def compare(kinds: Mapping[str, str]) -> None:
     without = sorted({machine for machine, kind in kinds.items() if kind == "cpu"})
     if without and len(without) < len(set(kinds)):
         raise UserError(
-            f"{', '.join(without)} has no GPU that torch can use, and the other machines have; look at nvidia-smi "
-            f"there and exclude it, or set {VARIABLE}=cpu for all"
+            f"{', '.join(without)} has no GPU that torch can use, but the other machines have one; look at "
+            f"nvidia-smi there and exclude it, or set {VARIABLE}=cpu for all"
         )
 
 
@@ -86,12 +86,12 @@ class Mark:
         self.made = time.perf_counter()  # on the host
 
     def wait(self) -> None:
-        """Returns once the device has done all that it was given before."""
+        """Waits until the device has finished all work queued before this mark."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """The time that lies between two timed marks. Waits until the device has come to this one."""
+        """Seconds between two timed marks. Waits until the device has reached this one."""
         self.wait()
         if self._event is None or earlier._event is None:
             return self.made - earlier.made

@@ -1,12 +1,14 @@
-"""The one exception that a user is meant to see, a command line that raises it, and output that may be cut off."""
+"""User-facing errors, a command-line parser that raises them, and output that survives closed streams."""
 
 import argparse
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -19,15 +21,27 @@ class UserError(Exception):
 
     @property
     def prefix(self) -> str:
-        """What stands before the line; a stop request that was heard (status 0) is no error."""
+        """The prefix of the message; empty for a handled stop request (status 0)."""
         return "error: " if self.status else ""
 
 
 class LostError(UserError):
-    """Nothing that was asked for is wrong, but something that the run needs is gone. The scripts exit with 1."""
+    """The input is fine, but something that the run needs was lost. The scripts exit with 1."""
 
     def __init__(self, line: str) -> None:
         super().__init__(line, 1)
+
+
+# What a file server answers that is restarted or unreachable for a while.
+LOST = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_error(error: OSError, what: str, advice: str) -> UserError:
+    """A file system's error in one line: LostError where a later attempt may succeed, else UserError with `advice`."""
+    if error.errno in LOST:
+        return LostError(f"{what} ({error.strerror}); the file system fails, start the same command again")
+    return UserError(f"{what} ({error.strerror}); {advice}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,21 +53,46 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def command_line(program: str) -> Iterator[None]:
-    """Around a program: a user's mistake ends it in one line with exit status 2, Ctrl-C with 130, as in a shell."""
+    """Wraps a program: a UserError becomes one line and its exit status, Ctrl-C exits with 130, as in a shell.
+
+    So does a disk without room for stdout. A reader who has seen enough, as `head`, is no error: status 141, no line.
+    """
+    before = sys.stdout, sys.stderr
+    _prepare_streams()
+    sys.stdout, sys.stderr = _NeededOutput(sys.stdout), _Output(sys.stderr)
     try:
-        yield
+        try:
+            yield
+            sys.stdout.flush()
+        except _OutputError as lost:
+            if lost.error.errno == errno.EPIPE:
+                sys.exit(128 + signal.SIGPIPE)
+            raise disk_error(lost.error, "stdout cannot be written", "make room, or write it to another disk") from None
     except UserError as error:
         print(f"{program}: {error.prefix}{error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Output):
+                stream.end()
+        sys.stdout, sys.stderr = before
+
+
+class _OutputError(Exception):
+    """stdout cannot be written; what is still written to it is dropped."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"{error}")
+        self.error = error
 
 
 class _Output:
     """A stream that drops what it cannot write: a closed pipe, a closed terminal or a full disk."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream: TextIO = stream._stream if isinstance(stream, _Output) else stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -71,18 +110,43 @@ class _Output:
         except OSError as error:
             self._dropped(error)
 
+    def end(self) -> None:
+        """Writes what is left, or drops it: Python would try once more at its exit, and fail."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._close()
+
     def _dropped(self, error: OSError) -> None:
-        if error.errno == errno.ENOSPC:
-            return  # there may be room again
-        with suppress(OSError):  # Python would try once more to write what is left, at the end
+        if error.errno != errno.ENOSPC:  # there may be room again
+            self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
 
 
+class _NeededOutput(_Output):
+    """A stream that is what the program is for: it raises _OutputError when it cannot write."""
+
+    def _dropped(self, error: OSError) -> None:
+        self._close()
+        raise _OutputError(error) from None
+
+
 def outlive_readers() -> None:
-    """From now on nothing fails because of stdout and stderr: nobody reads them any more, or they know ASCII alone."""
+    """Keeps the program alive when stdout or stderr is closed, full or limited to ASCII."""
+    _prepare_streams()
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+
+
+def _prepare_streams() -> None:
+    """Replaces closed streams, and lets one that is limited to ASCII take any text."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)

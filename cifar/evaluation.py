@@ -1,4 +1,4 @@
-"""What a network says about the test images: all ranks take part, and every image is evaluated exactly once."""
+"""Distributed evaluation: every test image is evaluated exactly once, over all ranks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,21 +16,21 @@ from cifar import failure, profiling, ranks, stop
 from cifar.data.augment import normalize, resize
 from cifar.data.cache import Data
 
-EVALUATION_BATCH = 500  # images of a process at a time: little memory beside a training step's
-# Batches after which the ranks look whether one was asked to stop, by kind of device: every second or so.
+EVALUATION_BATCH = 500  # images per process and forward pass: needs little memory beside a training step's
+# Batches between checks for stop requests, by device type: about one check per second.
 STOP_EVERY = {"cpu": 1, "cuda": 64}
 
 
 class View(NamedTuple):
-    """How a test image is shown: moved by `shift` pixels down and right, `size` pixels a side, mirrored or not."""
+    """A view for TTA: shifted by `shift` pixels down and right, resized to `size` pixels a side, mirrored or not."""
 
     shift: int
     size: int
     mirrored: bool
 
 
-# Three places, as in airbench94, and two sizes below. On a held-out tenth of the training images the three places alone
-# gave 0.16 points less (three runs of `speedrun`), five places without the sizes 0.11 less.
+# Three shifts, as in airbench94, and two smaller sizes. On a held-out tenth of the training images the three shifts
+# alone scored 0.16 points less (three runs of `speedrun`), five shifts without the sizes 0.11 less.
 VIEWS = tuple(
     View(*place, mirrored) for place in ((0, 32), (-1, 32), (1, 32), (0, 28), (0, 24)) for mirrored in (False, True)
 )
@@ -54,7 +54,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluates every test image exactly once, spread over the ranks; None if any rank was asked to stop meanwhile.
 
-    `images` are the test images, uint8 [n, 32, 32, 3], best on the device already. With `tta`, the least confident
+    `images` are the test images, uint8 [n, 32, 32, 3], ideally on the device already. With `tta`, the least confident
     quarter is then evaluated again, by the mean logits of `VIEWS`. For the other three quarters test-time augmentation
     hardly ever changes anything (github.com/hiverge/cifar10-speedrun).
     """
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def evaluate_whole(accelerator: Accelerator, network: nn.Module, images: torch.Tensor, data: Data) -> Evaluation:
-    """See `evaluate`; for programs that catch no stop requests, which end them at once."""
+    """Like `evaluate`, but never None: for programs that do not catch stop requests, which end them at once."""
     evaluated = evaluate(accelerator, network, images, data)
     if evaluated is None:
         raise AssertionError("an evaluation ends early only where stop requests are caught")
@@ -84,7 +84,7 @@ def evaluate_whole(accelerator: Accelerator, network: nn.Module, images: torch.T
 
 
 def share(accelerator: Accelerator, count: int) -> npt.NDArray[np.int64]:
-    """Which of so many images this rank evaluates."""
+    """The indices, out of `count`, of the images that this rank evaluates."""
     return np.arange(accelerator.process_index, count, accelerator.num_processes)
 
 
@@ -104,7 +104,7 @@ def _predict(
     for buffer in network.buffers():
         broadcast(buffer)
     count, own = len(chosen), share(accelerator, len(chosen))
-    # Filled up with -1 to the same number of images on all ranks.
+    # Padded with -1 to the same length on all ranks.
     mine = np.full(-(-count // accelerator.num_processes), -1)
     mine[: len(own)] = own
     index = torch.from_numpy(chosen[own]).to(images.device)
@@ -125,7 +125,7 @@ def _predict(
                 return None
     finally:
         network.train()
-    # Each row with its image's place, since who evaluated what is what is to be checked.
+    # Each row carries its image's index, so that completeness can be checked.
     places = torch.from_numpy(mine).to(rows)[:, None]
     gathered = accelerator.gather(torch.cat((places, rows), dim=1)).cpu().numpy()
     gathered = gathered[gathered[:, 0] >= 0]
@@ -136,7 +136,7 @@ def _predict(
 
 
 def apply_view(images: torch.Tensor, view: View) -> torch.Tensor:
-    """Normalised images [n, 3, h, w] as the view has them; what lies beyond an edge is the mirror image."""
+    """Applies a view to normalised images [n, 3, h, w]; shifts reflect at the edges."""
     if view.shift:
         side = images.shape[-1]
         begin = 1 - view.shift

@@ -1,9 +1,9 @@
-"""A trained network as one file for other programs: ONNX, or a program of torch.export.
+"""Exports a trained network as one file for other programs: ONNX or torch.export.
 
     python -m cifar.export --run runs/resnet --output resnet.onnx
 
-It takes uint8 RGB images [n, 32, 32, 3], any n, and gives probabilities float32 [n, classes]: weights, normalisation
-and names of the classes are inside. It gets its name once its answers are those of the run's network.
+It takes uint8 RGB images [n, 32, 32, 3], any n, and returns probabilities float32 [n, classes]: weights, normalisation
+and class names are inside. The file gets its name only after its outputs have been compared with the run's network.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from cifar import files, names
-from cifar.errors import Parser, UserError, command_line
+from cifar.errors import Parser, UserError, command_line, outlive_readers
 from cifar.explain import runs
 from cifar.explain.findings import Float, UInt8
 
@@ -60,9 +60,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def export(run: runs.Run, test_images: UInt8, output: Path) -> tuple[Float, float]:
-    """Writes and verifies `output`; returns its probabilities of the test images, and how far they are off at most.
+    """Writes and verifies `output`; returns its probabilities on the test images, and their largest error.
 
-    Raises UserError where they are not those of the run's network.
+    Raises UserError if they are not those of the run's network.
     """
     import torch
 
@@ -73,7 +73,7 @@ def export(run: runs.Run, test_images: UInt8, output: Path) -> tuple[Float, floa
         answers: Float = runs.logits(run, network, images).softmax(dim=1).numpy()
         return answers
 
-    # Other programs know nothing of channels-last; a copy, since the order of the sums changes with it.
+    # A contiguous copy: other runtimes do not know channels-last, and the layout changes the order of sums.
     plain: torch.nn.Module = runs.load(run, on_cpu).to(memory_format=torch.contiguous_format)
     whole = _with_normalization(plain, run)
     write, load = {".onnx": (_write_onnx, _load_onnx), ".pt2": (_write_pt2, _load_pt2)}[output.suffix]
@@ -83,7 +83,7 @@ def export(run: runs.Run, test_images: UInt8, output: Path) -> tuple[Float, floa
         program = load(temporary)
         found, expected = (_of_all(answers, test_images) for answers in (program, reference))
         _compare(found, expected)
-        _compare(program(test_images[:1]), expected[:1])  # another n
+        _compare(program(test_images[:1]), expected[:1])  # another batch size
     return found, float(np.abs(found - expected).max())
 
 
@@ -157,7 +157,7 @@ def _of_all(program: Program, images: UInt8) -> Float:
 
 
 def _compare(found: Float, expected: Float) -> None:
-    """Raises UserError where probabilities differ by more than TOLERANCE, or a class does that was not a near tie."""
+    """Raises UserError if probabilities differ by more than TOLERANCE, or classes differ that are no near tie."""
     difference = np.abs(found - expected).max()
     second, first = np.sort(expected, axis=1)[:, -2:].T
     others = (found.argmax(axis=1) != expected.argmax(axis=1)) & (first - second > TOLERANCE)
@@ -176,14 +176,31 @@ def _under_another_name(output: Path) -> Iterator[Path]:
         with runs.written_to(output.parent):
             yield temporary
             files.sync(temporary)
-            os.link(temporary, output)  # unlike a renaming, it fails where somebody else has made one
+            _name(temporary, output)
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
+def _name(temporary: Path, output: Path) -> None:
+    """Gives the file its name; raises OSError where somebody else has made one, unlike a renaming."""
+    try:
+        os.link(temporary, output)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with output.open("xb") as file:
+            try:
+                file.write(temporary.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                output.unlink()
+                raise
+
+
 def start(asked: argparse.Namespace) -> None:
-    """Exports, and says how exact the file is."""
+    """Exports, and prints the largest difference."""
     run = runs.open_run(asked.run)
 
     data = runs.images(run, asked.data)
@@ -200,7 +217,9 @@ def start(asked: argparse.Namespace) -> None:
 def main() -> None:
     """Reads the command line and exports."""
     with command_line("cifar.export"):
-        start(parse_command_line(sys.argv[1:]))
+        asked = parse_command_line(sys.argv[1:])
+        outlive_readers()  # the file is what was asked for, not the lines about it
+        start(asked)
 
 
 if __name__ == "__main__":

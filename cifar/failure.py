@@ -1,13 +1,16 @@
-"""Failing together: when one rank raises, dies or hangs, all of them end, and soon, with the same line.
+"""Fault handling across ranks: when one rank raises, dies or hangs, all end soon, with the same message.
 
-Left to itself, a rank whose peer has died gets a network error that names nobody (gloo), or waits inside the device for
-ever (NCCL); one whose peer hangs waits half an hour. Here each rank says in a store that all of them reach (the
-rendezvous', in the launcher's process) why it ends. Two threads in each rank need no main thread for that: one
-tells the store every second that the rank is there and where its main thread is, and looks what the other ranks say;
-the other one ends this process, with the line that tells why, when another rank has failed or fallen silent, when
-nothing has moved for too long, or when a stop request is repeated because nothing moves. The line of a hang says where
-in the code each rank is, so that a rank that waits for a file system can be told from those that wait for that rank. A
-single process is watched in the same way, without a store.
+By default a rank whose peer died gets an anonymous network error (gloo) or waits forever inside the device (NCCL), and
+one whose peer hangs waits half an hour. Here each rank reports why it ends in a key-value store that all can reach (the
+rendezvous store, in the launcher's process). Two daemon threads per rank do this without the main thread:
+
+- The heartbeat thread reports every second that the rank is alive and where its main thread is, and reads the others'
+  reports.
+- The watchdog thread ends the process, with a message that says why, when another rank has failed or has no heartbeat,
+  when there is no progress for too long (hang timeout), or when a stop request is repeated because nothing moves.
+
+The message of a hang says where in the code each rank is, which tells a rank that waits for a file system from those
+that wait for it. A single process is watched in the same way, without a store.
 """
 
 import atexit
@@ -33,15 +36,15 @@ from cifar.errors import UserError, outlive_readers
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
 HANG_SECONDS = 120
-SETUP_SECONDS = 900  # until all ranks have come and opened their data: imports from a slow file system, a download
-GRACE_SECONDS = 4  # for the other ranks to say that they are there, and for the main thread to end by itself
-SILENT_SECONDS = 5  # without a heartbeat before a rank is looked for
-PATIENCE_SECONDS = 10  # without a move before a repeated stop request ends the process
+SETUP_SECONDS = 900  # hang timeout until all ranks have opened their data: imports from a slow disk, a download
+GRACE_SECONDS = 4  # to wait for heartbeats in a roll call, and for the main thread to end by itself
+SILENT_SECONDS = 5  # without a heartbeat before a roll call
+PATIENCE_SECONDS = 10  # without progress before a repeated stop request ends the process
 TICK_SECONDS = 1.0
-LAST_SECONDS = 2  # by which rank 0 leaves after the others: see `leave`
+LAST_SECONDS = 2  # how much later than the others rank 0 exits: see `leave`
 
 USER_ERROR = 2  # the exit status of a user's mistake, which the same command would make again
-LEFT = "left"  # said by a rank that has nothing more to do with the others
+LEFT = "left"  # the heartbeat of a rank that takes part in no more collectives
 _ROOT = Path(__file__).parents[1]
 
 Record = Callable[[str, str, bool], None]  # state and reason for status.json, and whether in rank 0's place
@@ -60,13 +63,13 @@ class End(NamedTuple):
 
 
 class _Watch:
-    """What this process knows of its own progress, and the thread that ends it."""
+    """The watchdog: this process's progress, and the thread that ends the process."""
 
     def __init__(self) -> None:
         self.hang_seconds = hang_seconds()
         self.tick = min(TICK_SECONDS, self.hang_seconds / 10)
         self.limit, self.training = float(SETUP_SECONDS), False
-        self.moved, self.computed = time.monotonic(), time.process_time()  # at the last move
+        self.moved, self.computed = time.monotonic(), time.process_time()  # at the last progress
         self.on_cpu = False
         self.peers: _Peers | None = None
         self.failed: End | None = None
@@ -110,14 +113,14 @@ class _Watch:
             self.end(self._hang)
 
     def _computes(self, still: float) -> bool:
-        """Whether this is a process alone, which waits for no other one, and busy with a very long step."""
+        """Whether this is a single process that is still computing on its CPU: a slow step, not a hang."""
         busy = time.process_time() - self.computed > still / 10
         return self.on_cpu and self.peers is None and busy
 
     def _stopped_again(self, number: int, still: float) -> End:
         line = (
             f"{signal.Signals(number).name} again, and nothing has moved for {still:.0f} s (in {self.position()}): "
-            "ended without saving; the same command goes on from the last checkpoint"
+            "ended without saving; the same command resumes from the last checkpoint"
         )
         return End(line, 128 + number)
 
@@ -127,7 +130,7 @@ class _Watch:
             return self._silent(reason)
         found = peers.roll_call(reason)
         if found is None and (still := peers.still()) < self.limit:
-            # One of them moves, e.g. through a download, and the others wait for it.
+            # Another rank makes progress, e.g. in a download, and the others wait for it.
             self.moved = max(self.moved, time.monotonic() - still)
             return None
         return found or peers.where_all_are(reason)
@@ -155,7 +158,7 @@ class _Watch:
             self.lock.release()
 
     def _write(self, end: End) -> None:
-        """Has the run directory say why. In a thread: a file system that does not answer may be the reason."""
+        """Records the reason in the run directory. In a thread: an unresponsive file system may be the reason."""
         if self.record is not None:
             arguments = (end.state, end.line, self.succeeds_first())
             record = threading.Thread(target=self.record, args=arguments, daemon=True)
@@ -163,7 +166,7 @@ class _Watch:
             record.join(GRACE_SECONDS)
 
     def succeeds_first(self) -> bool:
-        """Whether this rank is to write what rank 0 cannot."""
+        """Whether this rank records the failure in place of rank 0."""
         return self.peers is not None and self.peers.succeeds_first
 
     def position(self) -> str:
@@ -189,14 +192,14 @@ def _place(thread: int) -> str:
 
 
 class _Peers:
-    """The store, and what this rank knows of the others."""
+    """The shared store, and this rank's view of the others."""
 
     def __init__(self, watch: _Watch, rank: int, ranks: int) -> None:
         machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on each
         self.watch, self.rank, self.next = watch, rank, (rank + 1) % ranks
         self.hosts = [f"machine {other // machine}" for other in range(ranks)]  # until `introduce` tells their names
         self.heartbeat = ""  # the next rank's
-        self.heard = self.told = time.monotonic()  # when that last changed, and when the store last answered
+        self.heard = self.told = time.monotonic()  # when that last changed, when the store last answered
         self.first: End | None = None  # what the rank said that failed first
         self.said: list[str] = []  # what the ranks said at the last roll call that all have answered
         self.succeeds_first = False  # rank 0 does not answer, and this is the lowest rank that does
@@ -223,7 +226,7 @@ class _Peers:
         return f"rank {rank} on {self.hosts[rank]}"
 
     def _tell(self, store: Any) -> None:
-        """Says every second that this rank is there and where, and looks what the others say. Ends with the store."""
+        """The heartbeat thread: reports this rank's position and reads the others' reports. Ends with the store."""
         beats = 0
         with suppress(RuntimeError):
             while not self.leaving.is_set():
@@ -240,9 +243,9 @@ class _Peers:
             store.set(f"alive/{self.rank}", LEFT)
 
     def silent(self, now: float, still: float) -> bool:
-        """Whether the next rank has fallen silent; if the store has, only if nothing has moved for some time, either.
+        """Whether the next rank's heartbeat has stopped; if the store is gone too, only after PATIENCE_SECONDS idle.
 
-        The store may have gone with a launcher that was killed, and then the ranks are to save and to stop.
+        A killed launcher takes the store with it, and then the ranks are to save and stop.
         """
         store_answers = now - self.told < SILENT_SECONDS
         return now - self.heard > SILENT_SECONDS and (store_answers or still > PATIENCE_SECONDS)
@@ -261,7 +264,7 @@ class _Peers:
         return answers[0] if answers else otherwise
 
     def first_failure(self, end: End) -> End:
-        """What the rank says that failed first: this one, if it is the first to say so."""
+        """The failure that any rank reported first; `end`, which is then reported, if there was none before."""
         return self.ask(lambda: End(*json.loads(self.store.compare_set("first", "", json.dumps(end)))), end) or end
 
     def roll_call(self, reason: str) -> End | None:
@@ -294,7 +297,7 @@ class _Peers:
         return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1)
 
     def still(self) -> float:
-        """After a roll call that all ranks have answered: for how many seconds none of them has moved."""
+        """After a roll call that all ranks have answered: seconds since any of them made progress."""
         return min((float(said.split(" ")[1]) for said in self.said if said != LEFT), default=math.inf)
 
     def where_all_are(self, reason: str) -> End:
@@ -315,7 +318,7 @@ _watch: _Watch | None = None
 
 
 def start() -> None:
-    """From now on this rank's failure is every rank's, and a hang, of one that never comes too, ends the job."""
+    """Starts the watchdog: one rank's failure ends all; so does a hang, and a rank that never starts."""
     global _watch
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     _watch = _Watch()
@@ -324,13 +327,13 @@ def start() -> None:
 
 
 def computes_on_cpu() -> None:
-    """A process alone that still computes on its CPU is slow, and does not hang."""
+    """Tells the watchdog that this process computes on its CPU: alone and busy, it is slow, not hung."""
     if _watch:
         _watch.on_cpu = True
 
 
 def introduce(hosts: list[str]) -> None:
-    """Once the ranks have met: the host of each."""
+    """Sets the ranks' host names, once they are known."""
     if _watch and _watch.peers:
         _watch.peers.hosts = hosts
 
@@ -341,7 +344,7 @@ def name(rank: int) -> str:
 
 
 def exchange(what: str, value: str) -> list[str]:
-    """What each rank says about something before the ranks have met. The watch ends a wait for one that never comes."""
+    """All-gather through the store, before there is a process group. A missing rank ends in a hang timeout."""
     peers = _watch.peers if _watch else None
     if peers is None:
         return [value]
@@ -353,21 +356,21 @@ def exchange(what: str, value: str) -> list[str]:
 
 
 def ready() -> None:
-    """All ranks have come and opened their data: until the first step, the limit is that of a step's by default."""
+    """Marks that all ranks have opened their data: until the first step the hang timeout is at least HANG_SECONDS."""
     if _watch:
         _move(_watch)
         _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
 
 
 def beat() -> None:
-    """Training moves: called with every step, every batch of an evaluation and every file of a checkpoint."""
+    """Reports progress: call it after every step, evaluation batch and checkpoint file."""
     if _watch:
         _move(_watch)
         _watch.limit, _watch.training = _watch.hang_seconds, True
 
 
 def working() -> None:
-    """What may take many minutes moves, e.g. a download. The limit stays what it is."""
+    """Reports progress of a long operation, e.g. a download; the timeout stays the same."""
     if _watch:
         _move(_watch)
 
@@ -377,13 +380,13 @@ def _move(watch: _Watch) -> None:
 
 
 def when_ended(record: Record | None) -> None:
-    """What is to be done with state and reason if no code of the main thread can do it."""
+    """Registers what records state and reason when the watchdog ends the process."""
     if _watch:
         _watch.record = record
 
 
 def disable_watchdog() -> None:
-    """Ends the watch over the other ranks: what this rank still does, it does alone."""
+    """Stops watching the other ranks: no collectives follow."""
     if _watch:
         peers, _watch.peers = _watch.peers, None
         _move(_watch)
@@ -395,9 +398,9 @@ def disable_watchdog() -> None:
 
 @contextmanager
 def command_line(program: str) -> Iterator[None]:
-    """Around a program of several ranks: a user's mistake ends it in one line, which rank 0 says, and exit status 2.
+    """Wraps a program of several ranks: a UserError becomes one line, printed by rank 0, and its exit status, mostly 2.
 
-    Ctrl-C, where it is not caught, ends it with 130, as in a shell.
+    An uncaught Ctrl-C exits with 130, as in a shell.
     """
     outlive_readers()
     # Before torch is imported: when a rank dies, NCCL's watchdog writes 30 lines in each other one, and names none.
@@ -405,7 +408,7 @@ def command_line(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             print(f"{program}: {error.prefix}{error}", file=sys.stderr)
         leave(error.status)
     except KeyboardInterrupt:
@@ -413,16 +416,21 @@ def command_line(program: str) -> Iterator[None]:
     leave(0)
 
 
+def _speaks() -> bool:
+    """Whether this process says what all ranks know: rank 0 does, or one that is alone, whatever its RANK."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1")
+
+
 def leave(status: int) -> NoReturn:
-    """Ends this process as sys.exit does, but among ranks without taking Python down while torch's threads run.
+    """Exits like sys.exit, but with several ranks without finalising Python while torch's threads run.
 
-    A thread of gloo or DDP that still gives back a Python object then is ended inside C++ that cannot be unwound: the
-    rank, which had done everything, aborts with "terminate called without an active exception", and its launcher
-    calls the job failed. Seen at the end of 1 of some hundred runs of two processes (torch 2.14).
+    A gloo or DDP thread that releases a Python object during finalisation is terminated inside C++ code that cannot be
+    unwound: a rank that had finished aborts with "terminate called without an active exception", and its launcher
+    reports a failed job. Seen in 1 of some hundred runs of two processes (torch 2.14).
 
-    Of several machines, the first one's launcher holds the store in which the launchers wait for each other, and ends
-    as soon as the last has come: one that has said so but does not wait yet finds it gone and prints 40 lines about it.
-    Hence rank 0, whose launcher should come last, leaves last.
+    With several machines, the first launcher hosts the store in which the launchers wait for each other, and exits once
+    the last has reported; one that has reported but does not wait yet finds the store gone and prints 40 lines. So rank
+    0, whose launcher should be last, exits last.
     """
     if status == USER_ERROR:
         _tell_the_job(status)
@@ -461,15 +469,15 @@ def cause(error: BaseException) -> End:
 
 
 def in_place_of_rank_0() -> bool:
-    """Whether this rank is to write what rank 0, which does not answer, cannot."""
+    """Whether this rank records the failure in place of rank 0, which does not answer."""
     return _watch is not None and _watch.succeeds_first()
 
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Around all that ranks do together: an error on one of them ends all of them with that error as their last line.
+    """Wraps everything that ranks do together: an error on one ends all of them, with that error as the last line.
 
-    A rank whose own error it is prints its traceback first. A user's error leaves the block as UserError.
+    The rank with the error prints its traceback first. A user error leaves the block as UserError.
     """
     try:
         yield
@@ -485,7 +493,7 @@ def shared() -> Iterator[None]:
 
 
 def _caused_by_a_peer(error: BaseException) -> bool:
-    """Is it the kind of error that a rank gets because of another one? gloo raises plain RuntimeErrors."""
+    """Whether an error is the consequence of another rank's. gloo raises plain RuntimeErrors."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
@@ -500,15 +508,15 @@ def hang_seconds() -> int:
 
 
 def _say_and_exit(line: str, status: int) -> NoReturn:
-    """Ends this process at once: leaving by the interpreter's ordinary end would wait for what never ends."""
+    """Exits at once: a normal interpreter exit would wait for threads that never end."""
     program = Path(sys.argv[0]).name
     with suppress(OSError, ValueError):
         sys.stdout.flush()
-    # One write, where print makes two: the other ranks say the same line in the same moment. What they agree on and
-    # what the user knows is said once.
+    # A single write (print makes two), since all ranks print the same line at once. User errors and stops are printed
+    # by rank 0 only.
     with suppress(OSError, ValueError):
         if status in (0, USER_ERROR):
-            if os.environ.get("RANK", "0") == "0":
+            if _speaks():
                 sys.stderr.write(f"{program}: {'error: ' if status else ''}{line}\n")
         else:
             sys.stderr.write(f"{program}: error: {line}\n")
@@ -519,7 +527,7 @@ def _say_and_exit(line: str, status: int) -> NoReturn:
 
 
 def _tell_the_job(status: int) -> None:
-    """Says that a restart would be no use: in a file, for a job script; and to torch's launcher, by ending it.
+    """Prevents a useless restart: leaves a file for the job script, and ends torch's launcher.
 
     The launcher restarts ranks whatever their exit status was (--max_restarts), and hears nothing else.
     """

@@ -1,4 +1,4 @@
-"""Pictures of a run: sample images, learning curves, the confusion matrix. And panels, of which pictures are made."""
+"""Figures of a run (samples, learning curves, confusion matrix), and the panels that they are composed of."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ def samples(strips: Mapping[str, tuple[UInt8, Sequence[int]]], classes: Sequence
 
 
 def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
-    """Loss, accuracy and learning rate over the epochs; the training loss alone may be one with smoothed labels."""
+    """Loss, accuracy and learning rate over the epochs; only the training loss uses label smoothing."""
     with plotting.own_style():
         figure = plotting.Figure(figsize=(12, 3.6), dpi=plotting.DPI)
         # Drawn after every epoch: a layout that matplotlib finds by itself takes as long as the drawing.
@@ -109,10 +109,10 @@ def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
 
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:
-    """Counts by true class (rows) and predicted class (columns); the colour scale is that of the mistakes.
+    """Counts by true class (rows) and predicted class (columns); colours are scaled to the mistakes.
 
-    Few classes have their numbers in the cells. Of many, a cell is a few pixels, and where a line of text is taller
-    than those, every second, fifth, ... class has its name beside them: the picture does not grow with the classes.
+    Up to MOST_NUMBERS classes, cells contain their counts. With more, cells shrink, and once they are less tall than a
+    line of text only every 2nd, 5th, ... class is labelled: the size of the figure stays bounded.
     """
     count = len(classes)
     mistakes = np.where(np.eye(count, dtype=bool), 0, matrix)
@@ -125,7 +125,7 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:
     margin = GAP + LINE + GAP + max(map(lettering.length, names))  # an axis' title, and the names
 
     side, top = cell * count, LINE + GAP
-    scale = lettering.of(f"dark blue: no mistake, yellow: {most:,}; no colour: right" if most else "no mistakes")
+    scale = lettering.of(f"dark blue: no mistakes, yellow: {most:,}; white: correct" if most else "no mistakes")
     width = max(margin + side + GAP, lettering.length(scale) + 2 * GAP)
     image = Image.new("RGB", (width, top + side + margin), "white")
     lettering.write(image, (GAP, 4), scale)
@@ -147,7 +147,7 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:
 
 
 def _tick_labels(names: Sequence[Line], step: int, size: tuple[int, int]) -> Image.Image:
-    """Names under each other, so many pixels apart, that end at the right."""
+    """Right-aligned names, one every `step` pixels."""
     image = Image.new("RGB", size, "white")
     for number, name in enumerate(names):
         lettering.write(image, (image.width - 4 - lettering.length(name), number * step), name)

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, or a full disk, leaves the old content or the new and nothing between."""
+"""Atomic file writes: after a crash or a full disk, a file has its old content or the new."""
 
 import os
 import secrets

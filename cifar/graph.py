@@ -1,17 +1,17 @@
 """A step's gradients as a CUDA graph: forward, loss and backward are recorded once and then launched as one.
 
-With 64 images for each GPU, launching some 400 kernels one by one takes longer than computing them. The graph holds the
-bare network: DDP's hooks belong to the stream on which it was made, and its reducer changes while it warms up. Even the
-parameters' own autograd nodes, which DDP keeps alive, belong to that stream, and a capture that meets them fails: the
-graph's gradients are those of leaves of its own, which share the parameters' memory. The ranks' gradients lie in one
-flat tensor instead, which one all-reduce averages after the replay. That all-reduce does not overlap with the backward
-pass, as DDP's do, which is why DDP stays wherever no graph is replayed.
+With 64 images per GPU, launching some 400 kernels one by one takes longer than running them. The graph captures the
+bare network: DDP's hooks and reducer are tied to another stream and change during warm-up. Even the parameters'
+autograd nodes, which DDP keeps alive, belong to that stream and would make the capture fail, so gradients are taken
+with respect to detached leaves that share the parameters' memory. They lie in one flat tensor, averaged by one
+all-reduce after the replay. It does not overlap with the backward pass, as DDP's does, so DDP is used wherever no graph
+is replayed.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch.func import functional_call
 from cifar import failure, loop, ranks
 from cifar.recipes import Recipe
 
-WARM_UP = 3  # eager steps before a capture, in which libraries choose and allocate what they need
+WARM_UP = 3  # eager steps before a capture, for autotuning and allocation
 TOLERANCE = 1e-3  # of the gradients' norm, by which a replay may differ from the eager step, unless --deterministic
 
 KINDS = ("cuda",)  # of devices that have graphs
@@ -39,7 +39,7 @@ def gradient_function(
     own_work: loop.OwnWork,
     network: nn.Module,
 ) -> GradientFunction:
-    """What computes the gradients of a step: graphs where they are wanted and there are such, or the eager step."""
+    """Returns what computes a step's gradients: a CUDA graph if wanted and supported, else the eager step."""
     if wanted == "auto" and accelerator.device.type in KINDS:
         return GraphedGradients(accelerator, recipe, own_work, network)
     return partial(loop.accumulate_gradients, accelerator, recipe, own_work)
@@ -50,7 +50,7 @@ class GraphedGradients:
 
     There is one graph for each size of the images and set of parameters that learn. Before it is used, its gradients
     are compared with those of the eager step on the same images. If the capture or the comparison fails on any rank,
-    one line says so, and all ranks go on eagerly.
+    one message says so, and all ranks continue eagerly.
     """
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe, own_work: loop.OwnWork, network: nn.Module) -> None:
@@ -143,7 +143,7 @@ class _Graph:
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return "the network is compiled"
         buffers = [buffer.clone() for buffer in self.network.buffers()]
-        generator = _generator(self.flat.device)
+        generator = dropout_generator(self.flat.device)
         state = generator.get_state()
 
         def restore() -> None:
@@ -179,36 +179,68 @@ class _Graph:
         return ""
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    """The one that dropout on this device draws from."""
+def dropout_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout on this device draws from.
+
+    torch.manual_seed would seed those of all kinds of devices. For the ones that a machine lacks it formats a
+    traceback each time, which takes the host 0.1 to 0.3 ms.
+    """
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """A block on a stream beside the current one, as a capture is; a device that has no streams runs it as it is."""
+    """Runs the block on a side stream, as a capture does; on a device without streams, directly."""
     if device.type != "cuda":
         yield
         return
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # what ran before an error still uses the tensors that the current stream goes on with
+        current.wait_stream(stream)
+
+
+@cache
+def _pool() -> "torch.cuda._POOL_HANDLE":
+    """The memory pool of all graphs: they replay one after another, and none reads what another one has left there."""
+    return torch.cuda.graph_pool_handle()
 
 
 def capture(step: Replay) -> Replay:
-    """`step` as a CUDA graph. Other threads, which write checkpoints and upload batches, may go on meanwhile."""
+    """`step` as a CUDA graph. Other threads may write checkpoints and upload batches during the capture."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        # Around it, since a capture that fails leaves this thread on the stream of the capture.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # The outer block restores this thread's stream even if the capture fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), _captured(graph, _pool()):
             step()
     except RuntimeError:
-        # Until torch 2.13 the generator then still believes to be captured, and the next dropout would fail; a capture
-        # that succeeds ends that.
-        with suppress(RuntimeError), warnings.catch_warnings(action="ignore"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            pass
+        _clean_up(_pool())
         raise
     return graph.replay
+
+
+def _captured(graph: torch.cuda.CUDAGraph, pool: "torch.cuda._POOL_HANDLE | None" = None) -> torch.cuda.graph:
+    """A context that captures into `graph`. What other threads do on the device does not make it fail."""
+    return torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
+
+
+def _clean_up(pool: "torch.cuda._POOL_HANDLE") -> None:
+    """Ends what a failed capture has left open."""
+    # The allocator would never again free a block that two streams have used: it waits for captures to end, and the
+    # capture's own end has raised before it said so. torch/_inductor/cudagraph_trees.py ends its pools like this.
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        pass  # it has been ended
+    else:
+        torch._C._cuda_releasePool(device, pool)
+    _pool.cache_clear()  # torch refuses a pool that no graph uses any more
+    # Up to torch 2.13 the generator stays in capture mode, and the next dropout would fail; a successful, empty capture
+    # resets it.
+    with suppress(RuntimeError), warnings.catch_warnings(action="ignore"), _captured(torch.cuda.CUDAGraph()):
+        pass

@@ -1,4 +1,4 @@
-"""The processes of a job: starting them right, and agreeing between them."""
+"""Sets up a job's processes: checks, Accelerator, DDP, shutdown."""
 
 import ctypes
 import os
@@ -26,32 +26,32 @@ from cifar.cores import local_processes
 from cifar.data.sources import DOWNLOAD_SECONDS
 from cifar.errors import UserError
 
-# Gradients are summed in parts of so many MB, each while the next is computed; only the last is waited for. With DDP's
-# own 25 the 6.6 M network's last part is 16.8 MB, with 5 it is 1.5 MB, and more parts would mean more messages.
+# DDP's bucket size in MB. A bucket is all-reduced while the next is computed, so only the last one is exposed: 16.8 MB
+# of the 6.6 M network with DDP's default of 25, 1.5 MB with 5. Smaller buckets would mean more messages.
 BUCKET_MB = 5
 
 LONGEST = 2_000_000  # seconds: what fits into the milliseconds of poll(), some 23 days
 
-# What a launch may ask for, often by a configuration that another project left, and this job has no use for.
+# Launcher features that are not supported, often set by another project's default configuration.
 UNUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # by which processes meet
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # of the rendezvous
 
 
 def start(gradient_compression: str = "none", deterministic: bool = False) -> Accelerator:
     """The Accelerator of this process, after the checks that keep a misconfigured launch from running on.
 
     With `gradient_compression` "bf16" DDP sends gradients in that precision, whatever they were computed in.
-    Precision comes from the launcher alone, the device from device.py. On CPUs every core is in use. `deterministic`
-    asks for operations that give the same bits each time. Raises UserError where the processes do not know of each
-    other, have different devices or cannot do the precision.
+    Mixed precision is set by the launcher alone, the device by device.py. On CPUs every core is in use. `deterministic`
+    restricts torch to deterministic operations. Raises UserError if the processes do not find each other, have
+    different devices or lack the precision.
     """
     _check_numbers()
-    failure.start()  # before the ranks meet: one that does not come is named, and what keeps it from coming
+    failure.start()  # before the rendezvous, so that a missing rank and its reason are named
     decided = device.decide(local_processes())
     on_cpu = decided.kind == "cpu"
     if on_cpu:
@@ -65,19 +65,21 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     # launcher has set the first to 1.)
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what precision `no` says; bf16 is for speed
-    # Above the limits of failure.py, which names the rank that is missing: this one would name nobody. The ranks may
-    # wait as long for images that one of them downloads and decodes.
+    # Longer than failure.py's timeouts, which name the missing rank (this one would not), and long enough for one rank
+    # to download and decode.
     limit = timedelta(seconds=min(4 * max(failure.SETUP_SECONDS, DOWNLOAD_SECONDS, failure.hang_seconds()), LONGEST))
     _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [
-        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook),
+        # Gradients stay in the buckets after the all-reduce, instead of being copied out of them.
+        DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB, comm_hook=hook, gradient_as_bucket_view=True),
         InitProcessGroupKwargs(timeout=limit),
     ]
     # By its own default it would take a number from the environment, and divide gradients by it.
     accumulation = GradientAccumulationPlugin(num_steps=1)
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers)
+    # Precision `no` means real float32; bf16 is for speed. (Accelerate allows the second where it compiles.)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if accelerator.num_processes > 1 and gradient_compression != "none" and not is_nccl_available():
         raise UserError(
             f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as one for CPUs is; "
@@ -97,8 +99,10 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
 def _make_deterministic() -> None:
     """Call before CUDA and NCCL start. torch then raises for operations that are not deterministic."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # which adds up in another order each time
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # all but these two, whose reduction order varies
     torch.use_deterministic_algorithms(True)
+    # Else every tensor is filled before it is written, 324 a step instead of 28.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # autotuning may choose another algorithm in each run
 
 
@@ -112,7 +116,7 @@ def _check_numbers() -> None:
         what = "WORLD_SIZE" if several else "LOCAL_RANK"
         odd = f"{what}={given[what]} without {missing[0]}"
     if odd:
-        os.environ["RANK"] = "0"  # whatever it was: this process says itself what is wrong
+        os.environ["RANK"] = "0"  # so that this process prints the error
         raise UserError(f"{odd} in the environment; unset it, and let accelerate launch set the rendezvous variables")
 
 
@@ -135,10 +139,10 @@ def _check_settings(on_cpu: bool) -> None:
 
 
 def _rejoin(backend: str, limit: timedelta) -> None:
-    """After a restart in place (--max_restarts), meets the other ranks where the dead ones have left nothing.
+    """After an in-place restart (--max_restarts), joins the process group under store keys of its own.
 
     The launcher's store outlives its workers, and with static rendezvous, Accelerate's default, torch 2.14 does not
-    separate one attempt's keys from the next: a new rank would look for a dead one's address, and hang.
+    separate one attempt's keys from the next's: a new rank would look up a dead one's address, and hang.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if count == "0":
@@ -152,7 +156,7 @@ def _rejoin(backend: str, limit: timedelta) -> None:
 
 
 def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_steps: int) -> None:
-    """Raises UserError where the global batch does not divide: it is the recipe's and is never rounded."""
+    """Raises UserError if the global batch is not divisible: it is fixed by the recipe and never rounded."""
     if global_batch_size % (accelerator.num_processes * accumulation_steps):
         raise UserError(
             f"--global-batch-size {global_batch_size} does not divide into {accelerator.num_processes} process(es) x "
@@ -161,7 +165,7 @@ def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_s
 
 
 def loader_workers() -> int:
-    """Data-loading processes for each training process: a share of the cores, between 1 and 8."""
+    """Dataloader workers per training process: its share of the cores less one, between 1 and 8."""
     return max(1, min(8, cores.available() // local_processes() - 1))
 
 
@@ -226,13 +230,13 @@ def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Mod
     """Lets DDP arrange its buckets before the first step, so that a resumed run adds gradients in the same order.
 
     DDP sorts the gradients again after its first backward pass, by the order in which they became ready. With three
-    ranks or more, a gradient's place in its bucket decides in which order the ranks' shares are added, and float32
-    sums depend on that: the first step after a resume would differ in the last bits from the same step before.
+    ranks or more, a gradient's place in its bucket decides the order in which the ranks' contributions are added, and
+    float32 sums depend on that: the first step after a resume would differ in the last bits from the same step before.
     """
     if accelerator.num_processes == 1:
         return
-    # An evaluation uses rank 0's batch-norm statistics, as a checkpoint does: no step sends them. (From torch 2.14
-    # on, DDP's constructor has another name for it.)
+    # Evaluations and checkpoints use rank 0's batch-norm statistics, so steps need not broadcast buffers. (From torch
+    # 2.14 on, DDP's constructor has another name for it.)
     model.broadcast_buffers = False  # type: ignore[assignment]
     buffers = [buffer.clone() for buffer in network.buffers()]
     for _ in range(2):  # they are arranged at the beginning of the second forward pass
@@ -247,10 +251,10 @@ def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Mod
 def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     """Wraps the network in DDP again after some of it has been frozen.
 
-    DDP waits for the gradient of every parameter that learnt when it was made. (One that looks for the missing ones in
-    each step would send them as zeros, and says at its first step that there are none.)
+    DDP waits for the gradient of every parameter that was trainable when it was built. (With find_unused_parameters it
+    would send zeros for the others, and warn at its first step that there are none.)
     """
-    network.__dict__.pop("_is_accelerate_prepared", None)  # of a process alone that compiles: or it would not again
+    network.__dict__.pop("_is_accelerate_prepared", None)  # else a single process would not compile again
     model: nn.Module = accelerator.prepare_model(network)
     fix_bucket_order(accelerator, model, network)
     return model

@@ -1,7 +1,7 @@
-"""Text in pictures, drawn with Pillow: a class's name in a font that has its letters, or else the class's number.
+"""Text in figures, drawn with Pillow. A class is shown by its number if no font has its name's letters.
 
-Nothing here reads markup (matplotlib takes what stands between two dollar signs for a formula), and no letter is drawn
-as an empty box: of two classes whose names no font can show, the numbers still differ.
+No text is parsed as markup (matplotlib would read $...$ as a formula), and no letter is drawn as an empty box: classes
+that no font can render still differ by number.
 """
 
 import math
@@ -46,7 +46,7 @@ class Labels:
         self._fitted: dict[int, list[Line]] = {}
 
     def fitted(self, width: int) -> list[Line]:
-        """All classes, each cut to so many pixels; where two would look alike then, their numbers stand before them."""
+        """All classes, each truncated to `width` pixels; where two would look alike, their numbers come first."""
         if width not in self._fitted:
             cut = [fitting(line, width) for line in self._lines]
             times = Counter(cut)
@@ -64,8 +64,8 @@ class Labels:
         asian = scripts & {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}
         font = "Noto Sans CJK (fonts-noto-cjk)" if asian else "Noto (fonts-noto-core)"
         return (
-            f"pictures show {len(self._unshown)} of {len(self._lines)} classes by number, the first class being #0: no "
-            f"font here has all letters of their names; install one that has, e.g. {font}"
+            f"pictures show {len(self._unshown)} of {len(self._lines)} classes by number (the first is #0), because no "
+            f"font on this machine has all letters of their names; install one that has them, e.g. {font}"
         )
 
 
@@ -80,10 +80,10 @@ def length(line: Line) -> int:
 
 
 def fitting(line: Line, width: int) -> Line:
-    """The line, its end cut off where it is wider than so many pixels."""
+    """The line, truncated to `width` pixels."""
     if length(line) <= width:
         return line
-    # Names may have 255 letters, and there may be 256 of them: the place is found by halving.
+    # Names may have 255 letters, and there may be 256 of them: binary search.
     fits, too_many = 0, sum(len(part.text) for part in line)
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -95,7 +95,7 @@ def fitting(line: Line, width: int) -> Line:
 
 
 def _first(line: Line, count: int) -> Line:
-    """So many letters of a line."""
+    """The first `count` letters of a line."""
     kept: list[Part] = []
     for text, font in line:
         kept.append(Part(text[:count], font))
@@ -127,7 +127,7 @@ def _opened(path: str) -> ImageFont.FreeTypeFont:
 
 def _fonts_for(texts: Sequence[str]) -> list[str | None]:
     """For each text the file of a font that has all of its letters: this project's own, or one that is installed."""
-    # Without this library letters would stand unjoined, and those from right to left in the wrong order.
+    # Without raqm, letters would not be joined, and right-to-left text would be reversed.
     left = [text for text in texts if features.check("raqm") or not _needs_shaping(text)]
     found = _covered(OWN_FONT, left)
     for path in _installed() if len(found) < len(left) else []:
@@ -142,7 +142,7 @@ def _covered(path: str, texts: Sequence[str]) -> dict[str, str]:
     try:
         letters = FT2Font(path)
         candidates = [text for text in texts if all(map(letters.get_char_index, map(ord, _joined(text))))]
-        # Of pictures in colours, as emoji have them, nothing would be drawn.
+        # Colour fonts, as for emoji, would draw nothing.
         return {text: path for text in candidates if letters.scalable and _opened(path).getmask(text).getbbox()}
     except (OSError, RuntimeError):  # a file that is damaged, or that is not for everybody to read
         return {}

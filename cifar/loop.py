@@ -1,6 +1,6 @@
-"""One optimizer step: its gradients, and its metrics, which come back without a wait.
+"""One training step: gradients, and metrics that are read back asynchronously.
 
-Precision is in `model` already: Accelerator.prepare has put the launcher's autocast around its forward.
+`model` includes mixed precision: Accelerator.prepare has wrapped its forward pass in the launcher's autocast.
 """
 
 import math
@@ -20,10 +20,10 @@ from cifar import device, failure, stop
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
-# Steps after which a step's metrics are read, by kind of device. To read a GPU's at once is to let it run dry before
-# each step; on a CPU there is nothing to wait for.
+# How many steps later a step's metrics are read, by device type. Reading a GPU's at once would let its queue run dry
+# before each step; on a CPU there is nothing to wait for.
 DELAY = {"cpu": 0, "cuda": 3}
-MEASURED_STEPS = 10  # of a rank's own work, of which the first ones warm up
+MEASURED_STEPS = 10  # steps needed for a median of a rank's own work; the first ones are warm-up
 
 
 class StepMetrics(NamedTuple):
@@ -64,9 +64,9 @@ class DelayedMetrics:
 
 
 class OwnWork:
-    """The rank's own time in a step: from its start to its last backward pass, where it may first wait for others.
+    """Measures this rank's own time in a step: up to its last backward pass, where it may start to wait for others.
 
-    Ranks that average their gradients all take equally long for a step; this tells for which one the others wait.
+    Ranks that average gradients all have the same step time; this identifies the straggler.
     """
 
     def __init__(self, of: torch.device) -> None:
@@ -83,7 +83,7 @@ class OwnWork:
         self.steps.append((self.began, device.Mark(self.device, timed=True)))
 
     def seconds(self) -> float:
-        """The median over the steps since this last gave one; NaN while they are fewer than MEASURED_STEPS."""
+        """The median since the last call that returned one; NaN with fewer than MEASURED_STEPS steps."""
         if len(self.steps) < MEASURED_STEPS:
             return math.nan
         times = [end.seconds_since(start) for start, end in self.steps]
@@ -104,7 +104,7 @@ def accumulate_gradients(
 
     `images` and `labels` are this rank's part of the batch. It is split into the recipe's number of micro-batches, and
     the ranks' gradients are averaged once, during the last one's backward pass. Raises UserError where the device has
-    not enough memory.
+    not enough memory, or batch-norm too few values.
     """
     parts = recipe.gradient_accumulation_steps
     totals = torch.zeros(2, device=accelerator.device)
@@ -115,14 +115,28 @@ def accumulate_gradients(
                 if part == parts:
                     own_work.ends()
                 accelerator.backward(loss)
-            except torch.OutOfMemoryError:
-                who = f"rank {accelerator.process_index} on {socket.gethostname()}"
-                raise UserError(
-                    f"{who} is out of memory with {len(piece)} images at a time; "
-                    f"give --gradient-accumulation-steps {2 * parts}, in a new --run, or more processes"
-                ) from None
+            except (RuntimeError, ValueError) as error:
+                explained = _explained(error, accelerator, len(piece), len(images))
+                if explained is None:
+                    raise
+                raise explained from None
         failure.beat()
     return reduced_totals(accelerator, totals, write_failed)
+
+
+def _explained(error: Exception, accelerator: Accelerator, images: int, share: int) -> UserError | None:
+    """The UserError for what a micro-batch of so many images failed of; None for a fault of the program."""
+    who = f"rank {accelerator.process_index} on {socket.gethostname()}"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # on a GPU; on a CPU
+        smaller = next((parts for parts in range(share // images + 1, share + 1) if share % parts == 0), None)
+        advice = f"--gradient-accumulation-steps {smaller}, in a new --run, or more processes" if smaller else "a GPU"
+        return UserError(f"{who} is out of memory with {images} images at a time; give {advice}")
+    if "Expected more than 1 value per channel" in str(error):
+        return UserError(
+            f"{who} has one image at a time, of which batch-norm has no statistics where a map has one cell; give "
+            "a larger --global-batch-size, fewer processes or fewer --gradient-accumulation-steps, in a new --run"
+        )
+    return None
 
 
 def micro_batch_loss(
@@ -138,7 +152,7 @@ def micro_batch_loss(
 
 
 def reduced_totals(accelerator: Accelerator, totals: torch.Tensor, write_failed: bool) -> torch.Tensor:
-    """The job's totals from this rank's loss and correct predictions [2], its stop request and whether it cannot write.
+    """Sums over the ranks: loss and correct predictions [2], stop requests, write failures.
 
     One small all-reduce carries all of it, so that all ranks act alike.
     """

@@ -1,4 +1,4 @@
-"""Class names for people. A name is a folder's: any text at all, and none of it is markup to whatever shows it."""
+"""Displayable class names. A name comes from a folder: any text at all, never treated as markup."""
 
 import re
 import unicodedata
@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are empty by design
-SEEN, MOST = 12, 60  # letters of a name that are seen on the narrowest tile of a page, and in all
+SEEN, MOST = 12, 60  # letters of a name shown on the narrowest tile of a page; letters kept in all
 JOINERS = "\u200c\u200d"  # format characters that change the letters beside them
 
 
 def readable(classes: Sequence[str]) -> list[str]:
     """Each class's name as one line of text that can be seen.
 
-    Where nothing of it can be seen, or another class's name looks the same, the class's number stands before it.
+    If nothing of it is visible, or another class's name looks the same, it is prefixed with the class's number.
     """
     lines = [one_line(name) for name in classes]
     # What differs in width or composition alone, and a name that looks like a number, could be taken for another.
@@ -26,10 +26,10 @@ def readable(classes: Sequence[str]) -> list[str]:
 
 
 def on_pages(classes: Sequence[str]) -> list[str]:
-    """The same for HTML, where a page cuts long names, and who looks at it may have other fonts than who made it.
+    """The same for HTML: a page truncates long names, and readers may have other fonts.
 
-    The number also stands before a name that begins as another does, and before one in letters that not every machine
-    has. What is written from right to left is kept from taking its neighbours with it.
+    The number also precedes a name that begins like another, and one in letters that not every machine has.
+    Right-to-left text is isolated from its surroundings.
     """
     readable_names = readable(classes)
     beginnings = Counter(name[:SEEN] for name in readable_names)
@@ -52,7 +52,7 @@ def _is_everywhere(letter: str) -> bool:
 
 
 def one_line(name: str) -> str:
-    """A text without what breaks lines, cannot be seen, turns the direction of writing or cannot be encoded."""
+    """Text as one line, without control, invisible, bidirectional or unencodable characters."""
     # A file system's name need not be UTF-8: Python keeps such bytes as halves of surrogate pairs.
     text = unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
     kept = "".join(

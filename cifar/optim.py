@@ -11,7 +11,7 @@ from torch import nn
 from cifar.errors import UserError
 from cifar.recipes import Recipe
 
-# Both Nesterov's, from airbench94_muon.py (github.com/KellerJordan/cifar10-airbench).
+# Nesterov momentum, both from airbench94_muon.py (github.com/KellerJordan/cifar10-airbench).
 FILTER_MOMENTUM, OTHER_MOMENTUM = 0.6, 0.85
 ITERATIONS = 3  # of Newton-Schulz: 2 cost 1.8 points in airbench's runs
 
@@ -46,9 +46,9 @@ def build(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 class Muon(torch.optim.SGD):
-    """Nesterov SGD, which for filters (groups with `orthogonal`) takes the nearest orthogonal matrix as its step.
+    """Nesterov SGD that orthogonalises the updates of convolution filters (groups with `orthogonal`).
 
-    A filter bank [out, in, h, w] is a matrix [out, in * h * w]; before each step it is brought to the norm sqrt(out),
+    A filter bank [out, in, h, w] is a matrix [out, in * h * w]; before each step it is scaled to the norm sqrt(out),
     so that the learning rate alone says how far it turns. K. Jordan and others, kellerjordan.github.io/posts/muon.
     torch.optim.Muon takes two-dimensional parameters alone and always computes in bf16, which processors without
     native bf16 only emulate: here the precision is that of the autocast around the step.
@@ -136,6 +136,6 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Gives every parameter group its part of the rate."""
+    """Sets each group's learning rate: `learning_rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-# Notebooks name a backend that only they have, and an old shell profile one that is gone: the import would refuse it.
+# MPLBACKEND may name a backend that only notebooks have, or that no longer exists: the import would fail.
 _backend = os.environ.pop("MPLBACKEND", None)
 import matplotlib as mpl  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402

@@ -1,9 +1,9 @@
-"""What a trained network says about pictures: files, folders, zips.
+"""Classifies images with a trained network: files, folders, zips.
 
     python -m cifar.predict --run runs/resnet PICTURE|FOLDER|ZIP ...
     find photos -name '*.jpg' | python -m cifar.predict --run runs/resnet --format csv -
 
-A picture of any size and mode is cut and averaged down as in the app, and the network computes in float32.
+Images of any size and mode are preprocessed as in the app; the network computes in float32.
 """
 
 import argparse
@@ -11,16 +11,17 @@ import csv
 import io
 import json
 import os
-import signal
 import sys
+import tarfile
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from cifar import cores, device, names
 from cifar.data import image_files, layout, pictures
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 BATCH = 256  # pictures that the network sees at once
-AHEAD = 2  # batches that are decoded meanwhile
-# Of a folder or zip only what is called like a picture; a file that is named by itself is tried whatever its name.
+AHEAD = 2  # batches decoded ahead of the network
+# In folders and zips, only files with these suffixes; a file that is named itself is tried whatever its suffix.
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 FORMATS = ("table", "csv", "json")
 
@@ -57,7 +58,7 @@ class Prediction(NamedTuple):
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError for a wrong flag, and for a path that does not exist; `--help` prints and exits."""
+    """Raises UserError for a wrong flag, a path that does not exist, and a closed stdin; `--help` prints and exits."""
     parser = Parser(
         prog="python -m cifar.predict",
         allow_abbrev=False,
@@ -66,14 +67,16 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="a picture, a folder or zip of pictures, or - for paths from stdin")
     runs.add_flag(parser)
-    add("--top", default="1", metavar="K", help="so many of the most probable classes (1)")
-    add("--format", default="table", metavar="|".join(FORMATS), help="of the lines; json is one object a line (table)")
+    add("--top", default="1", metavar="K", help="number of classes to print for each image, most probable first (1)")
+    add("--format", default="table", metavar="|".join(FORMATS), help="output format; json: one object per line (table)")
     asked = parser.parse_args(argv)
     if not (asked.top.isdecimal() and asked.top.isascii() and int(asked.top) >= 1):
         raise UserError(f"--top {asked.top} is not a number of classes; give a whole number of at least 1")
     if asked.format not in FORMATS:
         raise UserError(f"--format {asked.format!r} is unknown; choose one of: {', '.join(FORMATS)}")
     for path in asked.paths:
+        if path == "-" and sys.stdin is None:
+            raise UserError("- takes paths from stdin, which is closed; name the paths, or write them to stdin")
         if path != "-" and not os.path.lexists(path):
             raise UserError(f"{names.one_line(path)} does not exist; name a picture, a folder or a zip")
     return asked
@@ -85,27 +88,36 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def items(paths: Sequence[str], skipped: list[str], broken: Callable[[str], None]) -> Iterator[Item]:
     """The pictures of all paths, in order.
 
-    What a folder or zip holds beside pictures is added to `skipped`; one that cannot be read is told to `broken`.
+    Other files in folders and zips are added to `skipped`; unreadable folders and zips are reported to `broken`.
     """
-    for path in paths:
-        if path == "-":
-            yield from (_file(line.rstrip("\n")) for line in sys.stdin if line.strip())
-        elif os.path.isdir(path):  # noqa: PTH112  # a path that is too long is no error here
-            yield from _within(path, _folder, skipped, broken)
-        elif zipfile.is_zipfile(path):
-            yield from _within(path, _zip, skipped, broken)
-        else:
-            yield _file(path)
+    for argument in paths:
+        for path in _lines(sys.stdin) if argument == "-" else [argument]:
+            if os.path.isdir(path):  # noqa: PTH112  # a path that is too long is no error here
+                yield from _within(path, _folder, skipped, broken)
+            elif _is_zip(path):
+                yield from _within(path, _zip, skipped, broken)
+            else:
+                yield Item(path, partial(_read_file, path))
 
 
-def _file(path: str) -> Item:
-    return Item(path, partial(_read_file, path))
+def _lines(stream: TextIO) -> Iterator[str]:
+    """The paths in it, one a line; a carriage return at its end is part of a name only if there is such a file."""
+    for line in stream:
+        path = line.removesuffix("\n")
+        if path.strip():
+            yield path if os.path.lexists(path) else path.removesuffix("\r")
+
+
+def _is_zip(path: str) -> bool:
+    # A pipe would be waited for. A zip is found by its end, which may be that of a tar's last file.
+    return os.path.isfile(path) and zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)  # noqa: PTH113
 
 
 def _read_file(path: str) -> pictures.UInt8:
     try:
         if not os.path.isfile(path):  # noqa: PTH113
-            raise UserError("there is no such file; name another")
+            wrong = "it is a pipe, socket or device, not a file" if os.path.exists(path) else "there is no such file"  # noqa: PTH110
+            raise UserError(f"{wrong}; name another")
         pictures.check_size(os.path.getsize(path))  # noqa: PTH202
         return pictures.read(Path(path).read_bytes())
     except (OSError, ValueError) as error:  # a null character in its name
@@ -135,7 +147,7 @@ def _within(
     where = path.removesuffix("/")
     skipped += [f"{where}/{name}" for name in layout.sorted_names(listing.hidden)]
     for name in layout.sorted_names(listing.sizes):
-        if os.path.splitext(name)[1].lower() in ENDINGS:  # noqa: PTH122
+        if name.endswith("/") or os.path.splitext(name)[1].lower() in ENDINGS:  # noqa: PTH122  # an unreadable folder
             yield Item(f"{where}/{name}", partial(_read_within, listing, reader, name))
         else:
             skipped.append(f"{where}/{name}")
@@ -156,34 +168,44 @@ def _read_within(listing: Listing, reader: Reader, name: str) -> pictures.UInt8:
 # ---- prediction
 
 
-def predictions(run: runs.Run, wanted: Iterator[Item], top: int, broken: Callable[[str], None]) -> Iterator[Prediction]:
+def predictions(
+    run: runs.Run, wanted: Iterator[Item], top: int, broken: Callable[[str], None]
+) -> Generator[Prediction, None, None]:
     """What the network says of each picture, in order; one that cannot be read is told to `broken` in a line."""
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # a GPU is to say what a CPU says
+    torch.backends.cudnn.allow_tf32 = False  # the same results on GPU and CPU
     network = runs.load(run, torch.device(device.decide(1).kind))
     decoders = ThreadPoolExecutor(cores.of_job(), "decoder")
-    with decoders, ProgressBar("classifying", "pictures") as progress:
-        for batch in _decoded_ahead(decoders, wanted):
-            if not sys.stdout.isatty():  # where the lines themselves show how far it has come
-                progress.look()
-            progress.done += len(batch)
-            decoded: list[tuple[str, pictures.UInt8]] = []
-            for name, future in batch:
-                try:
-                    decoded.append((name, future.result()))
-                except UserError as error:
-                    broken(f"{names.one_line(name)}: {error}")
-            if decoded:
-                yield from _classify(run, network, decoded, top)
+    try:
+        with ProgressBar("classifying", "pictures") as progress:
+            for batch in _decoded_ahead(decoders, wanted):
+                if not sys.stdout.isatty():  # on a terminal the lines themselves show progress
+                    progress.look()
+                progress.done += len(batch)
+                decoded: list[tuple[str, pictures.UInt8]] = []
+                for name, future in batch:
+                    try:
+                        decoded.append((name, future.result()))
+                    except UserError as error:
+                        broken(f"{names.one_line(name)}: {error}")
+                if decoded:
+                    yield from _classify(run, network, decoded, top)
+    finally:
+        decoders.shutdown(cancel_futures=True)
 
 
 def _decoded_ahead(
     decoders: ThreadPoolExecutor, wanted: Iterator[Item]
 ) -> Iterator[list[tuple[str, "Future[pictures.UInt8]"]]]:
-    """Batches of pictures that are decoded while the network is busy with the ones before."""
+    """Batches of pictures that are decoded while the network is busy with the ones before.
+
+    Each is twice the one before, up to BATCH: the first answers come at once, even if stdin tells of more only later.
+    """
     waiting: deque[list[tuple[str, Future[pictures.UInt8]]]] = deque()
-    while batch := list(islice(wanted, BATCH)):
+    size = 1
+    while batch := list(islice(wanted, min(size, BATCH))):
+        size *= 2
         waiting.append([(item.name, decoders.submit(item.read)) for item in batch])
         if len(waiting) > AHEAD:
             yield waiting.popleft()
@@ -235,10 +257,11 @@ def predict(asked: argparse.Namespace) -> int:
         count += 1
         print(f"cifar.predict: {line}", file=sys.stderr)
 
-    for prediction in predictions(run, items(asked.paths, skipped, broken), top, broken):
-        print(written(prediction, asked.format))
+    with closing(predictions(run, items(asked.paths, skipped, broken), top, broken)) as found:  # at once if stopped
+        for prediction in found:
+            print(written(prediction, asked.format), flush=True)
     if skipped:
-        which = "that are hidden or not called like a picture"
+        which = "that are hidden or have no image suffix"
         example = names.one_line(skipped[0])
         print(f"cifar.predict: skipped {len(skipped)} file(s) {which}, e.g. {example}", file=sys.stderr)
     return count
@@ -246,19 +269,10 @@ def predict(asked: argparse.Namespace) -> int:
 
 def main() -> None:
     """Reads the command line and predicts; the exit status is 1 if a picture could not be read."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may have letters that a terminal has not
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # or bytes that are none, and open the file all the same
+        sys.stdin.reconfigure(errors="surrogateescape")  # or invalid bytes, which must still open the file
     with command_line("cifar.predict"):
-        try:
-            broken = predict(parse_command_line(sys.argv[1:]))
-            sys.stdout.flush()
-        except BrokenPipeError:  # `head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
-            sys.exit(128 + signal.SIGPIPE)
-        if broken:
+        if predict(parse_command_line(sys.argv[1:])):
             sys.exit(1)
 
 

@@ -40,7 +40,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
         while silent := [node for r, node in enumerate(nodes) if not store.check([f"{stage}/{r}"])]:
             if time.monotonic() > deadline:
                 if rank == 0:
-                    time.sleep(2)  # with this process the store ends, in which the others are looking for the same
+                    time.sleep(2)  # this process hosts the store, from which the others still read
                 raise UserError(f"no answer from {', '.join(silent)} within {seconds} s; check or exclude it")
             time.sleep(0.1)
 
@@ -65,7 +65,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
     adding = threading.Thread(target=add_up, daemon=True)
     adding.start()
     adding.join(seconds)
-    meet("added up")  # or tried to: a frozen node is named here, and the others have only waited for it
+    meet("added up")  # also after a failure: a frozen node is named here, not those that waited for it
     if error:
         raise UserError(
             f"{nodes[rank]}: the nodes answer but their all-reduce fails ({error}); set the interface that "
@@ -84,9 +84,9 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
 def parse_command_line() -> argparse.Namespace:
     """Raises UserError for a flag that is unknown, missing, or no number."""
     parser = Parser(prog="python -m cifar.preflight", description=__doc__.partition("\n")[0])
-    parser.add_argument("--port", type=int, required=True, help="a free one, on the first node")
+    parser.add_argument("--port", type=int, required=True, help="a free port on the first node")
     parser.add_argument("--processes-per-node", type=int, required=True, help="devices that each node must have")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"to wait for each stage ({SECONDS})")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"time limit of each stage ({SECONDS})")
     parser.add_argument("nodes", nargs="+", help="names of the job's nodes, in the order of their ranks")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Some training steps under torch's profiler: a trace, seconds by kind of operator, and what a step waits for.
 
-Every rank writes files of its own, `profile/attempt-A.rank-R.*` in the run's directory: the trace is too large to be
-sent to rank 0, and the names are nobody else's.
+Every rank writes its own files, `profile/attempt-A.rank-R.*` in the run directory: traces are too large to send to
+rank 0.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from cifar import files
 from cifar.errors import UserError
 
-WARM_UP = 5  # steps before the trace, in which libraries choose and allocate what they need
+WARM_UP = 5  # steps before the trace, for autotuning and allocation
 IMAGES, EVALUATION = "images", "evaluation"  # what loading.py and evaluation.py call their parts of a trace
 
 # An operator belongs to the first kind whose pattern is found in its name; within the optimizer's step, to that.
@@ -41,7 +41,7 @@ class Waits(NamedTuple):
     device: float  # computing
     host: float  # Python, and launching what the device computes
     images: float
-    ranks: float  # collectives, and nothing was computed beside them
+    ranks: float  # collectives that no computation overlaps
 
     def sentence(self, steps: int) -> str:
         """What a step waits for, the longest first."""
@@ -53,7 +53,7 @@ class Waits(NamedTuple):
 
 
 class StepProfiler:
-    """Traces `steps` steps once some have warmed up, or nothing if that is 0."""
+    """Traces `steps` steps after some warm-up steps; nothing if `steps` is 0."""
 
     def __init__(self, steps: int, stem: Path, accelerator: Accelerator) -> None:
         self.steps, self.stem, self.accelerator = steps, stem, accelerator
@@ -95,17 +95,21 @@ class StepProfiler:
             print("\n".join(lines), flush=True)
 
 
+def check(steps: int, total: int) -> None:
+    """Raises UserError where a run of `total` steps is too short for a profile of `steps`."""
+    if steps and WARM_UP + steps > total:
+        raise UserError(f"--profile {steps} needs {WARM_UP + steps} steps, and the run has {total}; ask for fewer")
+
+
 @contextmanager
 def of_steps(
     steps: int, accelerator: Accelerator, run: Path, attempt: int, done: int, total: int
 ) -> Iterator[StepProfiler]:
     """For the block, a profiler of the next `steps` of a run's `total` steps, of which some are done.
 
-    Raises UserError where the run has too few; an attempt that goes on from a checkpoint then does without.
+    An attempt that resumes from a checkpoint and has too few left does without.
     """
-    if steps and done + WARM_UP + steps > total:
-        if not done:
-            raise UserError(f"--profile {steps} needs {WARM_UP + steps} steps, and the run has {total}; ask for fewer")
+    if done + WARM_UP + steps > total:
         steps = 0
     stem = run / "profile" / f"attempt-{attempt}.rank-{accelerator.process_index}"
     profiler = StepProfiler(steps, stem, accelerator)
@@ -114,7 +118,7 @@ def of_steps(
             yield profiler
         finally:
             if profiler.profile:
-                profiler.profile.on_trace_ready = None  # what has been cut short is no profile
+                profiler.profile.on_trace_ready = None  # do not write an incomplete profile
 
 
 def activities(device: str) -> list[ProfilerActivity]:
@@ -140,7 +144,7 @@ def _kind_of_operator(name: str) -> str | None:
 
 
 def above(event: Any) -> Iterator[Any]:
-    """The events within which an event lies, the nearest first."""
+    """The ancestors of an event, nearest first."""
     while (event := event.cpu_parent) is not None:
         yield event
 

@@ -1,6 +1,7 @@
-"""What the ranks of a job do together."""
+"""Collective helpers: raise on all ranks, gather, compare, any."""
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -34,6 +35,19 @@ def gathered(accelerator: Accelerator, value: T) -> list[T]:
     """Every rank's value."""
     values: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
     return values
+
+
+def require_equal(accelerator: Accelerator, values: Mapping[str, object]) -> None:
+    """Raises UserError on all ranks where one of them has another value than rank 0."""
+    everywhere = gathered(accelerator, (socket.gethostname(), dict(values)))
+    first = everywhere[0][1]
+    for rank, (host, theirs) in enumerate(everywhere):
+        different = [f"{name} ({theirs[name]}, rank 0: {first[name]})" for name in first if theirs[name] != first[name]]
+        if different:
+            raise UserError(
+                f"rank {rank} on {host} differs from rank 0 in {', '.join(different)}; "
+                "start all processes with the same command and the same images"
+            )
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

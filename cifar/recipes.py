@@ -20,7 +20,7 @@ from cifar.errors import Parser, UserError
 
 
 class Recipe(BaseModel):
-    """What is trained, on what, and how. Processes and precision are set by `accelerate launch`."""
+    """All hyper-parameters of a run. Processes and mixed precision are set by `accelerate launch`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,8 +30,8 @@ class Recipe(BaseModel):
     fit: Annotated[
         int,
         Field(
-            description="side that images of any size and mode are brought to, 32: the middle square, averaged down; "
-            "0 refuses all but 32x32"
+            description="32: center-crop images of any size and mode to a square, and resize it to 32x32; 0: accept "
+            "32x32 images only"
         ),
     ] = 0
     network: Annotated[str, Field(description="a file of cifar/models")] = "resnet"
@@ -48,7 +48,8 @@ class Recipe(BaseModel):
         ),
     ] = 1
     gradient_compression: Annotated[
-        Literal["none", "bf16"], Field(description="what processes send each other: bf16 is half the bytes")
+        Literal["none", "bf16"],
+        Field(description="format of the gradients that processes exchange; bf16 halves the traffic"),
     ] = "none"
     augmentation: Annotated[str, Field(description="an entry of cifar/data/augment.py")] = "crop_flip_cutout"
     augment: Annotated[
@@ -70,12 +71,14 @@ class Recipe(BaseModel):
         Literal["adam", "muon"],
         Field(description="adam, or muon for convolution filters and Nesterov SGD for the rest"),
     ] = "adam"
-    peak_learning_rate: Annotated[float, Field(gt=0, le=100, description="peak; with muon, that of the filters")] = 0.01
+    peak_learning_rate: Annotated[
+        float, Field(gt=0, le=100, description="peak learning rate; with muon, of the convolution filters")
+    ] = 0.01
     bias_learning_rate: Annotated[
-        float, Field(gt=0, le=10_000, description="the same for biases and norms, where the optimizer is muon")
+        float, Field(gt=0, le=10_000, description="peak learning rate of biases and norms (muon only)")
     ] = 0.1
     head_learning_rate: Annotated[
-        float, Field(gt=0, le=100, description="the same for the linear layer, where the optimizer is muon")
+        float, Field(gt=0, le=100, description="peak learning rate of the linear layer (muon only)")
     ] = 0.1
     peak_epoch: Annotated[
         float,
@@ -90,7 +93,7 @@ class Recipe(BaseModel):
     ] = 1.0
     weight_decay: Annotated[
         float,
-        Field(ge=0, le=1, description="L2 penalty; with muon divided by the peak learning rate, and none on filters"),
+        Field(ge=0, le=1, description="L2 penalty; with muon, divided by the peak learning rate, not on filters"),
     ] = 1e-4
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="probability spread over all classes")] = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1, description="rate on the features before the linear layer")] = 0.1
@@ -98,7 +101,9 @@ class Recipe(BaseModel):
         bool,
         Field(description="at the end, use test-time augmentation for the least confident quarter of the test images"),
     ] = False
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="fixes weights, order and augmentation")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=2**63, description="random seed of initial weights, data order, augmentation and dropout")
+    ] = 0
 
     @field_validator("fit")
     @classmethod
@@ -118,7 +123,7 @@ class Recipe(BaseModel):
     def peak_lies_within_training(self) -> "Recipe":
         if self.peak_epoch >= self.epochs:
             raise ValueError(
-                f"peak_epoch {self.peak_epoch:g} must come before the last of {self.epochs} epochs; "
+                f"peak_epoch {self.peak_epoch:g} must be less than the number of epochs, {self.epochs}; "
                 "set --peak-epoch or more --epochs"
             )
         return self
@@ -220,7 +225,7 @@ def digits() -> Recipe:
 
 
 class Options(NamedTuple):
-    """What a run does that is no part of its result: where it is written, how it resumes, how often it saves."""
+    """A run's options that are not hyper-parameters: directory, resuming, saving, determinism, CUDA graph, profile."""
 
     run: Path
     resume: str
@@ -294,32 +299,33 @@ def _add_options(parser: Parser, name: str) -> None:
         "or resume from the checkpoint at PATH (auto)",
     )
     parser.add_argument(
-        "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, epochs' ends aside (500)"
+        "--checkpoint-every", default="500", metavar="STEPS", help="steps between checkpoints, and at epoch ends (500)"
     )
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="use only operations that give the same bits again, on the same hardware, libraries and processes",
+        help="use deterministic operations only: bit-identical on the same hardware, libraries and processes",
     )
     parser.add_argument(
         "--cuda-graph",
         default="off",
         choices=("auto", "off"),
-        help="on a GPU, launch each step as one CUDA graph where that gives the same gradients (off)",
+        help="on a GPU, replay forward pass, loss and backward pass as one CUDA graph if its gradients match eager "
+        "ones (off)",
     )
     parser.add_argument(
         "--profile",
         type=int,
         default=0,
         metavar="STEPS",
-        help="trace some steps, and say what they wait for: RUN/profile/, one trace for each rank",
+        help="profile this many steps: a trace per rank in RUN/profile/, and where the time goes (0)",
     )
 
 
 def _moved_peak(defaults: Recipe, epochs: str, options: Options) -> float:
-    """The recipe's peak at the same part of another number of epochs, so that the schedule keeps its shape.
+    """The recipe's peak epoch, scaled to another number of epochs, so that the schedule keeps its shape.
 
-    A run or checkpoint that this goes on from, made when the peak did not move along yet, keeps its own.
+    A run or checkpoint of a version that did not scale it keeps its own.
     """
     chosen = override(defaults.model_copy(update={"peak_epoch": 0.0}), {"epochs": epochs}).epochs
     for path in (options.run / "recipe.json", Path(options.resume, "state.json")):
@@ -344,8 +350,11 @@ def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
-    """The fields that decide the result and differ, as 'field: ours, theirs' (images are compared by content)."""
-    # A run from before a field was there was made with what is now its default.
+    """The fields that affect the result and differ, as 'field (theirs there, ours here)'.
+
+    `data` and `fit` are left out: images are compared by content.
+    """
+    # A run of a version without a field used what is now its default.
     mine, theirs = ours.model_dump(), {**Recipe().model_dump(), **theirs}
     return [
         f"{field} ({theirs.get(field)!r} there, {mine.get(field)!r} here)"

@@ -1,8 +1,8 @@
 """The record of a run, which rank 0 writes: checkpoints, metrics, pictures, TensorBoard, status, result.
 
-On other ranks the methods only take part in what all ranks do together. What a disk or a picture takes is done by
-threads beside training: one for checkpoints and metrics, which lose nothing, and one for what people watch. An error in
-either reaches all ranks with the metrics of the next step.
+On other ranks the methods only take part in collectives. Slow work runs in two background threads: one writes
+checkpoints and metrics, of which nothing is dropped, the other draws figures. An error in either reaches all ranks with
+the metrics of the next step.
 """
 
 import math
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ from cifar.data.loading import TrainingImages
 from cifar.errors import UserError
 from cifar.evaluation import Evaluation
 from cifar.loop import StepMetrics
-from cifar.ranks import raise_on_all_ranks
+from cifar.ranks import raise_on_all_ranks, require_equal
 from cifar.recipes import Options, Recipe
 from cifar.run import EpochMetrics, History
 from cifar.schedule import Schedule
@@ -36,13 +37,13 @@ from cifar.schedule import Schedule
 if TYPE_CHECKING:
     from cifar.tracking import Tracker
 
-LOG_SECONDS = 0.25  # between points of the training curves, which cost a fraction of a millisecond each
+LOG_SECONDS = 0.25  # between logged steps, which cost a fraction of a millisecond each
 PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a second
-CHECK_SECONDS = 5  # between looks for a newer attempt, beside the one before each write
+CHECK_SECONDS = 5  # between checks for a newer attempt, in addition to the one before each write
 WAITING, TRAINING = "waiting for images", "training"  # on the clock
 LATE = 0.1  # fraction of training spent waiting for images above which the run says so
 SLOW = 1.5  # a rank is reported as slow above so many times the others' own work in a step
-LAST_SAVE_SECONDS = 3  # that a job which has failed leaves to a save that is under way
+LAST_SAVE_SECONDS = 3  # how long a failed job waits for a save in progress
 
 
 def finished_before(accelerator: Accelerator, options: Options, recipe: Recipe) -> bool:
@@ -59,7 +60,7 @@ def finished_before(accelerator: Accelerator, options: Options, recipe: Recipe) 
 
 
 class RunRecord:
-    """The record of one attempt at a run, from the checkpoint that it goes on from to its result."""
+    """The record of one attempt at a run, from the checkpoint that it resumes to its result."""
 
     def __init__(
         self, accelerator: Accelerator, options: Options, recipe: Recipe, data: Data, schedule: Schedule, clock: Clock
@@ -68,18 +69,23 @@ class RunRecord:
         self.data, self.schedule, self.clock = data, schedule, clock
         self.attempt: attempts.Attempt | None = None
         self.tracker: Tracker | None = None
-        number, chosen, evaluated = 0, Chosen(), 0
+        # Before the run is claimed, which ends an attempt that is training there.
+        require_equal(accelerator, self._command())
+        number, token, chosen, evaluated = 0, "", Chosen(), 0
         with raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
+                profiling.check(options.profile, schedule.total_steps)
+                checkpoint.check_named(options.run / "checkpoints", options.resume, recipe, data.fingerprint)
                 self.attempt = run.start(options, recipe, data.fingerprint, accelerator.num_processes)
                 chosen = checkpoint.choose(options.run / "checkpoints", options.resume)
                 with run.disk_errors_named():
                     self.history = History(self.attempt, chosen.step, data.test_labels)
-                number, evaluated = self.attempt.number, self.history.last_epoch()
-        agreed = broadcast_object_list([number, chosen, evaluated])
+                number, token, evaluated = self.attempt.number, self.attempt.token, self.history.last_epoch()
+        agreed = broadcast_object_list([number, token, chosen, evaluated])
         self.number: int = agreed[0]
-        self.chosen: Chosen = agreed[1]
-        self.evaluated: int = agreed[2]  # epochs
+        self.token: str = agreed[1]
+        self.chosen: Chosen = agreed[2]
+        self.evaluated: int = agreed[3]  # epochs
         with raise_on_all_ranks(accelerator):
             attempts.wait_until_visible(options.run, self.number)
         self.writer, self.drawer = Background("writer"), Background("drawer")
@@ -87,7 +93,7 @@ class RunRecord:
         self.drawn = time.monotonic()
         self.ended, self.status_lock = False, threading.Lock()
         self.own_works: list[float] = []  # seconds in a step, of each rank
-        self.slow: set[int] = set()  # the ranks that were called so
+        self.slow: set[int] = set()  # ranks already reported as slow
         self.metadata = {
             "network": recipe.network, "classes": data.classes, "mean": data.mean, "std": data.std,
             "recipe": recipe.model_dump(), "data_fingerprint": data.fingerprint,
@@ -97,8 +103,18 @@ class RunRecord:
 
     # ---- the beginning
 
+    def _command(self) -> dict[str, object]:
+        """What must be equal on all ranks. The path of the images may differ, the images may not."""
+        names = ("checkpoint_every", "deterministic", "cuda_graph", "profile")
+        return {
+            **{name: value for name, value in self.recipe.model_dump().items() if name != "data"},
+            **{name: getattr(self.options, name) for name in names},
+            "precision": self.accelerator.mixed_precision,
+            "images": self.data.fingerprint[:8],
+        }
+
     def resume(self, network: nn.Module, optimizer: optim.Optimizer) -> Progress:
-        """Loads the checkpoint to go on from, if there is one, and returns its progress."""
+        """Loads the checkpoint to resume from, if there is one, and returns its progress."""
         self.progress = Progress()
         with raise_on_all_ranks(self.accelerator):
             if self.chosen.path:
@@ -110,7 +126,7 @@ class RunRecord:
 
     @run.disk_errors_named()
     def start(self, network: nn.Module, images: TrainingImages) -> None:
-        """Says what is trained where, and that it is `running`."""
+        """Prints the set-up, and sets the status to `running`."""
         if self.attempt is None:
             return
         from cifar.tracking import Tracker  # TensorBoard and matplotlib: a second of imports, for rank 0 alone
@@ -128,7 +144,7 @@ class RunRecord:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A failure within the block, of whichever rank, is left in status.json, as `failed` or `preempted`."""
+        """Records a failure within the block, of any rank, in status.json, as `failed` or `preempted`."""
         failure.when_ended(self._write_end)
         try:
             with run.disk_errors_named():
@@ -142,25 +158,26 @@ class RunRecord:
             self.history.close()
 
     def profiled_steps(self) -> AbstractContextManager[profiling.StepProfiler]:
-        """What traces some steps for --profile, on each rank. Raises UserError where the run has too few."""
+        """What traces some steps for --profile, on each rank."""
         done, total = self.progress.step, self.schedule.total_steps
         return profiling.of_steps(self.options.profile, self.accelerator, self.options.run, self.number, done, total)
 
     def _write_end(self, state: str, reason: str, in_place_of_rank_0: bool) -> None:
-        """Rank 0 writes it, with its attempt, whose number all ranks know, after a save that is under way.
+        """Writes status.json on rank 0, after a save in progress.
 
-        If rank 0 is what failed, another rank does, as the next attempt: a rank 0 that was only frozen writes no more.
+        If rank 0 is what failed, another rank writes it as the next attempt, so that a rank 0 that was only frozen
+        writes no more.
         """
         with suppress(OSError, UserError):  # the disk may be what failed, or the run be another attempt's by now
             if self.attempt:
                 with suppress(Exception):
                     self.writer.wait(LAST_SAVE_SECONDS)
                 self._write_status(state, reason, last=True)
-            elif in_place_of_rank_0 and (successor := attempts.claim_after(self.options.run, self.number)):
+            elif in_place_of_rank_0 and (successor := attempts.claim_after(self.options.run, self.number, self.token)):
                 run.write_status(successor, state, self.progress.step, reason)
 
     def _write_status(self, state: str, reason: str = "", step: int | None = None, last: bool = False) -> None:
-        """Writes status.json, unless its last state is there already."""
+        """Writes status.json, unless the final state has been written."""
         with self.status_lock:
             if self.attempt and not self.ended:
                 self.ended = last
@@ -173,14 +190,14 @@ class RunRecord:
         return self.writer.error is not None or self.drawer.error is not None
 
     def log_due(self) -> bool:
-        """Whether the step that is under way shall be a point of the training curves."""
+        """Whether the current step is due to be logged."""
         if self.tracker is None or time.monotonic() - self.logged < LOG_SECONDS:
             return False
         self.logged = time.monotonic()
         return True
 
     def count(self, arrived: list[StepMetrics], seconds: float) -> bool:
-        """Takes note of the metrics of steps, and of the seconds that the newest step took on this rank.
+        """Records the metrics that have arrived, and the duration of the newest step on this rank.
 
         Returns whether a rank was asked to stop. Raises UserError, on all ranks, for a loss that is not finite, and for
         what could not be written.
@@ -197,7 +214,7 @@ class RunRecord:
             if self.attempt and self.tracker and metrics.gradient_norm is not None:
                 rate = self.schedule.learning_rate(metrics.step - 1)
                 log = self.tracker.say_step(metrics, rate, launch.memory_bytes(self.accelerator.device))
-                self.writer.submit(run.disk_errors_named()(log))
+                self.writer.submit(run.disk_errors_named(self.attempt)(log))
                 if time.monotonic() - self.checked > CHECK_SECONDS and self.drawer.idle():
                     self.checked = time.monotonic()
                     self.drawer.submit(self.attempt.check)
@@ -209,15 +226,15 @@ class RunRecord:
             if self.attempt:
                 with suppress(UserError):
                     self.writer.wait()  # for a checkpoint that is good and not there yet
-                last = checkpoint.newest(self.options.run / "checkpoints")[0]
+                last = checkpoint.last_good(self.options.run / "checkpoints")
                 raise UserError(
                     f"loss {metrics.loss} in step {metrics.step} at learning rate "
                     f"{self.schedule.learning_rate(metrics.step - 1):.3g}; lower "
-                    f"--peak-learning-rate in a new --run (last good checkpoint: {last or 'none yet'})"
+                    f"--peak-learning-rate in a new --run (last good checkpoint: {last})"
                 )
 
     def save(self, network: nn.Module, optimizer: optim.Optimizer) -> None:
-        """Copies the state of training and has it written, after a save that is still under way.
+        """Copies the training state and queues it for writing, after a save in progress.
 
         Call it once the metrics of all steps have been counted.
         """
@@ -234,15 +251,15 @@ class RunRecord:
     def _write(self, snapshot: Snapshot) -> None:
         assert self.attempt
         assert self.tracker
-        self.tracker.writer.flush()  # the curves are to reach as far as the checkpoint
-        with run.disk_errors_named():
+        with run.disk_errors_named(self.attempt):
+            self.tracker.writer.flush()  # the curves must cover every step of the checkpoint
             checkpoint.write(self.attempt, snapshot, self.metadata)
             self._write_status("running", step=snapshot.progress.step)
 
     def log_epoch(self, evaluation: Evaluation, own_work: float) -> None:
         """Records an evaluation: metrics and predictions at once, pictures when they are due.
 
-        `own_work` is what this rank alone needed for a step, in seconds, or NaN.
+        `own_work` is this rank's own time per step, in seconds, or NaN.
         """
         self.evaluated = self.schedule.epochs_completed(self.progress.step)
         own_works = self.accelerator.gather(torch.tensor([own_work], device=self.accelerator.device)).tolist()
@@ -272,13 +289,13 @@ class RunRecord:
 
     def _write_epoch(self, metrics: EpochMetrics, evaluation: Evaluation) -> None:
         assert self.tracker
-        with run.disk_errors_named():
+        with run.disk_errors_named(self.attempt):
             self.history.record(metrics, evaluation.probabilities)
             self.tracker.log_epoch(metrics, evaluation)
 
     def _draw(self) -> None:
         assert self.tracker
-        with run.disk_errors_named():
+        with run.disk_errors_named(self.attempt):
             self.tracker.draw(list(self.history.epochs))
 
     def _seconds(self) -> float:
@@ -308,7 +325,7 @@ class RunRecord:
             )
 
     def wait(self) -> None:
-        """Waits until all is written. Raises UserError, on all ranks, for what could not be."""
+        """Waits until everything is written. Raises UserError on all ranks if something could not be written."""
         with raise_on_all_ranks(self.accelerator), self.clock.within("saving"):
             self.writer.wait()
             self.drawer.wait()
@@ -322,13 +339,16 @@ class RunRecord:
         if stopped:
             self._write_status("preempted", f"{stop.name() or 'another rank'} asked to stop", last=True)
             step = self.progress.step
-            self.tracker.say(f"stopped on request after step {step}; the same command goes on from there")
+            self.tracker.say(f"stopped on request after step {step}; the same command resumes from there")
         if self.history.epochs:
             self._draw()
         if stopped:
             return
         final = self.history.epochs[-1]
-        checkpoint.export(self.attempt, network, {**self.metadata, "test_accuracy": final.test_accuracy})
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        checkpoint.export(
+            self.attempt, network, {**self.metadata, "test_accuracy": final.test_accuracy, "ended": ended}
+        )
         result = {
             "test_accuracy": final.test_accuracy,
             "test_accuracy_of_views": final.test_accuracy_of_views,

@@ -1,12 +1,11 @@
 """The run directory: what a run is (recipe.json), how it goes (status.json), what it measured (metrics, predictions).
 
 Rank 0 alone writes here, as long as its attempt is the newest. Files are replaced whole, so that a reader, and the next
-attempt after a crash, finds each of them intact. Three grow instead: metrics.jsonl and predictions.log, which each
-attempt begins as a file of its own (see History), and TensorBoard's, of which each attempt has its own and which begins
-by taking back what those before it have logged beyond the step that it goes on from.
+attempt after a crash, finds each of them intact. Three files are appended to instead: metrics.jsonl and
+predictions.log, which each attempt starts as new files (see History), and TensorBoard's, one per attempt, which first
+purges what earlier attempts logged beyond the step that it resumes from.
 """
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -24,10 +23,10 @@ import numpy.typing as npt
 from cifar import attempt as attempts
 from cifar import recipes
 from cifar.attempt import Attempt
-from cifar.errors import UserError
+from cifar.errors import FULL, LOST, UserError, disk_error
 from cifar.recipes import Options, Recipe
 
-# How often a launcher or Slurm has started the same command again: `--resume never` is of the first start.
+# Restart counters of the launcher and of Slurm: `--resume never` only applies to the first start.
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 VERSIONS_OF = ("torch", "torchvision", "accelerate", "albumentations", "numpy", "safetensors")
 
@@ -78,11 +77,11 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"{directory} is not empty and holds no run (no readable recipe.json); choose another --run")
     different = recipes.differences(recipe, before)
     if different:
-        raise UserError(f"{directory} holds a run of another recipe: {', '.join(different)}; choose another --run")
+        raise UserError(f"{directory} holds a run with another recipe: {', '.join(different)}; choose another --run")
 
 
 def finished(directory: Path) -> str:
-    """A line that says so if the run is finished, else ''."""
+    """A message if the run is finished, else ''."""
     result = read_result(directory)
     if not result or read_status(directory).get("state") != "finished":
         return ""
@@ -90,7 +89,7 @@ def finished(directory: Path) -> str:
 
 
 def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
-    """Makes the directory and writes recipe.json, or compares the data with the run's, and begins an attempt at it.
+    """Creates the directory and recipe.json, or checks the data against the run's, and starts an attempt.
 
     Raises UserError where the directory is not writable or its run was trained on other images.
     """
@@ -116,17 +115,17 @@ def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -
             }
             attempt.replace(path, json.dumps(metadata, indent=1))
     except OSError as error:
-        raise UserError(f"run directory {directory}: {error.strerror}; choose another --run") from None
+        raise disk_error(error, f"run directory {directory} cannot be written to", "choose another --run") from None
     return attempt
 
 
 class History:
-    """What each epoch's evaluation found, cut back to a given step: metrics.jsonl and predictions.safetensors.
+    """The evaluations of all epochs up to a given step: metrics.jsonl and predictions.safetensors.
 
-    An epoch appends its line to metrics.jsonl and its predictions to predictions.log, so that its cost does not grow
-    with their number; predictions.safetensors, the file for others to read, is written when a tenth has been added, and
-    at the end. Each attempt begins with copies, under the same names: one that was frozen appends to files that are no
-    longer there, and can be fenced by nothing else.
+    An epoch appends a line to metrics.jsonl and its predictions to predictions.log, so that its cost does not grow with
+    the number of epochs. predictions.safetensors, meant for other programs, is rewritten when a tenth has been added,
+    and at the end. Each attempt starts with copies under the same names: an older attempt then appends to files that
+    are no longer linked, since appends cannot be fenced.
     """
 
     def __init__(self, attempt: Attempt, step: int, labels: npt.NDArray[np.uint8]) -> None:
@@ -165,7 +164,7 @@ class History:
                 file.flush()
                 os.fsync(file.fileno())
         finally:
-            self.attempt.check()  # or these are files that a newer attempt has replaced
+            self.attempt.check()  # a newer attempt may have replaced these files
         if 10 * (len(self.epochs) - self.exported) >= len(self.epochs):
             self.export()
 
@@ -230,15 +229,20 @@ def read_predictions(directory: Path, images: int) -> tuple[dict[int, npt.NDArra
 
 
 @contextmanager
-def disk_errors_named() -> Iterator[None]:
-    """Turns a full disk within the block into a UserError."""
+def disk_errors_named(attempt: Attempt | None = None) -> Iterator[None]:
+    """Turns a full disk and a failing file server within the block into a UserError.
+
+    A file is also missing where a newer attempt has taken the run over, or somebody has deleted it: `attempt` says so.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if attempt:
+            attempt.check()
+        if error.errno not in (*FULL, *LOST):
             raise
-        where = error.filename or "the run directory"
-        raise UserError(f"{where}: {error.strerror}; make room there and start the same command again") from None
+        where = str(error.filename or "the run directory")
+        raise disk_error(error, where, "make room there and start the same command again") from None
 
 
 def read_result(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every function of the step: learning rate, image size, freezing, epochs, saves, seeds.
+"""Everything that depends on the step: learning rate, image size, freezing, epochs, saves, seeds.
 
 Each depends on the step and the recipe alone, never on the number of ranks or on where a run was resumed.
 """
@@ -46,8 +46,8 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """One cycle: linear from 1/25 of the peak up to it at `peak_epoch`, and linear down to zero at the end.
 
-        There is no annihilation phase after the cycle: the first step not taken would have rate 0. With `peak_epoch` 0
-        there is no warm-up.
+        There is no final annihilation phase: the rate would reach 0 one step after the last. With `peak_epoch` 0 there
+        is no warm-up.
         """
         peak_step = self.total_steps * self.recipe.peak_epoch / self.recipe.epochs
         if step < peak_step:

@@ -1,8 +1,8 @@
-"""Stop requests: SIGTERM, SIGINT and others set a number, and the training loop looks at it between steps.
+"""Stop requests: handlers of SIGTERM, SIGINT and others only set a number, which training checks between steps.
 
-A handler does nothing else. The process may be inside a collective operation when the signal comes, and a survivor of
-a crashed peer gets SIGTERM too: saving or talking to other ranks from a handler would hang. Imported first by the
-scripts, before torch takes its seconds, so that an early signal is not lost.
+The process may be inside a collective when the signal comes, and a survivor of a crashed peer gets SIGTERM too: saving
+or talking to other ranks from a handler would hang. The scripts import this module first, before torch, which takes
+seconds, so that an early signal is not lost.
 """
 
 import ctypes
@@ -10,22 +10,24 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Container
+from pathlib import Path
 from types import FrameType
 
-# Beside what a person sends: a job script's warning (SIGUSR1 here, SIGUSR2 from submitit), the end of a terminal, and a
-# limit on CPU time, the hard one of which may lie a little later.
+# SIGTERM and SIGINT, a job script's warning (SIGUSR1 here, SIGUSR2 from submitit), a closed terminal, and the soft
+# limit on CPU time, which the hard one may soon follow.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
-INSISTING = (signal.SIGTERM, signal.SIGINT)  # what a person sends again; job scripts repeat SIGUSR1
-SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch; torchrun
+INSISTING = (signal.SIGTERM, signal.SIGINT)  # signals that people repeat; job scripts repeat SIGUSR1
+SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
 _received = 0
 _wakeup: int | None = None  # the end of a pipe into which Python writes each signal's number
 
 
 class RepeatedStop:
-    """Whether a stop request was repeated after `patience` seconds in which nothing moved.
+    """Whether a stop request was repeated after `patience` seconds without progress.
 
-    Ctrl-C in a terminal reaches a rank twice, from the terminal and from its launcher: in the same moment, which does
-    not count. Looked at by a thread, since the main one may be inside a library that lets no handler run.
+    Ctrl-C in a terminal reaches a rank twice at the same moment, from the terminal and from its launcher; that does not
+    count. Checked by a thread, since the main thread may be inside a library that lets no handler run.
     """
 
     def __init__(self, patience: float) -> None:
@@ -33,7 +35,7 @@ class RepeatedStop:
         self.first: float | None = None
 
     def look(self, moved: float) -> int:
-        """The number of the signal that is repeated, or 0. `moved` is when training last moved (time.monotonic)."""
+        """The number of the repeated signal, or 0. `moved` is the time of the last progress (time.monotonic)."""
         now = time.monotonic()
         for number in _new_signals():
             if number not in INSISTING:
@@ -50,9 +52,9 @@ def _remember(number: int, _frame: FrameType | None) -> None:
 
 
 def catch() -> None:
-    """From now on these signals are remembered instead of ending the process; SIGHUP unless `nohup` ignores it.
+    """Catches these signals instead of letting them end the process; SIGHUP only unless `nohup` ignores it.
 
-    The death of a launcher counts as SIGTERM: one that was killed could not pass it on, and left its ranks training.
+    A launcher's death counts as SIGTERM: a killed launcher forwards nothing, and its ranks would keep training.
     """
     global _wakeup
     _wakeup, write = os.pipe()
@@ -62,24 +64,40 @@ def catch() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
             signal.signal(number, _remember)
-    if any(name in os.environ for name in SET_BY_LAUNCHERS):
+    if launched(_parents_variables()):
         _when_parent_dies(signal.SIGTERM)
 
 
-def ignore() -> None:
-    """From now on there is nothing left to stop.
+def launched(before: Container[str]) -> bool:
+    """Whether the parent is a launcher: it has set variables that are not in its own environment, `before`.
 
-    Python gives the handlers back before a process has ended, and a warning that is repeated, as job scripts do, would
-    then kill one that had just saved everything.
+    Somebody may have exported one of them, and a shell is no launcher.
+    """
+    return any(name in os.environ and name not in before for name in SET_BY_LAUNCHERS)
+
+
+def _parents_variables() -> set[str]:
+    try:
+        entries = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:  # it is gone, or another user's
+        return set()
+    return {os.fsdecode(entry.partition(b"=")[0]) for entry in entries}
+
+
+def ignore() -> None:
+    """Ignores stop signals from now on.
+
+    Python restores the default handlers before a process has ended; a repeated warning, as job scripts send it, would
+    then kill one that has just saved everything.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def obey_parent() -> None:
-    """For helper processes: the training process decides when they end, and they end with it.
+    """For helper processes: ignores stop signals, and dies with the training process.
 
-    They hold copies of its connections: while they live, other ranks do not see that it has died.
+    Helpers hold copies of its connections: while they live, other ranks do not notice its death.
     """
     ignore()
     _when_parent_dies(signal.SIGKILL)

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def table(network: nn.Module, image_size: int = 32) -> str:
-    """`rows` under each other, and the size of the float32 weights in MB."""
+    """`rows` as a text table, and the size of the float32 weights in MB."""
     cells = rows(network, image_size)
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = [

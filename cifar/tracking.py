@@ -1,4 +1,4 @@
-"""What a person watches: TensorBoard, the pictures beside it, and the lines on the terminal. Rank 0 alone."""
+"""Monitoring: TensorBoard, figures, and lines on the terminal. Rank 0 only."""
 
 import json
 import sys
@@ -36,24 +36,24 @@ PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them fr
 
 
 class Tracker:
-    """What a person watches of a run that goes on from `step`."""
+    """Monitoring of a run from `step` on."""
 
     def __init__(self, attempt: Attempt, recipe: Recipe, data: Data, step: int, total_steps: int) -> None:
         self.attempt, self.recipe, self.data = attempt, recipe, data
         self.first_step, self.total_steps = step, total_steps
-        # What an earlier attempt logged beyond this step is purged, so that the curves do not overlap. That includes
-        # one that still does so: its file comes before this one.
+        # Purges what earlier attempts logged beyond this step, so that curves do not overlap; even one that still logs,
+        # since its file sorts before this one.
         self.writer = SummaryWriter(str(attempt.run), purge_step=step + 1 if step else 0)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not has_room_for_a_bar(sys.stderr))
         self.said = time.monotonic()
         self.warm = False  # after the first step of this attempt
-        # Images and seconds of this attempt's steps, without the first; then, and before this epoch and the last point.
+        # Images and seconds of this attempt's steps but the first: in all, before this epoch, before the last log.
         self.counted = self.epoch_began = self.logged = (0, 0.0)
         # Step and confusion matrix of an evaluation that is to be drawn.
         self.undrawn: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def start(self, topology: str, table: str, training_images: TrainingImages) -> None:
-        """Says what is trained where; at a run's first start also recipe, network and samples to TensorBoard."""
+        """Prints the set-up; at a run's first start also logs recipe, network and samples to TensorBoard."""
         self.say(topology)
         self.say(table)
         if advice := Labels(self.data.classes).advice():
@@ -81,7 +81,7 @@ class Tracker:
         return figures.samples(strips, self.data.classes)
 
     def count(self, images: int, seconds: float) -> None:
-        """Takes note of one step's images and time, the wait for its input included."""
+        """Counts one step's images and time, including the wait for its input."""
         if self.warm:
             self.counted = (self.counted[0] + images, self.counted[1] + seconds)
         self.warm = True
@@ -97,7 +97,7 @@ class Tracker:
         return speed
 
     def say_step(self, metrics: StepMetrics, learning_rate: float, memory: int) -> Callable[[], None]:
-        """A step's progress on the terminal. Returns what adds its point to the training curves, on whatever disk."""
+        """Shows a step's progress on the terminal; returns a function that writes it to TensorBoard."""
         step, accuracy = metrics.step, metrics.correct / self.recipe.global_batch_size
         speed, self.logged = self.images_per_second(self.logged), self.counted
         values = {"loss": metrics.loss, "accuracy": accuracy, "learning_rate": learning_rate,
@@ -136,7 +136,7 @@ class Tracker:
             self.undrawn = (metrics.step, confusion)
 
     def draw(self, epochs: Sequence[EpochMetrics]) -> None:
-        """The pictures of the run as far as it has come: curves, and the confusion matrix where one is due."""
+        """Draws the learning curves so far, and the confusion matrix if one is due."""
         if self.undrawn:
             (step, confusion), self.undrawn = self.undrawn, None
             picture = figures.confusion(confusion, self.data.classes)
@@ -167,7 +167,7 @@ class Tracker:
         )
 
     def say(self, text: str) -> None:
-        """Lines of their own, above the bar."""
+        """Prints lines above the progress bar."""
         self.bar.write(text, file=sys.stdout)
         sys.stdout.flush()
         self.said = time.monotonic()

@@ -1,6 +1,8 @@
 """What the tests share: small sets of images, and `train.py` as a user starts it."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +21,18 @@ if TYPE_CHECKING:
 
 # Threads that wait for work would spin, and take the processors from other tests' processes.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-# Tests are of what a program does on CPUs, on a machine with GPUs, too; those marked `gpu` start theirs with this.
-GPU_ENVIRONMENT = dict(os.environ)
+# Tests are of what a program does on CPUs, on a machine with GPUs, too; those marked `gpu` start theirs with
+# GPU_ENVIRONMENT, which has what the shell had. xdist's workers inherit the environment of pytest's first process,
+# where it has been changed already: that process keeps what it found in a variable of its own.
+HIDING = ("CUDA_VISIBLE_DEVICES", "CIFAR_DEVICE")
+FOUND = "CIFAR_TESTS_FOUND"
+os.environ.setdefault(FOUND, json.dumps({name: os.environ[name] for name in HIDING if name in os.environ}))
+for name in HIDING:
+    os.environ.pop(name, None)
+GPU_ENVIRONMENT = {**os.environ, **json.loads(os.environ[FOUND])}
 REHEARSAL = "REHEARSE_GPU_TESTS" in os.environ  # the gpu tests on CPUs
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.pop("CIFAR_DEVICE", None)
+DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # where one of these is, is a GPU's driver
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs to which the tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -54,9 +63,13 @@ def draw(shape: str, generator: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def has_driver() -> bool:
+    return any(Path(place).exists() for place in DRIVERS)
+
+
 def gpus() -> int:
     """How many GPUs torch can use here, asked of a process of its own: this one is not to see them."""
-    if not any(Path(place).exists() for place in ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")):
+    if not has_driver():
         return 0
     script = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run(
@@ -93,6 +106,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in marked:
         if found < 1 + (item.get_closest_marker("multigpu") is not None):
             item.add_marker(pytest.mark.skip(reason=f"torch finds {found} GPUs here"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """`-m gpu` has failed where there is a GPU's driver and yet every test was skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    asked = re.search(r"\bgpu\b", session.config.option.markexpr)
+    if asked and reporter and has_driver():
+        outcomes = {outcome for outcome in ("passed", "failed", "error", "skipped") if reporter.stats.get(outcome)}
+        if outcomes == {"skipped"}:
+            reporter.write_line("\nevery gpu test was skipped, though this machine has a GPU's driver", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_a_new_attempt_leaves_alone_what_newer_ones_are_writing(tmp_path: Path) 
     (tmp_path / "attempts" / "0002.json").unlink()
     assert attempt.claim(tmp_path, 1).number == 2  # as if it had been slow to get from its number to the clearing
     assert mine.exists()
+
+
+def test_an_attempt_whose_run_was_deleted_and_begun_anew_writes_no_more(tmp_path: Path) -> None:
+    older = attempt.claim(tmp_path, 1)
+    shutil.rmtree(tmp_path / "attempts")
+    with pytest.raises(UserError, match="was deleted or replaced"):
+        older.replace(tmp_path / "status.json", "older")
+    newer = attempt.claim(tmp_path, 1)
+    assert (older.number, newer.number) == (1, 1)
+    assert older.temporary(tmp_path / "status.json") != newer.temporary(tmp_path / "status.json")
+    newer.replace(tmp_path / "status.json", "newer")
+    with pytest.raises(UserError, match="was deleted or replaced"):
+        older.replace(tmp_path / "status.json", "older")
+    assert attempt.claim_after(tmp_path, 1, older.token) is None
+    assert attempt.claim_after(tmp_path, 1, newer.token) is not None
+    assert (tmp_path / "status.json").read_text() == "newer"
 
 
 def test_attempts_that_begin_in_the_same_moment_get_numbers_of_their_own(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 from conftest import ROOT
-from helpers.bench import BATCH, BENCH, shrink
+from helpers.bench import BATCH, SMALL, command, shrink
 from torch.nn import functional as F
 
-from cifar.bench import context, interleave, scaling, scaling_model, shaped
+from cifar.bench import context, interleave, limit, scaling, scaling_model, shaped
 from cifar.bench.context import Bench
 from cifar.bench.interleave import Program
 from cifar.bench.plain import TRANSFORMS, Images, Plain
@@ -34,8 +34,8 @@ def bench(tmp_path: Path) -> Measure:
     """Runs `python -m cifar.bench` in the test's own folder."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [*BENCH, *(str(argument) for argument in arguments)]
-        return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        words = [*command("cifar.bench"), *map(str, arguments)]
+        return subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                               text=True, timeout=1200, check=False)  # fmt: skip
 
     return run
@@ -81,9 +81,9 @@ def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
 def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> None:
     bench = Bench("resnet", 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0})
     run = tmp_path / "run"
-    arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16)
+    arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, *SMALL, "--augment", "device")
     with bench.launch("ours", *arguments, "--checkpoint-every", 1) as program:
-        trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps
+        trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH
         restored = program.turn("restore", amount=1)
         saved = sorted((run / "checkpoints").iterdir())
     assert saved[-1].name == "step-0000006"
@@ -93,7 +93,7 @@ def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> Non
     assert restored["bytes"] == sum(file.stat().st_size for file in saved[-1].iterdir())
 
 
-def test_the_plain_loop_judges_every_image_as_the_network_does(shapes: Path, tmp_path: Path) -> None:
+def test_the_plain_loop_evaluates_every_image_as_the_network_does(shapes: Path, tmp_path: Path) -> None:
     plain = Plain(Recipe(data=str(shapes), global_batch_size=16), tmp_path / "plain")
     plain.train(amount=2)
     answer = plain.evaluate(amount=22)
@@ -194,7 +194,7 @@ def test_every_figure_has_its_turns_its_limit_and_its_baseline(bench: Measure, t
 
 def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "RANKS", (1, 4))
-    for place, name in ((Bench, "_arguments"), (Bench, "batch"), (context, "IMAGES")):
+    for place, name in ((Program, "__init__"), (Bench, "batch"), (context, "IMAGES"), (limit, "SHAPES")):
         value = getattr(place, name)
         monkeypatch.setattr(place, name, dict(value) if name == "IMAGES" else value)  # put back afterwards
     shrink()
@@ -242,18 +242,6 @@ def test_the_model_is_arithmetic() -> None:
 def test_the_last_gradients_are_ready_at_the_end(network: str) -> None:
     parts = scaling_model.buckets(network)
     assert 1 / 3 < parts[0].ready < parts[-1].ready == pytest.approx(1, abs=0.01)
-
-
-def test_the_table_of_gpus() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cifar.bench.scaling_model"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    rows = [line.split() for line in done.stdout.splitlines() if line.lstrip()[:1].isdigit()]
-    assert [int(row[0]) for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512, 1024]
-    assert rows[7][1] == "refused:"  # the batch has fewer images than there are GPUs
-    fixed, growing = ([int(row[-1].rstrip("%")) for row in half] for half in (rows[:7], rows[8:]))
-    assert fixed == sorted(fixed, reverse=True)
-    assert all(low < high <= 100 for low, high in zip(fixed, growing, strict=False))
 
 
 def test_what_goes_through_the_link_arrives(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_broken_cache_is_made_anew_with_one_line(
     again = open_data(str(shapes))
     said = capsys.readouterr().out
     assert said.startswith(f"image cache {opened.path}: {name} ")
-    assert said.endswith("; it is made anew\n")
+    assert said.endswith("; rebuilding it\n")
     assert said.count("\n") == 1
     assert is_whole(again, open_data(str(shapes)))
     assert again.fingerprint == opened.fingerprint
@@ -112,7 +112,7 @@ def test_a_cache_of_an_earlier_version_is_made_anew(
 ) -> None:
     (opened.path / "checksums.json").unlink()
     assert open_data(str(shapes)).fingerprint == opened.fingerprint
-    assert "checksums.json is missing (earlier versions wrote none); it is made anew" in capsys.readouterr().out
+    assert "checksums.json is missing (earlier versions wrote none); rebuilding it" in capsys.readouterr().out
 
 
 def fingerprint(data: str) -> str:

@@ -1,5 +1,6 @@
 """A checkpoint is complete or it is not there."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,10 @@ import torch
 from conftest import Disk
 from torch import nn
 
-from cifar import checkpoint, models, optim
+from cifar import checkpoint, files, models, optim
 from cifar.attempt import Attempt, claim
 from cifar.checkpoint import BrokenCheckpointError, Chosen, Progress, Snapshot
-from cifar.errors import UserError
+from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
 
 RECIPE = Recipe()
@@ -347,6 +348,49 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(disk: Disk) ->
         save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), FACTS)
     assert checkpoint.choose(disk.path / "checkpoints", "auto") == Chosen(first, 1, None, [])
     assert [path.name for path in (disk.path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (errno.ENOSPC, 2, "make room there and start again"), (errno.EACCES, 2, "make it writable and start again"),
+        (errno.ESTALE, 1, "the file system fails"), (errno.EIO, 1, "the file system fails"),
+    ],
+)  # fmt: skip
+def test_only_what_the_user_can_mend_is_the_users_error(
+    number: int, status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sync(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    network, optimizer = trained(0)
+    attempt = claim(tmp_path, 1)
+    monkeypatch.setattr(files, "sync", sync)
+    with pytest.raises(UserError, match=words) as error:
+        save(attempt, network, optimizer, Progress(step=1), FACTS)
+    assert error.value.status == status  # 1 is tried again, by launchers and job scripts
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 2), (errno.ESTALE, 1)])
+def test_a_folder_that_cannot_be_read_does_not_count_as_empty(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read") as error:
+        checkpoint.choose(tmp_path, "auto")
+    assert error.value.status == status
+
+
+def test_a_checkpoint_on_a_disk_that_fails_is_not_skipped(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(LostError, match="cannot be read"):
+        checkpoint.choose(saved[0].parent, "auto")
 
 
 def test_the_result_loads_with_safetensors_alone(tmp_path: Path) -> None:

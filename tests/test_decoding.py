@@ -238,7 +238,7 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(
     program, helpers = hanging
     os.killpg(program.pid, signal.SIGINT)
     *progress, line = program.communicate(timeout=60)[1].splitlines()
-    assert line == "SIGINT asked to stop while decoding the images; nothing was kept"
+    assert line == "SIGINT received while decoding the images; no images were kept"
     assert all(said.startswith("decoding the images: ") for said in progress)
     assert program.returncode == 1
     assert psutil.wait_procs(helpers, timeout=30)[1] == []

@@ -62,5 +62,5 @@ def test_what_a_machine_lacks_is_an_error_that_names_it(
 def test_a_machine_that_lost_its_gpus_is_named_among_those_that_have_some() -> None:
     device.compare({"node1": "cuda", "node2": "cuda"})
     device.compare({"node1": "cpu", "node2": "cpu"})
-    with pytest.raises(UserError, match="node2 has no GPU that torch can use, and the other machines have"):
+    with pytest.raises(UserError, match="node2 has no GPU that torch can use, but the other machines have one"):
         device.compare({"node1": "cuda", "node2": "cpu", "node3": "cuda"})

@@ -25,6 +25,7 @@ from cifar.data.cache import Data, open_data
 from cifar.errors import UserError
 from cifar.explain import calibration, checks, mistakes, neighbours, output, runs
 from cifar.explain.findings import ExplainedImages, Findings
+from cifar.explain.layers import Grid
 from cifar.explain.options import Options, parse_command_line
 
 ONE = ("--num_processes", "1")
@@ -50,8 +51,8 @@ def run(mislabelled: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
     """A short training."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     done = train(
-        "--data", mislabelled, "--run", directory, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16,
-        "--peak-learning-rate", 1e-3,
+        "--data", mislabelled, "--run", directory, "--network", "whitened", "--augment", "device", "--epochs", 3,
+        "--peak-epoch", 1, "--global-batch-size", 16, "--peak-learning-rate", 1e-3,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return directory
@@ -151,8 +152,20 @@ def test_the_checks_come_with_n_and_spread(explained: Path) -> None:
             assert -1 <= checks[f"{group}_correlation_{measure}"] <= 1
 
 
+ORDERS = ("confident", "uncertain")
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one process leaves for each order of the mistakes."""
+    folder = tmp_path_factory.mktemp("alone")
+    for order in ORDERS:
+        assert explain("--run", run, "--order", order, "--count", 3, "--output", folder / order).returncode == 0
+    return {order: folder / order for order in ORDERS}
+
+
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(run: Path, explained: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(run: Path, alone: dict[str, Path], tmp_path: Path) -> None:
     configuration = tmp_path / "two.yaml"
     configuration.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
@@ -163,7 +176,7 @@ def test_two_processes_find_what_one_finds(run: Path, explained: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("36 test images") == 1
-    assert (output / "misclassified.csv").read_bytes() == (explained / "misclassified.csv").read_bytes()
+    assert (output / "misclassified.csv").read_bytes() == (alone["confident"] / "misclassified.csv").read_bytes()
 
 
 def test_a_checkpoint_is_explained_like_the_run_that_it_became(run: Path, explained: Path, tmp_path: Path) -> None:
@@ -179,7 +192,7 @@ def test_a_checkpoint_is_explained_like_the_run_that_it_became(run: Path, explai
     assert refused.stderr.endswith(f"newest complete checkpoint can be explained: --run {newest}\n")
     assert not (unfinished / "explain").exists()
 
-    done = explain("--run", newest, "--method", "hirescam", "--layer", "layer1", "--opacity", 1, "--order", "uncertain")
+    done = explain("--run", newest, "--method", "hirescam", "--layer", "stage1", "--opacity", 1, "--order", "uncertain")
     assert done.returncode == 0, done.stderr
     folder = unfinished / f"explain-{newest.name}"
     assert (folder / "misclassified.csv").read_bytes() == (explained / "misclassified.csv").read_bytes()
@@ -253,7 +266,8 @@ def named(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count):
                 draw(SHAPES[number], generator).save(data / split / name / f"+{number}.png")
     directory = tmp_path_factory.mktemp("runs") / "named"
-    done = train("--data", data, "--run", directory, "--epochs", 1, "--peak-epoch", 0.5, "--global-batch-size", 13,
+    done = train("--data", data, "--run", directory, "--network", "whitened", "--augment", "device", "--epochs", 1,
+                 "--peak-epoch", 0.5, "--global-batch-size", 13,
                  env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -324,7 +338,7 @@ def test_the_line_recipe_names_the_recipe(run: Path, tmp_path: Path, mislabelled
         content.pop("name", None)
         (copy / "recipe.json").write_text(json.dumps({**content, **({"name": name} if name else {})}))
         facts = runs.facts(opened, data, 0.5, "no")
-        assert (facts["recipe"], facts["network"]) == (line, "resnet")
+        assert (facts["recipe"], facts["network"]) == (line, "whitened")
     (copy / "recipe.json").unlink()
     assert runs.facts(opened, data, 0.5, "no")["recipe"] == "3 epochs, global batch 16, seed 0"
 
@@ -343,24 +357,21 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_two_explanations_of_a_run_at_once_leave_one_whole(run: Path, tmp_path: Path) -> None:
-    orders = ("confident", "uncertain")
-    for order in orders:
-        assert explain("--run", run, "--order", order, "--count", 3, "--output", tmp_path / order).returncode == 0
-    alone = [everything(tmp_path / order) for order in orders]
-    assert len({tuple(sorted(found)) for found in alone}) == 2  # other maps
+def test_two_explanations_of_a_run_at_once_leave_one_whole(run: Path, alone: dict[str, Path], tmp_path: Path) -> None:
+    whole = [everything(folder) for folder in alone.values()]
+    assert len({tuple(sorted(found)) for found in whole}) == 2  # other maps
     together = [
         subprocess.Popen(
             command(ROOT / "explain.py", "--run", run, "--order", order, "--count", 3, "--output", tmp_path / "both"),
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )
-        for order in orders
+        for order in ORDERS
     ]  # fmt: skip
     for process in together:
         assert (process.communicate(timeout=900)[1], process.returncode) == ("", 0)
     left = everything(tmp_path / "both")
-    assert sorted(left) in [sorted(found) for found in alone]
-    gallery = {found["gallery.png"]: sorted(found) for found in alone}
+    assert sorted(left) in [sorted(found) for found in whole]
+    gallery = {found["gallery.png"]: sorted(found) for found in whole}
     assert gallery[left["gallery.png"]] == sorted(left)
 
 
@@ -527,7 +538,7 @@ runs.open_run(Path({str(closed)!r}))
     [
         (["--run", "no/such/run"], "no/such/run does not exist; name the directory of a finished run"),
         (["--run", "."], "error: . holds neither a finished run nor a complete checkpoint"),
-        (["--layer", "layer9"], "--layer 'layer9' is unknown; choose one of: prep (32x32), layer1 (16x16), "),
+        (["--layer", "layer9"], "--layer 'layer9' is unknown; choose one of: stage1 (15x15), stage2 (7x7), "),
         (["--method", "jet"], "choose one of: gradcam, gradcam++, hirescam, layercam, eigencam"),
         (["--order", "best"], "--order 'best' is unknown; choose one of: confident, uncertain, random"),
         (["--true", "cat"], "--true 'cat' is not a class of "),
@@ -592,7 +603,7 @@ def test_a_run_that_is_not_what_was_saved_is_refused(
 
 def test_weights_of_another_network_are_refused(run: Path) -> None:
     opened = runs.open_run(run)
-    with pytest.raises(UserError, match=r"of another network .* linear\.bias first"):
+    with pytest.raises(UserError, match=r"of another network .* linear\.weight first"):
         runs.load(replace(opened, classes=["one", "two"]), torch.device("cpu"))
 
 
@@ -671,7 +682,7 @@ def findings(probabilities: np.ndarray, labels: np.ndarray) -> Findings:
     empty = np.zeros(0, np.float32)
     nobody = ExplainedImages(np.zeros(0, np.int64), np.zeros((0, 32, 32, 3), np.uint8), [], np.zeros((0, 2), np.uint8),
                    np.zeros((0, 2, 8, 8), np.float32), np.zeros((0, 2), np.float32), np.zeros((0, 4, 4), np.float32),
-                   empty, empty)  # fmt: skip
+                   empty, empty, Grid(8, 2, 4), Grid(4, 4, 8))  # fmt: skip
     numbers, classes = np.zeros(0, np.int64), np.zeros((0, len(labels)), np.uint8)
     return Findings({}, ["a", "b", "c"], labels, probabilities, numbers, classes, nobody, nobody, numbers, "", "")
 

@@ -136,6 +136,22 @@ def test_what_keeps_a_rank_from_coming_is_said_by_the_first(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("--seed", "7"), "seed (7, rank 0: 0)"), (("--data", "digits"), "images (")],
+    ids=["another seed", "other images"],
+)
+def test_ranks_that_were_started_with_other_commands_are_refused(
+    flags: tuple[str, str], words: str, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = f"if os.environ['RANK'] == '1': sys.argv += {list(flags)}"
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO)
+    assert processes[0].returncode != 0
+    assert len(lines(output)) == 1, output
+    assert f"rank 1 on {HOST} differs from rank 0 in {words}" in lines(output)[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_ranks_wait_for_images_as_long_as_one_of_them_gets_on_with_them(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
@@ -315,7 +331,7 @@ def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
     newest, broken = checkpoint.newest(run / "checkpoints")
     assert newest is not None
     assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
-    assert f"stopped on request after step {status(run)['step']}; the same command goes on from there" in output
+    assert f"stopped on request after step {status(run)['step']}; the same command resumes from there" in output
 
 
 IN_A_STEP = "def step(rank, number):\n    if (rank, number) == (1, 5): os.kill(os.getpid(), signal.SIGTERM)"
@@ -450,7 +466,7 @@ def test_a_request_that_is_repeated_ends_what_no_longer_moves(
     words = f"train.py: error: {number.name} again, and nothing has moved for "
     assert lines(output), output
     assert all(line.startswith(words) for line in lines(output)), output
-    assert "the same command goes on from the last checkpoint" in lines(output)[0]
+    assert "the same command resumes from the last checkpoint" in lines(output)[0]
     assert status(run)["state"] == "preempted"
     assert checkpoint.newest(run / "checkpoints")[0] == run / "checkpoints/step-0000003"
 

@@ -103,8 +103,8 @@ def test_large_pictures_are_for_those_who_ask(how: str, shapes: Path, tmp_path: 
 @pytest.mark.parametrize("how", ["folder", "zip", "tar"])
 @pytest.mark.parametrize(
     ("spoiled", "wrong"),
-    [(b"", "cannot be taken: the file is not a picture"), (bytes(26 << 20), f"has {26 << 20} bytes; make it smaller"),
-     (b"\x89PNG\r\n\x1a\n" + bytes(2 << 20), "cannot be taken: the file is not a picture")],
+    [(b"", "cannot be used: the file is not a picture"), (bytes(26 << 20), f"has {26 << 20} bytes; make it smaller"),
+     (b"\x89PNG\r\n\x1a\n" + bytes(2 << 20), "cannot be used: the file is not a picture")],
     ids=["empty", "too large", "no picture and large"],
 )  # fmt: skip
 def test_a_picture_that_cannot_be_read_is_named(

@@ -28,10 +28,11 @@ ON_A_CPU = (
 FAITHFUL = ON_A_CPU + "graph.capture = lambda step: step\n"
 ONE: tuple[str, ...] = ()
 STEPS = 12
+SMALL = ("--network", "small", "--augment", "device")
 VARIANTS = {
-    "dropout": ("--network", "whitened"),
+    "dropout": SMALL,
     "sizes and freezing": ("--recipe", "speedrun", "--freeze-at", 0.5, "--peak-epoch", 0),
-    "micro-batches": ("--network", "whitened", "--gradient-accumulation-steps", 2),
+    "micro-batches": (*SMALL, "--gradient-accumulation-steps", 2),
 }
 Finished = Callable[[str, str, tuple[str, ...]], tuple[str, Path]]
 

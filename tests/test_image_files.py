@@ -119,7 +119,7 @@ def test_files_that_are_no_images_by_their_names_are_skipped_and_said(
     assert reds(path) == [0, 1, 2, 3]
     some = "photos/test/about.md, photos/train/a/README, photos/train/a/Thumbs.db, ..."
     folders = ", 1 class folders without images (photos/train/texts)" if make is as_folder else ""
-    said = f"1 hidden (photos/train/a/.DS_Store), 11 files that are no images ({some})"
+    said = f"1 hidden (photos/train/a/.DS_Store), 11 files that are not images ({some})"
     outside = "1 outside photos/train/ and photos/test/ (notes/train/x/about.txt)"
     assert capsys.readouterr().out == f"{path}: skipped {said}, {outside}{folders}\n"
 
@@ -233,7 +233,7 @@ def test_names_of_a_zip_are_read_as_it_declares_them(
 @pytest.mark.parametrize(("encoding", "system"), [("gbk", DOS), ("shift-jis", DOS), ("shift-jis", UNIX)])
 def test_names_of_a_zip_in_an_undeclared_encoding_are_refused(encoding: str, system: int, tmp_path: Path) -> None:
     line = refused(zip_with_raw_names(tmp_path / "x.zip", encoding, system))
-    assert "in an encoding that the zip does not declare; make the zip anew with names in UTF-8" in line
+    assert "in an encoding that the zip does not declare; create the zip again with names in UTF-8" in line
 
 
 def test_accents_that_are_taken_apart_make_no_other_class(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_an_archive_with_two_entries_of_one_name_is_refused(tmp_path: Path) -> N
     path = as_zip(tmp_path / "x.zip", PLAIN)
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("train/a/0.png", png(9))
-    assert "train/a/0.png is there twice; make the zip anew" in refused(path)
+    assert "train/a/0.png appears twice; create the zip again" in refused(path)
 
 
 # ---- files that are none
@@ -317,7 +317,7 @@ def test_a_link_round_in_a_circle_is_named(tmp_path: Path) -> None:
     root = as_folder(tmp_path / "data", PLAIN)
     for name in ("x", "y"):  # two of them, followed blindly, would be walked through for years
         (root / "train" / "a" / name).symlink_to(root)
-    assert "is a symbolic link to a folder that it lies in; remove it" in refused(root)
+    assert "is a symbolic link to one of its parent folders; remove it" in refused(root)
 
 
 def test_links_to_images_and_folders_are_followed(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ DEFLATE64 = 9
 @pytest.mark.parametrize("method", [DEFLATE64, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_compression_that_python_lacks_or_cannot_bound_is_named(method: int, tmp_path: Path) -> None:
     path = patched(as_zip(tmp_path / "x.zip", PLAIN), lambda content: all_methods(content, method))
-    assert "train/a/0.png is compressed by another method than Deflate; make the zip again with" in refused(path)
+    assert "train/a/0.png is not compressed with Deflate; create the zip again with" in refused(path)
 
 
 def test_compressed_data_that_is_none_is_named(tmp_path: Path) -> None:
@@ -507,7 +507,7 @@ def test_a_link_in_a_tar_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         archive.add(root, ".")
     line = refused(tmp_path / "x.tar.gz")
-    assert "train/a/1.png is no file but a link or device; pack with tar --dereference --hard-dereference" in line
+    assert "train/a/1.png is a link or device, not a file; pack with tar --dereference --hard-dereference" in line
 
 
 def test_an_archive_in_a_class_folder_is_named(tmp_path: Path) -> None:
@@ -661,7 +661,7 @@ def test_as_many_classes_as_a_byte_tells(count: int, tmp_path: Path) -> None:
     image = png()
     path = as_zip(tmp_path / "x.zip", {f"{s}/{n:03}/0.png": image for s in ("train", "test") for n in range(count)})
     if count == 257:
-        assert "has 257 class(es); between 2 and 256" in refused(path)
+        assert "has 257 class(es); give between 2 and 256" in refused(path)
     else:
         assert open_data(str(path)).test_labels.tolist() == list(range(256))
 
@@ -684,8 +684,8 @@ def test_a_stop_request_is_heard_while_images_are_decoded(
     looking.terminate()
     _, said = looking.communicate(timeout=60)
     assert looking.returncode == 1
-    assert said.startswith("SIGTERM asked to stop while ")
-    assert said.endswith("nothing was kept\n")
+    assert said.startswith("SIGTERM received while ")
+    assert said.endswith("no images were kept\n")
     assert said.count("\n") == 1
     assert not list((tmp_path / "cache").rglob("*.npy"))
     assert not list((tmp_path / "cache").glob("cifar/.*"))
@@ -723,7 +723,7 @@ def test_a_stop_request_is_heard_while_a_download_waits(silent: bool, tmp_path: 
         _, said = loading.communicate(timeout=30)
         over.set()
     assert loading.returncode == 1
-    assert said == f"SIGTERM asked to stop while downloading {url}; nothing was kept\n"
+    assert said == f"SIGTERM received while downloading {url}; no images were kept\n"
     assert list((tmp_path / "there").iterdir()) == []
 
 

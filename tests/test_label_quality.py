@@ -11,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from cifar.explain import label_quality, mistakes
 from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, Neighbours, UInt8
+from cifar.explain.layers import Grid
 
 EXCHANGED = 0.02  # of the labels
 
@@ -24,7 +25,7 @@ def findings(
     pictures = np.zeros((count, 32, 32, 3), np.uint8)
     shown = ExplainedImages(wrong, pictures, [], np.zeros((count, 2), np.uint8), np.zeros((count, 2, 8, 8), np.float32),
                             np.zeros((count, 2), np.float32), np.zeros((count, 4, 4), np.float32), nothing,
-                            np.zeros(count, np.float32))  # fmt: skip
+                            np.zeros(count, np.float32), Grid(8, 2, 4), Grid(4, 4, 8))  # fmt: skip
     none = np.zeros((count, 0))
     neighbours = nearest if nearest is None else Neighbours(none, none, none, nearest[wrong], none, none[0:0], 1.0)
     history = np.zeros((0, len(labels)), np.uint8)

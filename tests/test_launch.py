@@ -39,7 +39,11 @@ def output_of(
     )  # fmt: skip
 
 
-THREADS = "import os\nlaunch.start()\nos.write(1, f'threads {torch.get_num_threads()}\\n'.encode())"  # in one piece
+THREADS = (
+    "import os\nlaunch.start()\n"
+    "said = f'threads {torch.get_num_threads()}, GPUs {os.environ[\"CUDA_VISIBLE_DEVICES\"]}\\n'\n"
+    "os.write(1, said.encode())\n"  # in one piece
+)
 
 
 @pytest.mark.parametrize(
@@ -57,40 +61,52 @@ THREADS = "import os\nlaunch.start()\nos.write(1, f'threads {torch.get_num_threa
         ((*TWO, FLAG, "3"), {}, 3),
     ],
 )
-def test_threads_are_all_cores_or_as_many_as_were_asked_for(
+def test_threads_are_all_cores_or_as_many_as_were_asked_for_and_two_cpu_processes_see_no_gpu(
     launcher: tuple[str, ...], env: dict[str, str], expected: int, tmp_path: Path
 ) -> None:
     done = output_of(tmp_path, THREADS, launcher, **env)
     said = [line for line in done.stdout.splitlines() if line.startswith("threads")]
-    assert said == [f"threads {expected}"] * (2 if launcher[: len(TWO)] == TWO else 1), done.stderr
+    two = launcher[: len(TWO)] == TWO
+    gpus = "-1,-1" if two else os.environ["CUDA_VISIBLE_DEVICES"]  # by the configuration; the tests' own
+    assert said == [f"threads {expected}, GPUs {gpus}"] * (2 if two else 1), done.stderr
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", CORES)])
-def test_threads_keep_to_a_containers_limit(limit: str, expected: int, tmp_path: Path) -> None:
+LIMITS = {"100000 100000": 1, "50000 100000": 1, "max 100000": CORES}
+# A process for each, forked once torch has been imported.
+LIMITED = f"""
+import os
+from pathlib import Path
+for limit in {list(LIMITS)}:
+    Path("/sys/fs/cgroup/cpu.max").write_text(limit)
+    if os.fork() == 0:
+        launch.start()
+        print("threads", torch.get_num_threads(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_threads_keep_to_a_containers_limit(tmp_path: Path) -> None:
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("only root can mount a file system, and not in every container")
-    limited = f'mount -t tmpfs tmpfs /sys/fs/cgroup && echo {limit} >/sys/fs/cgroup/cpu.max && exec "$@"'
-    done = output_of(tmp_path, THREADS, before=("unshare", "-m", "sh", "-c", limited, "sh"))
-    assert done.stdout == f"threads {expected}\n", done.stderr
+    mounted = 'mount -t tmpfs tmpfs /sys/fs/cgroup && exec "$@"'
+    done = output_of(tmp_path, LIMITED, before=("unshare", "-m", "sh", "-c", mounted, "sh"))
+    assert done.stdout == "".join(f"threads {threads}\n" for threads in LIMITS.values()), done.stderr
 
 
 MEGATRON = (
-    "distributed_type: MEGATRON_LM\nnum_processes: 2\nmegatron_lm_config: "
+    "distributed_type: MEGATRON_LM\nnum_processes: 1\nmegatron_lm_config: "
     "{megatron_lm_tp_degree: 1, megatron_lm_pp_degree: 1, megatron_lm_gradient_clipping: 1.0}\n"
 )
-FSDP = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nnum_processes: 2\n"
+FSDP = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nnum_processes: "
 
 
 @pytest.mark.parametrize(
     ("config", "what", "instead"),
     [
-        (FSDP, "FSDP", "cpu_2proc"),
-        (f"{FSDP}parallelism_config: {{parallelism_config_dp_shard_size: 2}}\n", "FSDP", "cpu_2proc"),
-        (
-            MEGATRON,
-            "Megatron-LM",
-            "cpu_2proc",
-        ),
+        (f"{FSDP}2\n", "FSDP", "cpu_2proc"),
+        (f"{FSDP}1\nparallelism_config: {{parallelism_config_dp_shard_size: 2}}\n", "FSDP", "cpu"),
+        (MEGATRON, "Megatron-LM", "cpu"),
     ],
 )
 def test_a_leftover_configuration_is_refused_in_one_line(
@@ -196,16 +212,14 @@ def test_the_faster_precision_is_named(
     assert "hint" not in launch.topology(job, 512)
 
 
-def test_the_configuration_for_two_cpu_processes_hides_gpus(tmp_path: Path) -> None:
-    done = output_of(tmp_path, "import os\nprint('visible', os.environ['CUDA_VISIBLE_DEVICES'])", TWO)
-    assert [line for line in done.stdout.splitlines() if line.startswith("visible")] == ["visible -1,-1"] * 2
+QUICK = ("--network", "whitened", "--augment", "device")
 
 
 def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:
     # torchrun takes --run for the beginning of a flag of its own, and --run-dir for none.
     run = tmp_path / "run"
     for program, more in (
-        ("train.py", ("--data", shapes, "--epochs", 1, "--global-batch-size", 16)), ("explain.py", ()),
+        ("train.py", ("--data", shapes, *QUICK, "--epochs", 1, "--global-batch-size", 16)), ("explain.py", ()),
     ):  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -222,8 +236,9 @@ def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:
 def test_a_compiled_network_trains_stops_and_goes_on_under_its_own_names(
     ranks: int, backend: str, shapes: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--data", shapes, "--run", tmp_path / "run", "--network", "whitened", "--epochs", 20,
-                 "--checkpoint-every", 1, "--global-batch-size", 16, "--freeze-at", 0.8]  # fmt: skip
+    # 20 steps, with frozen early layers from step 16 on.
+    arguments = ["--data", shapes, "--run", tmp_path / "run", *QUICK, "--epochs", 5, "--checkpoint-every", 1,
+                 "--global-batch-size", 16, "--freeze-at", 0.8]  # fmt: skip
     launcher = (*(TWO if ranks == 2 else ("--mixed_precision", "no")), "--dynamo_backend", backend)
     # Compiling takes longer than a step may: the first one has the limit that also a download has.
     environment = {**os.environ, "CIFAR_HANG_SECONDS": "60"}
@@ -233,7 +248,7 @@ def test_a_compiled_network_trains_stops_and_goes_on_under_its_own_names(
     )  # fmt: skip
     while not list((tmp_path / "run/checkpoints").glob("step-*")):
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=900)[0]
     assert "stopped on request after step" in output, output

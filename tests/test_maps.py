@@ -1,5 +1,9 @@
 """Maps and votes against what they are by definition, on networks small enough to know the answer."""
 
+import runpy
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,8 @@ from torch import nn
 
 from cifar import models
 from cifar.explain import checks, figures, layers, maps, votes
+from cifar.explain.findings import ExplainedImages
+from cifar.explain.layers import Grid
 from cifar.explain.maps import METHODS
 
 CLASSES = 3
@@ -14,6 +20,8 @@ CLASSES = 3
 
 class Patches(nn.Module):
     """A linear network: 8x8 cells of 4x4 pixels with four channels each, and one weight for each of their values."""
+
+    explainable_layers: ClassVar = {"stage": 8}
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +148,7 @@ def test_resolutions_in_the_help_are_those_of_the_network(name: str, images: tor
     for layer, cells in layers.of(name).items():
         found, _ = maps.compute(network, layer, "hirescam", images[:1], of_class(0, 1))
         assert found.shape == (1, 1, cells, cells)
-    assert network.explainable_layers == layers.of(name)
+    assert {layer: layers.grid(network, layer).cells for layer in network.explainable_layers} == layers.of(name)
     assert layers.of(name)[layers.default(layers.of(name))] >= 7
 
 
@@ -163,29 +171,107 @@ def test_the_bias_is_what_is_left_without_any_vote(resnet: nn.Module, images: to
 def test_opacity_is_true() -> None:
     generator = np.random.default_rng(0)
     picture = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    values = generator.random((8, 8), np.float32)
+    values, grid = generator.random((8, 8), np.float32), Grid(8, 2, 4)
     colours = figures.enlarged(figures.coloured(values, limit=1), 4)
-    np.testing.assert_array_equal(figures.blended(picture, values, 1, opacity=0), picture)
-    np.testing.assert_array_equal(figures.blended(picture, values, 1, opacity=1), colours)
-    half = figures.blended(picture, values, 1, opacity=0.5).astype(float)
+    np.testing.assert_array_equal(figures.blended(picture, values, grid, 1, opacity=0), picture)
+    np.testing.assert_array_equal(figures.blended(picture, values, grid, 1, opacity=1), colours)
+    half = figures.blended(picture, values, grid, 1, opacity=0.5).astype(float)
     assert np.abs(half - (picture.astype(float) + colours) / 2).max() <= 0.5
 
 
-@pytest.mark.parametrize("cells", [3, 7, 15])
-def test_cells_that_do_not_divide_a_picture_cover_it_evenly(cells: int) -> None:
-    values = np.linspace(0, 1, cells**2, dtype=np.float32).reshape(cells, cells)
-    shown = figures.blended(np.zeros((32, 32, 3), np.uint8), values, 1, opacity=1)
-    colours, counts = np.unique(shown.reshape(-1, 3), axis=0, return_counts=True)
-    assert len(colours) == len(np.unique(figures.coloured(values, 1).reshape(-1, 3), axis=0))
-    widths = {32 // cells, -(-32 // cells)}
-    if cells < 15:  # 225 cells share some colours
-        assert set(counts) <= {a * b for a in widths for b in widths}
+SMALL = Path(__file__).parent / "helpers" / "networks" / "small.py"
+
+
+def with_layers(name: str) -> tuple[nn.Module, dict[str, Grid]]:
+    """A network in float64, with fresh weights and statistics of its own, and where the cells of its layers lie."""
+    torch.manual_seed(0)
+    network = runpy.run_path(str(SMALL))["build"](CLASSES, 0.0) if name == "small" else models.build(name, CLASSES, 0.0)
+    return network.double().eval(), {layer: layers.grid(network, layer) for layer in network.explainable_layers}
+
+
+def activations_of(network: nn.Module, layer: str, images: torch.Tensor) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    hook = network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    network(images)
+    hook.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("name", [*models.names(), "small"])
+def test_a_cell_lies_where_the_pixels_are_that_it_comes_from(name: str) -> None:
+    """The centroid of the squared gradients of each interior cell is within a pixel of the centre that is declared."""
+    network, grids = with_layers(name)
+    images = torch.randn(8, 3, 32, 32, dtype=torch.float64).requires_grad_()
+    pixels = torch.arange(32, dtype=torch.float64) + 0.5
+    for layer, grid in grids.items():
+        activations, of_pixels = activations_of(network, layer, images), grid.of_pixels().tolist()
+        for cell in {1, grid.cells // 2, grid.cells - 2}:
+            (gradients,) = torch.autograd.grad(activations[:, :, cell, cell].sum(), images, retain_graph=True)
+            centre = grid.first + cell * grid.stride
+            for other in (2, 3):
+                found = (gradients**2).sum(dim=(0, 1, other))
+                assert float(found @ pixels / found.sum()) == pytest.approx(centre, abs=1)
+            assert of_pixels.count(cell) == round(grid.stride)
+            assert of_pixels[int(centre)] == cell
+
+
+@pytest.mark.parametrize("name", [*models.names(), "small"])
+def test_the_flip_test_hides_the_middle_of_the_best_cell(name: str) -> None:
+    _, grids = with_layers(name)
+    for grid in grids.values():
+        for cell in range(grid.cells):
+            ranked = np.zeros((1, grid.cells, grid.cells), np.float32)
+            ranked[0, cell, grid.cells - 1 - cell] = 1
+            hidden = checks._hide_best_cell(torch.ones(1, 3, 32, 32), ranked, grid)[0, 0] == 0
+            down, across = (int(grid.first + place * grid.stride) for place in (cell, grid.cells - 1 - cell))
+            assert hidden[down, across]
+            assert hidden.sum() == checks.SQUARE**2
+
+
+def test_pixels_beyond_the_cells_stay_as_they_are_and_go_with_the_nearest() -> None:
+    _, grids = with_layers("whitened")
+    grid = grids["stage2"]
+    values = np.linspace(0, 1, 49, dtype=np.float32).reshape(7, 7)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    shown = figures.blended(picture, values, grid, 1, opacity=1)
+    np.testing.assert_array_equal(shown[:28, :28], figures.enlarged(figures.coloured(values, 1), 4))
+    np.testing.assert_array_equal(shown[28:], picture[28:])
+    np.testing.assert_array_equal(shown[:, 28:], picture[:, 28:])
+    assert grid.spans() == [(4 * cell, 4) for cell in range(7)]
+    assert not grid.covering
+    assert grid.nearest().tolist() == [min(pixel // 4, 6) for pixel in range(32)]
+    assert grids["stage3"].spans() == [(0, 8), (8, 8), (16, 8)]
+
+
+def test_votes_are_drawn_where_their_cells_lie() -> None:
+    _, grids = with_layers("whitened")
+    votes = np.array([[[-1, 1, -1], [1, -1, 1], [-1, 1, -1]]], np.float32)
+    nothing = np.zeros((1, 2), np.float32)
+    shown = ExplainedImages(np.zeros(1, np.int64), np.zeros((1, 32, 32, 3), np.uint8), [], np.zeros((1, 2), np.uint8),
+                            np.zeros((1, 2, 7, 7), np.float32), nothing, votes, nothing[0], nothing[0],
+                            grids["stage2"], grids["stage3"])  # fmt: skip
+    drawn = figures._vote_panel(shown, 0)[-192:].reshape(24, 8, 24, 8, 3)[:, 0, :, 0].astype(int)  # the cells' corners
+    red = drawn[..., 0] - drawn[..., 2] > 50
+    blue = drawn[..., 2] - drawn[..., 0] > 50
+    assert not (red | blue)[18:].any()
+    assert not (red | blue)[:, 18:].any()
+    assert red[0, 7]
+    assert blue[0, 0]
+    assert blue[17, 17]
+
+
+def test_cells_that_a_mirror_does_not_bring_onto_others_are_not_compared() -> None:
+    _, grids = with_layers("whitened")
+    assert grids["stage1"].mirrored().tolist() == [layers.NONE] * 15  # half a cell apart
+    assert grids["stage2"].mirrored().tolist() == [layers.NONE, 6, 5, 4, 3, 2, 1]
+    assert grids["stage3"].mirrored().tolist() == [layers.NONE, 2, 1]
+    assert Grid(4, 4, 8).mirrored().tolist() == [3, 2, 1, 0]
 
 
 def test_a_map_keeps_its_own_cells_and_zero_is_neutral() -> None:
     values = np.zeros((8, 8), np.float32)
     values[2, 5] = 1
-    shown = figures.blended(np.zeros((32, 32, 3), np.uint8), values, 1, opacity=1)
+    shown = figures.blended(np.zeros((32, 32, 3), np.uint8), values, Grid(8, 2, 4), 1, opacity=1)
     other = np.argwhere((shown != shown[0, 0]).any(axis=2))
     assert (other.min(axis=0).tolist(), other.max(axis=0).tolist(), len(other)) == ([8, 20], [11, 23], 16)
     red, green, blue = figures.coloured(np.zeros((1, 1), np.float32), 1, signed=True)[0, 0].astype(int)

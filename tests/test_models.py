@@ -1,11 +1,15 @@
 """The networks: whatever is in cifar/models is held to these."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from cifar import models, summary
+from cifar.data import augment, loading
+from cifar.data.cache import open_data
 from cifar.errors import UserError
 from cifar.models import resnet
 
@@ -159,6 +163,21 @@ def test_whitening_makes_patches_uncorrelated_with_variance_1() -> None:
     torch.testing.assert_close(positive, -negative)
     torch.testing.assert_close(positive @ positive.T / positive.shape[1], torch.eye(12), atol=0.02, rtol=0)
     assert not network.whitening.weight.requires_grad
+
+
+def test_whitening_is_computed_from_all_classes(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "SAMPLE", 12)
+    data, cpu = open_data(str(shapes)), torch.device("cpu")  # sorted by class, as folders are
+    every = augment.normalize(torch.from_numpy(data.train_images), data.mean, data.std)
+    found = [int((every == image).all(dim=(1, 2, 3)).nonzero()[0]) for image in loading.sample_images(data, cpu)]
+    assert len(set(found)) == 12
+    assert set(data.train_labels[found]) == {0, 1, 2, 3}
+
+
+def test_whitening_of_blank_images_is_finite() -> None:
+    network = models.build("whitened", classes=10, dropout=0)
+    models.init_from_data(network, torch.tensor([7.6, 8.4, 9.2]).view(1, 3, 1, 1).expand(500, 3, 32, 32))
+    assert network.whitening.weight.isfinite().all()
 
 
 def test_the_summary_shows_shapes_parameters_and_size_and_leaves_the_network_alone() -> None:

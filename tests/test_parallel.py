@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -54,16 +53,29 @@ def test_batches_gradient_and_evaluation_are_those_of_one_process(
     assert_the_same(ranks, alone)
 
 
-def arguments(shapes: Path, run: Path) -> list[object]:
+RECORDING = ROOT / "tests/helpers/recording.py"
+SMALL = ("--network", "small")
+ON_THE_DEVICE = ("--augment", "device")  # without loader workers
+
+
+def arguments(shapes: Path, run: Path, *more: object) -> list[object]:
     return ["--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16,
-            "--checkpoint-every", 3]  # fmt: skip
+            "--checkpoint-every", 3, *more]  # fmt: skip
+
+
+def ended(script: Path, arguments: list[object], **env: str) -> subprocess.CompletedProcess[str]:
+    """Two processes after their end."""
+    return subprocess.run(
+        command(script, *arguments, launcher=CPU_2PROC), env={**os.environ, **env},
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def finished(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(copied_project: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes."""
     run = tmp_path_factory.mktemp("parallel") / "run"
-    done = train(*arguments(shapes, run), launcher=CPU_2PROC)
+    done = ended(copied_project / "train.py", arguments(shapes, run, *SMALL, *ON_THE_DEVICE))
     assert done.returncode == 0, done.stderr
     assert "CPU, 2 processes" in done.stdout
     assert "global batch 16 (8 a process)" in done.stdout
@@ -71,7 +83,7 @@ def finished(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
     return run
 
 
-def test_two_processes_train_one_network_and_judge_every_image_once(finished: Path) -> None:
+def test_two_processes_train_one_network_and_evaluate_every_image_once(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert (result["world_size"], result["steps"], result["precision"]) == (2, 12, "no")
     tensors = load_file(finished / "predictions.safetensors")
@@ -94,7 +106,7 @@ def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, tr
     positive, negative = weights["whitening.weight"].split(12)
     assert torch.equal(positive, -negative)
     assert positive.abs().sum() > 0
-    # Three quarters are 9 steps: from there on the beginning is as it was, and the rest goes on learning.
+    # Three quarters are 9 steps: from there on the early layers are as they were, and the rest goes on learning.
     earlier = load_file(tmp_path / "run" / "checkpoints/step-0000009/model.safetensors")
     kept = {name for name, weight in weights.items() if torch.equal(weight, earlier[name])}
     learnt = {name.removesuffix(".momentum_buffer") for name in state}
@@ -103,8 +115,8 @@ def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, tr
 
 def test_a_rank_for_which_the_other_waits_is_named_once(shapes: Path, tmp_path: Path) -> None:
     script = project(tmp_path, "def step(rank, number):\n    if rank == 1: time.sleep(0.5)")
-    more = (*arguments(shapes, tmp_path / "run"), "--global-batch-size", 6)
-    done = subprocess.run(command(script, *more, launcher=CPU_2PROC), capture_output=True, text=True, check=False)
+    more = (*SMALL, *ON_THE_DEVICE, "--global-batch-size", 6, "--epochs", 2)  # 10 steps each
+    done = ended(script, arguments(shapes, tmp_path / "run", *more))
     assert done.returncode == 0, done.stderr
     named = [line for line in done.stdout.splitlines() if " is slow: its own work in a step takes " in line]
     assert len(named) == 1
@@ -114,11 +126,13 @@ def test_a_rank_for_which_the_other_waits_is_named_once(shapes: Path, tmp_path: 
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
-    finished: Path, shapes: Path, train: Train, tmp_path: Path
+    finished: Path, copied_project: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, slowly = tmp_path / "run", tmp_path / "slowly"
+    script, all_arguments = copied_project / "train.py", arguments(shapes, run, *SMALL, *ON_THE_DEVICE)
+    slowly.touch()
     running = subprocess.Popen(
-        command(ROOT / "train.py", *arguments(shapes, run), launcher=CPU_2PROC),
+        command(script, *all_arguments, launcher=CPU_2PROC), env={**os.environ, "SLOWLY": str(slowly)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert running.stdout is not None
@@ -130,7 +144,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "preempted", output
     assert 4 <= status["step"] < 12
-    done = train(*arguments(shapes, run), launcher=CPU_2PROC)
+    done = ended(script, all_arguments)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {run / 'checkpoints'}/step-{status['step']:07d}" in done.stdout
     assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
@@ -139,18 +153,22 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes_at_the_same_batches(shapes: Path, tmp_path: Path) -> None:
-    outputs = []
+    outputs, slowly = [], tmp_path / "slowly"
+    slowly.touch()
     for ranks, stop_at in ((4, 3), (2, 6), (1, None)):
         launcher = (*CPU_2PROC, "--num_processes", str(ranks)) if ranks > 1 else ("--mixed_precision", "no")
         process = subprocess.Popen(
-            command(ROOT / "tests/helpers/recording.py", *arguments(shapes, tmp_path / "run"), launcher=launcher),
-            env={**os.environ, "RECORD": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command(RECORDING, *arguments(shapes, tmp_path / "run", *SMALL), launcher=launcher),
+            env={**os.environ, "RECORD": str(tmp_path), "SLOWLY": str(slowly)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if stop_at:
             while not list((tmp_path / "run" / "checkpoints").glob(f"step-*{stop_at}")):
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.05)
             process.terminate()
+        else:
+            slowly.unlink()
         outputs.append(process.communicate(timeout=900)[0])
     assert "finished: test accuracy" in outputs[-1]
     assert (
@@ -183,21 +201,3 @@ def test_a_user_error_ends_all_ranks_with_one_line(shapes: Path, train: Train, t
     assert "--global-batch-size 16 does not divide into 2 process(es) x 3 accumulation step(s)" in lines[0]
     assert "exitcode: 2" in " ".join(done.stderr.split()) or "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
-    # Accelerate would make each of them rank 0 of one.
-    script = (
-        "from cifar import launch\n"
-        "from cifar.errors import UserError\n"
-        "try: launch.start()\n"
-        "except UserError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "WORLD_SIZE=2 without RANK in the environment; unset it" in done.stdout, done.stderr

@@ -123,7 +123,7 @@ def test_what_is_no_picture_by_its_name_is_counted(
     status, out, err = predicted(run, f"{tmp_path}/", capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0
     assert [line.partition("  ")[0] for line in out.splitlines()] == [f"{tmp_path}/x/one.PNG"]
-    words = "skipped 3 file(s) that are hidden or not called like a picture, e.g."
+    words = "skipped 3 file(s) that are hidden or have no image suffix, e.g."
     assert err == f"cifar.predict: {words} {tmp_path}/__MACOSX\n"
 
 
@@ -131,7 +131,7 @@ def test_a_link_in_a_circle_is_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "back").symlink_to(tmp_path)
-    words = f"{tmp_path}/back is a symbolic link to a folder that it lies in; remove it"
+    words = f"{tmp_path}/back is a symbolic link to one of its parent folders; remove it"
     assert predicted(run, tmp_path, capsys=capsys, monkeypatch=monkeypatch) == (1, "", f"cifar.predict: {words}\n")
 
 
@@ -149,7 +149,7 @@ def test_a_zip_or_folder_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
     assert [line.partition("  ")[0] for line in out.splitlines()] == [f"{whole}"] * 2
     first, second = err.splitlines()
     assert first.startswith(f"cifar.predict: {tmp_path}/b.zip: entry '../out.png' leaves the archive")
-    assert second.startswith(f"cifar.predict: {tmp_path}/c/back is a symbolic link to a folder that it lies in")
+    assert second.startswith(f"cifar.predict: {tmp_path}/c/back is a symbolic link to one of its parent folders")
 
 
 def test_names_on_stdin_may_be_in_any_encoding(run: Path, shapes: Path, tmp_path: Path) -> None:

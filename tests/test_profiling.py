@@ -70,7 +70,9 @@ def test_the_sentence_begins_with_what_is_waited_for_longest(waited: Waits, sent
 
 
 def arguments(shapes: Path, run: Path) -> list[object]:
-    return ["--data", shapes, "--run", run, "--epochs", 2, "--peak-epoch", 1, "--global-batch-size", 8]  # 16 steps
+    """Of 16 steps."""
+    return ["--data", shapes, "--run", run, "--network", "whitened", "--augment", "device", "--epochs", 2,
+            "--peak-epoch", 1, "--global-batch-size", 8]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHAPES
-from helpers.bench import BENCH as FEW
+from helpers import bench
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
@@ -35,16 +35,19 @@ LOAD = next(line for line in COMMANDS if "cifar.bench.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
 
-SMALL = ["--network", "whitened"]  # where bf16 is emulated, which a launch configuration may ask for, it takes long
-
 
 def shortened(line: str, shapes: Path, run: Path) -> list[str]:
-    """The command's words, on few small images in few steps; a later flag wins over an earlier one."""
+    """The command's words, on few small images in few steps; a later flag wins over an earlier one.
+
+    They are for a copy of the project, which has the network `small`: bf16, which a launch configuration may ask for,
+    is slow where it is emulated. Importing Albumentations takes seconds, too.
+    """
     words = shlex.split(line.rpartition("&& ")[2])
     executable = Path(sys.executable).parent / words[0]
-    short = ["--epochs", "2", "--peak-epoch", "1", "--global-batch-size", "16", "--run", str(run), *SMALL]
-    data = [] if "digits" in words else ["--data", str(shapes)]
-    return [str(executable), *words[1:], *([] if "--help" in words else short + data)]
+    short = ["--epochs", "2", "--peak-epoch", "1", "--global-batch-size", "16", "--run", str(run)]
+    network = ["--network", "whitened" if "speedrun" in words else "small"]
+    data = [] if "digits" in words else ["--data", str(shapes), "--augment", "device"]
+    return [str(executable), *words[1:], *([] if "--help" in words else short + network + data)]
 
 
 def environment() -> dict[str, str]:
@@ -78,20 +81,30 @@ def test_every_command_is_run_by_a_test_here() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(copied_project: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run."""
     run = tmp_path_factory.mktemp("readme") / "runs" / "short"
+    subprocess.run(shortened("python train.py", shapes, run), cwd=copied_project, capture_output=True, check=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_resnet(copied_project: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with the layers that a command names."""
+    run = tmp_path_factory.mktemp("readme") / "runs" / "resnet"
     words = [*shortened("python train.py", shapes, run), "--network", "resnet"]
-    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(words, cwd=copied_project, capture_output=True, check=True)
     return run
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "train.py" in line and line != MULTI_NODE], ids=str)
-def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) -> None:
+def test_a_command_does_what_it_says(line: str, copied_project: Path, shapes: Path, tmp_path: Path) -> None:
     words = shortened(line, shapes, tmp_path / "run")
     if "digits" in words and "--help" not in words:
         words += ["--epochs", "1", "--peak-epoch", "0.5", "--global-batch-size", "479"]  # 3 steps
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        words, cwd=copied_project, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     if "--help" in words:
         assert "usage: train.py" in done.stdout
@@ -101,11 +114,12 @@ def test_a_command_does_what_it_says(line: str, shapes: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "explain.py" in line], ids=str)
-def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
+def test_a_command_explains(line: str, copied_project: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     words = shlex.split(line)
+    finished: Path = request.getfixturevalue("finished_resnet" if "--layer" in words else "finished")
     if "--true" in words:  # a class that this run mistakes
-        judged = load_file(finished / "predictions.safetensors")
-        mistaken = judged["labels"][judged["predictions"][-1] != judged["labels"]]
+        predicted = load_file(finished / "predictions.safetensors")
+        mistaken = predicted["labels"][predicted["predictions"][-1] != predicted["labels"]]
         words[words.index("--true") + 1], words[words.index("--count") + 1] = sorted(SHAPES)[mistaken[0]], "1"
     if "--help" not in words:
         words[words.index("--run") + 1] = str(finished)
@@ -114,8 +128,9 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
         words[words.index("--compare") + 1] = str(finished)
     executable = Path(sys.executable).parent / words[0]
     done = subprocess.run(
-        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
-    )
+        [executable, *words[1:]], cwd=copied_project, env=environment(), capture_output=True, text=True, timeout=900,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     if "--help" in words:
         assert "usage: explain.py" in done.stdout
@@ -126,14 +141,14 @@ def test_a_command_explains(line: str, finished: Path, tmp_path: Path) -> None:
         }  # fmt: skip
 
 
-def test_pictures_are_classified(finished: Path, shapes: Path, tmp_path: Path) -> None:
+def test_pictures_are_classified(finished: Path, copied_project: Path, shapes: Path, tmp_path: Path) -> None:
     (line,) = (line for line in COMMANDS if "cifar.predict" in line)
     words = shlex.split(line)
     words[words.index("--run") + 1] = str(finished)
     shutil.copytree(shapes / "test", tmp_path / "photos")
     shutil.copy(next(shapes.rglob("*.png")), tmp_path / "scan.png")
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(ROOT)},
+        [sys.executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(copied_project)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
@@ -141,19 +156,19 @@ def test_pictures_are_classified(finished: Path, shapes: Path, tmp_path: Path) -
     assert all(re.fullmatch(r"(photos/\w+/\d+|scan)\.png  \w+ [01]\.\d{3}", line) for line in lines), lines
 
 
-def test_a_network_is_exported(finished: Path, tmp_path: Path) -> None:
+def test_a_network_is_exported(finished: Path, copied_project: Path, tmp_path: Path) -> None:
     (line,) = (line for line in COMMANDS if "cifar.export" in line)
     words = shlex.split(line)
     words[words.index("--run") + 1] = str(finished)
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(ROOT)},
+        [sys.executable, *words[1:]], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(copied_project)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.startswith("resnet.onnx: ")
     assert (tmp_path / "resnet.onnx").is_file()
 
 
-def test_the_app_answers_at_the_address_of_the_readme(finished: Path) -> None:
+def test_the_app_answers_at_the_address_of_the_readme(finished: Path, copied_project: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -161,7 +176,7 @@ def test_the_app_answers_at_the_address_of_the_readme(finished: Path) -> None:
     words[words.index("--run") + 1] = str(finished)
     server = subprocess.Popen(
         [Path(sys.executable).parent / words[0], *words[1:], "--port", port],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=copied_project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         assert server.stdout is not None
@@ -181,11 +196,13 @@ def test_the_app_answers_at_the_address_of_the_readme(finished: Path) -> None:
     assert server.returncode == 0
 
 
-def test_a_space_is_written(finished: Path, tmp_path: Path) -> None:
+def test_a_space_is_written(finished: Path, copied_project: Path, tmp_path: Path) -> None:
     words = shlex.split(EXPORT)
     words[words.index("--run") + 1], words[words.index("--export-space") + 1] = str(finished), str(tmp_path / "space")
     executable = Path(sys.executable).parent / words[0]
-    subprocess.run([executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, timeout=900, check=True)
+    subprocess.run(
+        [executable, *words[1:]], cwd=copied_project, env=environment(), capture_output=True, timeout=900, check=True
+    )
     assert (tmp_path / "space" / "app.py").is_file()
 
 
@@ -194,12 +211,13 @@ def test_a_command_measures(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     # Of everything only what is cheap: test_bench.py has the rest.
     parts = [word for word in words if word in ("step", "input")] or ["explain"]
-    words += ["--recipe", "digits", "--repeats", "2", "--seconds", "0.01", *([] if "step" in words else parts)]
+    cheap = [] if "step" in words else [*parts, "--recipe", "speedrun"]
+    words += ["--recipe", "digits", "--repeats", "2", "--seconds", "0.01", *cheap]
     assert words[:3] == ["python", "-m", "cifar.bench"]
     environment_ = {**environment(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*FEW, *words[3:]], cwd=tmp_path, env=environment_, capture_output=True, text=True, timeout=1200,
-        check=False,
+        [*bench.command("cifar.bench"), *words[3:]], cwd=tmp_path, env=environment_, capture_output=True, text=True,
+        timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     measured = {row.split()[0] for row in done.stdout.splitlines()[2:]}
@@ -211,6 +229,12 @@ def test_the_model_is_computed() -> None:
     words = shlex.split(MODEL)
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [int(row[0]) for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert rows[7][1] == "refused:"  # the batch has fewer images than there are GPUs
+    fixed, growing = ([int(row[-1].rstrip("%")) for row in half] for half in (rows[:7], rows[8:]))
+    assert fixed == sorted(fixed, reverse=True)
+    assert all(low < high <= 100 for low, high in zip(fixed, growing, strict=False))
+    # And the bench's README shows it.
     linear = {gpus: [row[-1] for row in rows if row[0] == gpus] for gpus in ("8", "16", "64", "256")}
     shown = [
         line.strip("| ").split(" | ") for line in BENCH.splitlines() if line.startswith(("| the recipe's", "| 512"))
@@ -224,10 +248,10 @@ def test_the_model_is_computed() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun")
 def test_the_model_is_compared_with_a_shaped_network(tmp_path: Path) -> None:
-    sudo, _, *words = shlex.split(SHAPED)
-    assert sudo == "sudo"
+    sudo, *python, module = shlex.split(SHAPED)[:4]
+    assert [sudo, *python] == ["sudo", "python", "-m"]
     done = subprocess.run(
-        [sys.executable, *words, "--repeats", "1", "--steps", "1"], cwd=tmp_path,
+        [*bench.command(module), *shlex.split(SHAPED)[4:], "--repeats", "1", "--steps", "1"], cwd=tmp_path,
         env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -246,14 +270,15 @@ def test_runs_are_drawn_together(finished: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [words[-1]]
 
 
-def test_the_app_is_measured(finished: Path, tmp_path: Path) -> None:
+def test_the_app_is_measured(finished: Path, copied_project: Path, tmp_path: Path) -> None:
     words = shlex.split(LOAD)
     words[words.index("--run") + 1] = str(finished)
     words += ["--starts", "1", "--answers", "2", "--requests", "5", "--json", str(tmp_path / "bench.json")]
     executable = Path(sys.executable).parent / words[0]
     done = subprocess.run(
-        [executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
-    )
+        [executable, *words[1:]], cwd=copied_project, env=environment(), capture_output=True, text=True, timeout=900,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {row.split()[0] for row in done.stdout.splitlines()[1:]} == {"app"}
     measured = json.loads((tmp_path / "bench.json").read_text())
@@ -261,7 +286,7 @@ def test_the_app_is_measured(finished: Path, tmp_path: Path) -> None:
     assert all(value > 0 for row in measured for value in row["values"])
 
 
-def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:
+def test_two_machines_train_together(copied_project: Path, shapes: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -274,9 +299,10 @@ def test_two_machines_train_together(shapes: Path, tmp_path: Path) -> None:
         words[words.index("train.py") : words.index("train.py")] = ["--num_processes", "2"]
         launchers.append(
             subprocess.Popen(
-                words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                words, cwd=copied_project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True,
             )
-        )
+        )  # fmt: skip
     outputs = [launcher.communicate(timeout=900)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     together = "".join(outputs)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from cifar import names
 from cifar.explain import label_quality, report
 from cifar.explain.corruptions import KINDS
 from cifar.explain.findings import ExplainedImages, Findings, Flip, Neighbours, Robustness
+from cifar.explain.layers import Grid
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route
@@ -76,6 +78,8 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
             votes=votes,
             bias=bias,
             margins=votes.sum(axis=(1, 2)) + bias,
+            map_grid=Grid(8, 2, 4),
+            vote_grid=Grid(4, 4, 8),
         )
 
     indices = np.sort(wrong).astype(np.int64)
@@ -287,9 +291,10 @@ def test_each_cell_counts_the_tiles_that_it_shows_also_under_other_filters(opene
         for true, predicted in zip(*np.nonzero(~np.eye(len(CLASSES), dtype=bool)), strict=True):
             cell = page.get_by_role("button", name=f"True {CLASSES[true]}, predicted {CLASSES[predicted]}:")
             assert int(cell.get_attribute("data-count") or -1) == matrix[true, predicted]
-            cell.click()
+            click = cell.click if (true, predicted) == (0, 1) else partial(cell.dispatch_event, "click")  # one by mouse
+            click()
             assert here.count() == matrix[true, predicted]
-            cell.click()  # again: no filter
+            click()  # again: no filter
         assert here.count() == kept.sum()
 
 
@@ -443,28 +448,20 @@ def test_closing_leads_back_to_where_the_mistake_was_opened(opened: Open) -> Non
     assert page.locator("#view").is_hidden()
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        *(
-            "true=catt",
-            "predicted=",
-            "confidence=90-10",
-            "confidence=0-101",
-            "bin=0",
-            "bin=11",
-            "runs=4",
-            "label=wrong",
-        ),
-        *("learned=maybe", "order=size", "open=999999", "open=-1", "judge=yes", "toString=1", "%E0%A4%A"),
-        "<img src=x onerror=alert(1)>",
-    ],
+BAD_ADDRESSES = (
+    *("true=catt", "predicted=", "confidence=90-10", "confidence=0-101", "bin=0", "bin=11", "runs=4", "label=wrong"),
+    *("learned=maybe", "order=size", "open=999999", "open=-1", "judge=yes", "toString=1", "%E0%A4%A"),
+    "<img src=x onerror=alert(1)>",
 )
-def test_bad_address_is_ignored_with_a_line(opened: Open, part: str) -> None:
-    here = opened(findings(12), f"#{part}&sort=index")
-    assert "ignored: " in here.page.locator("#notice").inner_text()
-    assert indices_of(here.page) == sorted(indices_of(here.page))  # what is good still holds
-    assert here.count() == 12
+
+
+def test_bad_address_is_ignored_with_a_line(opened: Open) -> None:
+    here = opened(findings(12))
+    for part in BAD_ADDRESSES:
+        page = here.go(f"#{part}&sort=index")
+        assert "ignored: " in page.locator("#notice").inner_text(), part
+        assert indices_of(page) == sorted(indices_of(page)), part  # what is good still holds
+        assert here.count() == 12, part
 
 
 def test_a_mistake_without_maps_has_its_own_companion_and_the_next_its_maps_again(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -29,7 +30,7 @@ def trained(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory
     for seed in (0, 1):
         done = train(
             "--data", shapes, "--run", folder / str(seed), "--network", "whitened", "--epochs", 3, "--peak-epoch", 1,
-            "--global-batch-size", 16, "--peak-learning-rate", 1e-3, "--seed", seed,
+            "--augment", "device", "--global-batch-size", 16, "--peak-learning-rate", 1e-3, "--seed", seed,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     return [folder / "0", folder / "1"]
@@ -97,13 +98,13 @@ def test_pictures_are_written_and_do_not_outlive_a_run_without(
     assert len(events.Images("explain/corruptions")) >= 1
     with Image.open(compared / "corruptions.png") as image:
         assert min(image.size) > 500
-    assert explain("--run", trained[0], "--output", tmp_path / "new").returncode == 0
-    plain = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir() if path.is_file()}
-    assert "corruptions.png" not in plain
-    assert b"corruptions" not in plain["report.html"] + plain["result.json"]
-    (tmp_path / "new" / "corruptions.png").write_bytes(b"old")
-    assert explain("--run", trained[0], "--output", tmp_path / "new").returncode == 0
-    assert plain == {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir() if path.is_file()}
+    folder = shutil.copytree(compared, tmp_path / "copy")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+    assert explain("--run", trained[0], "--output", folder).returncode == 0
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+    assert after.keys() == before.keys() - {"corruptions.png"}
+    assert all(after[name] > before[name] for name in after)
+    assert b"corruptions" not in (folder / "report.html").read_bytes() + (folder / "result.json").read_bytes()
 
 
 def test_a_run_on_other_images_is_one_line_before_any_image_is_corrupted(trained: list[Path], tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_a_cancelled_job_stays_cancelled_and_can_be_submitted_again(struck: Stru
     job.cluster.wait(lambda: job.status()["state"] == "preempted", "the run to stop")
     stopped = job.status()["step"]
     job.cluster.wait(lambda: not job.cluster.call("squeue", "-h").strip(), "the job to be gone")
-    assert "requeued, to go on" not in job.text()[said_before:]
+    assert "requeued, to resume" not in job.text()[said_before:]
     struck.job = struck.submit()
     assert resumed_at(struck.goes_on()) == stopped
 
@@ -785,7 +785,7 @@ def test_starts_that_end_without_a_step_are_tried_again_later_and_later(
     )
     job = start(cluster, patched(project, tmp_path, patch), many_shapes, tmp_path, "--nodes=1")
     for failures, minutes in ((1, 0), (2, 2), (3, 8)):
-        said = f"ended without a step, {failures} time(s) in a row; to be tried again in {minutes} minute(s)"
+        said = f"ended without a step, {failures} time(s) in a row; retrying in {minutes} minute(s)"
         cluster.wait(lambda said=said: said in job.text(), f"failure {failures}: {job.text()}")  # type: ignore[misc]
         if minutes:
             cluster.wait(lambda: cluster.state(job.number) == "PENDING", "the job to wait")
@@ -854,7 +854,7 @@ def test_another_recipe_in_the_run_directory_is_named_field_by_field(
     job = submit("--nodes=1", arguments=("--dropout", "0.3"))
     job.wait_state("FAILED")
     assert "train.py: error: " in job.text()
-    assert "holds a run of another recipe: dropout (0.1 there, 0.3 here); choose another --run" in job.text()
+    assert "holds a run with another recipe: dropout (0.1 there, 0.3 here); choose another --run" in job.text()
 
 
 def test_requeues_are_bounded(submit: Submit, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, slowly: Path) -> None:
@@ -864,7 +864,7 @@ def test_requeues_are_bounded(submit: Submit, cluster: Cluster, monkeypatch: pyt
     job.wait_step(EVERY)
     job.warn()
     job.wait_state("FAILED")
-    assert "requeued 0 time(s) already, and CIFAR_MAX_REQUEUES is 0; submit again to go on" in job.text()
+    assert "requeued 0 time(s) already, and CIFAR_MAX_REQUEUES is 0; submit again to resume" in job.text()
     assert job.status()["state"] == "preempted"
 
 

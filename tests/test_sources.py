@@ -197,7 +197,7 @@ def without(*patterns: str) -> Callable[[Path], None]:
         (without("test/disc"), "class 'disc' has images under train/ but none under test/"),
         (without("train/ring"), "class 'ring' has images under test/ but none under train/"),
         (without("*/ring", "*/disc", "*/square"), "1 class(es)"),
-        (lambda root: (root / "train" / "stray.png").write_bytes(b""), "train/stray.png does not lie in a class"),
+        (lambda root: (root / "train" / "stray.png").write_bytes(b""), "train/stray.png is not in a class folder"),
     ],
 )
 def test_a_folder_of_another_layout_is_refused(

@@ -1,12 +1,15 @@
 """Signals are requests, and one that is repeated in vain is told from one that comes twice."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from cifar import stop
@@ -25,6 +28,23 @@ def test_each_signal_is_a_request_that_is_remembered(number: signal.Signals) -> 
     process.send_signal(number)
     assert process.communicate(timeout=60)[0] == f"{number.name}\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("exported", [{}, {"ACCELERATE_MIXED_PRECISION": "no"}], ids=["plain", "exported"])
+def test_a_shell_that_ends_is_no_launcher(exported: dict[str, str], tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    waits = f"{WAITS}; open({str(done)!r}, 'w').write(stop.name())"
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(waits)} >/dev/null 2>&1 & echo $!; exec sleep 2"
+    started = subprocess.run(
+        ["bash", "-c", shell], env={**os.environ, **exported}, capture_output=True, text=True, check=True
+    )
+    process = psutil.Process(int(started.stdout.split()[0]))
+    time.sleep(1)
+    assert process.is_running()
+    assert not done.exists()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert done.read_text() == "SIGINT"
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Disk, Train, command, poisoned
+from conftest import Disk, Train, command, poisoned
 from helpers.launching import TWO, project
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from cifar import checkpoint, launch, models, run
+from cifar import checkpoint, launch, models, record, run
 from cifar.data.augment import normalize
 from cifar.data.cache import open_data
 from cifar.errors import UserError
@@ -170,42 +170,56 @@ def same_result(ours: Path, theirs: Path) -> bool:
     return all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in files)
 
 
-def goes_on_to_the_same_bytes(directory: Path, finished: Path, shapes: Path, train: Train) -> str:
-    """Starts the same command again and returns what it said."""
-    done = train(*arguments(shapes, directory), env=environment())
-    assert done.returncode == 0, done.stderr
-    assert same_result(directory, finished)
-    return done.stdout
-
-
 def without_times(directory: Path) -> list[dict[str, float]]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     timed = ("seconds", "images_per_second")
     return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 900
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
+        assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
+def started(script: Path, arguments: list[object], slowly: Path) -> subprocess.Popen[str]:
+    """A process that says everything in one stream; the small network is slow while there is the file `slowly`."""
+    env = {**os.environ, **environment(), "PYTHONUNBUFFERED": "1", "SLOWLY": str(slowly)}
+    return subprocess.Popen(
+        command(script, *arguments), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(script: Path, arguments: list[object], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A process after its end."""
+    return subprocess.run(
+        command(script, *arguments, launcher=launcher),
+        env={**os.environ, **environment(), "PYTHONUNBUFFERED": "1"},
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+def newest_step(directory: Path) -> int:
+    return max(map(checkpoint.step_of, checkpoint.found(directory / "checkpoints")), default=0)
+
+
 VARIANTS = {
-    "device": ("--augment", "device"),
+    "small": ("--network", "small"),
+    "small on the device": ("--network", "small", "--augment", "device"),
     "speedrun": ("--recipe", "speedrun", "--freeze-at", 0.5),  # frozen from step 6 on
 }
 
 
 @pytest.fixture(scope="module")
-def variants(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def variants(copied_project: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Such a run in another way, made when first asked for."""
 
     @cache
     def run_of(name: str) -> Path:
-        directory = tmp_path_factory.mktemp(name) / "run"
-        done = train(*arguments(shapes, directory, *VARIANTS[name]), env=environment())
+        directory = tmp_path_factory.mktemp("variant") / "run"
+        done = ended(copied_project / "train.py", arguments(shapes, directory, *VARIANTS[name]))
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert (directory / "samples.png").is_file()
@@ -216,54 +230,56 @@ def variants(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "variant"),
-    [(3, None), (4, None), (3, "device"), (8, "speedrun")],
+    ("steps", "variant"),
+    [((3, 4), "small"), ((3,), "small on the device"), ((8,), "speedrun")],
     ids=[
-        "in the middle of an epoch",
-        "at an epoch's end",
+        "in the middle of an epoch, and at its end",
         "augmented on the device",
-        "with muon, growing images and a frozen beginning",
+        "with muon, progressive resizing and frozen early layers",
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    step: int, variant: str | None,
-    finished: Path, variants: Callable[[str], Path], shapes: Path, train: Train, tmp_path: Path,
+    steps: tuple[int, ...], variant: str, copied_project: Path, variants: Callable[[str], Path], shapes: Path,
+    tmp_path: Path,
 ) -> None:  # fmt: skip
-    directory, finished, more = tmp_path / "run", variants(variant) if variant else finished, VARIANTS.get(variant, ())
-    process = subprocess.Popen(
-        command(ROOT / "train.py", *arguments(shapes, directory, *more)),
-        env={**os.environ, **environment()}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for(directory / "checkpoints" / f"step-{step:07d}", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for later in checkpoint.found(directory / "checkpoints"):  # as if the kill had come right after this one
-        if checkpoint.step_of(later) > step:
-            shutil.rmtree(later)
-    assert json.loads((directory / "status.json").read_text())["state"] == "running"
+    script, directory, slowly = copied_project / "train.py", tmp_path / "run", tmp_path / "slowly"
+    finished, all_arguments = variants(variant), arguments(shapes, directory, *VARIANTS[variant])
+    slowly.touch()
+    resumed = ""
+    for step in steps:
+        process = started(script, all_arguments, slowly)
+        wait_for((directory / "checkpoints" / f"step-{step:07d}").exists, process)
+        process.send_signal(signal.SIGKILL)
+        assert resumed in process.communicate()[0]
+        for later in checkpoint.found(directory / "checkpoints"):  # as if the kill had come right after this one
+            if checkpoint.step_of(later) > step:
+                shutil.rmtree(later)
+        assert json.loads((directory / "status.json").read_text())["state"] == "running"
+        resumed = f"resuming from {directory}/checkpoints/step-{step:07d}"
 
-    done = train(*arguments(shapes, directory, *more), env=environment())
+    done = ended(script, all_arguments)
     assert done.returncode == 0, done.stderr
-    assert f"attempt 2: resuming from {directory}/checkpoints/step-{step:07d}" in done.stdout
+    assert f"attempt {len(steps) + 1}: {resumed}" in done.stdout
     assert same_result(directory, finished)
     assert without_times(directory) == without_times(finished)
     for tag in ("epoch/test_accuracy", "train/loss"):
-        steps = [event.step for event in events(directory).Scalars(tag)]
-        assert steps == sorted(set(steps)), f"{tag} goes back"
+        shown = [event.step for event in events(directory).Scalars(tag)]
+        assert shown == sorted(set(shown)), f"{tag} goes back"
     for kind in ("images", "tensors"):
         assert set(events(directory).Tags()[kind]) == set(events(finished).Tags()[kind])
 
 
 @pytest.mark.slow
-def test_images_augmented_on_the_device_are_another_run(finished: Path, variants: Callable[[str], Path]) -> None:
-    ways = [json.loads((run / "recipe.json").read_text())["recipe"] for run in (finished, variants("device"))]
+def test_images_augmented_on_the_device_are_another_run(variants: Callable[[str], Path]) -> None:
+    runs = [variants("small"), variants("small on the device")]
+    ways = [json.loads((run / "recipe.json").read_text())["recipe"] for run in runs]
     assert [way.pop("augment") for way in ways] == ["albumentations", "device"]
     assert ways[0] == ways[1]
-    assert without_times(finished) != without_times(variants("device"))
+    assert without_times(runs[0]) != without_times(runs[1])
 
 
 @pytest.mark.slow
-def test_views_are_judged_at_the_end_alone_and_told_beside_the_plain_accuracy(
+def test_views_are_evaluated_at_the_end_alone_and_told_beside_the_plain_accuracy(
     finished: Path, variants: Callable[[str], Path]
 ) -> None:
     directory = variants("speedrun")
@@ -279,25 +295,29 @@ def test_views_are_judged_at_the_end_alone_and_told_beside_the_plain_accuracy(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
-    number: signal.Signals, finished: Path, shapes: Path, train: Train, tmp_path: Path
+    copied_project: Path, variants: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "run"
-    process = subprocess.Popen(
-        command(ROOT / "train.py", *arguments(shapes, directory)),
-        env={**os.environ, **environment()}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for(directory / "checkpoints" / "step-0000003", process)
-    process.send_signal(number)
-    output = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, output
-    status = json.loads((directory / "status.json").read_text())
-    assert status == {"state": "preempted", "step": status["step"], "reason": f"{number.name} asked to stop"}
-    newest, _ = checkpoint.newest(directory / "checkpoints")
-    assert newest is not None
-    assert checkpoint.step_of(newest) == status["step"]
-    goes_on_to_the_same_bytes(directory, finished, shapes, train)
+    script, directory, slowly = copied_project / "train.py", tmp_path / "run", tmp_path / "slowly"
+    all_arguments = arguments(shapes, directory, *VARIANTS["small"])
+    slowly.touch()
+    last = 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = started(script, all_arguments, slowly)
+        wait_for(lambda last=last: newest_step(directory) > last, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=900)[0]
+        assert process.returncode == 0, output
+        assert not last or f"resuming from {directory}/checkpoints/step-{last:07d}" in output
+        status = json.loads((directory / "status.json").read_text())
+        assert status == {"state": "preempted", "step": status["step"], "reason": f"{number.name} asked to stop"}
+        newest, _ = checkpoint.newest(directory / "checkpoints")
+        assert newest is not None
+        assert last < checkpoint.step_of(newest) == status["step"] < STEPS
+        last = status["step"]
+    done = ended(script, all_arguments)
+    assert done.returncode == 0, done.stderr
+    assert same_result(directory, variants("small"))
 
 
 def test_a_broken_newest_checkpoint_is_named_and_skipped(
@@ -332,14 +352,14 @@ LATE = "loop.DELAY['cpu'] = 3\n"  # as on a GPU
 
 
 @pytest.mark.slow
-def test_metrics_that_come_back_later_change_no_result(finished: Path, shapes: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(project(tmp_path, LATE), *arguments(shapes, tmp_path / "run")),
-        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_metrics_that_come_back_later_change_no_result(
+    variants: Callable[[str], Path], shapes: Path, tmp_path: Path
+) -> None:
+    variant = "small on the device"
+    done = ended(project(tmp_path, LATE), arguments(shapes, tmp_path / "run", *VARIANTS[variant]))
     assert done.returncode == 0, done.stderr
-    assert same_result(tmp_path / "run", finished)
-    assert without_times(tmp_path / "run") == without_times(finished)
+    assert same_result(tmp_path / "run", variants(variant))
+    assert without_times(tmp_path / "run") == without_times(variants(variant))
 
 
 def test_a_loss_that_comes_back_later_is_refused_by_its_own_step(shapes: Path, tmp_path: Path) -> None:
@@ -353,40 +373,42 @@ def test_a_loss_that_comes_back_later_is_refused_by_its_own_step(shapes: Path, t
     assert not checkpoint.found(tmp_path / "run/checkpoints")
 
 
-MOMENTS = {
-    "before anything is written": "_write_tensors",
-    "before its files are synced": "files.sync",
-    "before it has its name": "_commit",
-    "before an older one is deleted": "_delete",
-}
+# What is called before anything is written, before its files are synced, before it has its name, and before an older
+# one is deleted.
+MOMENTS = ("checkpoint._write_tensors", "files.sync", "checkpoint._commit", "checkpoint._delete")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", MOMENTS.values(), ids=MOMENTS)
 def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on_to_the_same_bytes(
-    function: str, finished: Path, shapes: Path, train: Train, tmp_path: Path
+    variants: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:
-    patch = (
-        "import signal\nfrom cifar import checkpoint, files\n"
-        "real_write, writing = checkpoint.write, []\n"
-        "def write(attempt, snapshot, metadata):\n"
-        "    if snapshot.progress.step == 9: writing.append(True)\n"
-        "    return real_write(attempt, snapshot, metadata)\n"
-        "def killed(*arguments):\n"
-        "    if writing: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real_function(*arguments)\n"
-        f"checkpoint.write, real_function = write, {'' if '.' in function else 'checkpoint.'}{function}\n"
-        f"{'' if '.' in function else 'checkpoint.'}{function} = killed"
-    )
-    directory = tmp_path / "run"
-    killed = subprocess.run(
-        command(project(tmp_path, patch), *arguments(shapes, directory)),
-        env={**os.environ, **environment()}, capture_output=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
-    assert checkpoint.step_of(checkpoint.found(directory / "checkpoints")[0]) == (9 if function == "_delete" else 8)
-    goes_on_to_the_same_bytes(directory, finished, shapes, train)
-    assert without_times(directory) == without_times(finished)
+    variant, directory = "small on the device", tmp_path / "run"
+    all_arguments = arguments(shapes, directory, *VARIANTS[variant])
+    resumed = ""
+    for function in MOMENTS:  # of the same checkpoint, by one attempt after the other
+        patch = (
+            "import signal\nfrom cifar import checkpoint, files\n"
+            "real_write, writing = checkpoint.write, []\n"
+            "def write(attempt, snapshot, metadata):\n"
+            "    if snapshot.progress.step == 9: writing.append(True)\n"
+            "    return real_write(attempt, snapshot, metadata)\n"
+            "def killed(*arguments):\n"
+            "    if writing: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return real_function(*arguments)\n"
+            f"checkpoint.write, real_function = write, {function}\n"
+            f"{function} = killed"
+        )
+        killed = ended(project(tmp_path, patch), all_arguments)
+        assert killed.returncode == -signal.SIGKILL, f"{function}: {killed.stderr}"
+        assert resumed in killed.stdout
+        newest = 9 if function == "checkpoint._delete" else 8
+        assert newest_step(directory) == newest
+        resumed = f"resuming from {directory}/checkpoints/step-{newest:07d}"
+    done = ended(project(tmp_path, ""), all_arguments)
+    assert done.returncode == 0, done.stderr
+    assert resumed in done.stdout
+    assert same_result(directory, variants(variant))
+    assert without_times(directory) == without_times(variants(variant))
 
 
 @pytest.mark.slow
@@ -394,14 +416,13 @@ def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on_to_the_same_
 def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(what: str, shapes: Path, tmp_path: Path) -> None:
     patch = (
         "from cifar import checkpoint, record, tracking\n"
+        "def step(rank, number): time.sleep(0.1)\n"  # or the small network would be through too soon
         "record.PICTURE_SECONDS = 0\n"
         "def full(*arguments): raise OSError(28, 'No space left on device', 'the/disk')\n"
         f"{what} = full"
     )
-    done = subprocess.run(
-        command(project(tmp_path, patch), *arguments(shapes, tmp_path / "run", "--epochs", 50), launcher=TWO),
-        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    more = ("--network", "small", "--augment", "device", "--epochs", 50)
+    done = ended(project(tmp_path, patch), arguments(shapes, tmp_path / "run", *more), launcher=TWO)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert said == [
@@ -419,17 +440,18 @@ def test_a_run_that_waits_for_images_says_what_would_help(
 ) -> None:
     patch = (
         "from cifar.data import loading\n"
-        "for kind in (loading.WorkerDataset, loading.DeviceDataset):\n"
-        "    def late(self, *arguments, real=kind.__getitems__):\n"
-        "        time.sleep(2)\n"
+        "for kind, makes in ((loading.WorkerDataset, '__getitems__'), (loading.DeviceDataset, '_batch')):\n"
+        "    def late(self, *arguments, real=getattr(kind, makes)):\n"
+        "        time.sleep(1)\n"
         "        return real(self, *arguments)\n"
-        "    kind.__getitems__ = late"
+        "    setattr(kind, makes, late)"
     )
-    done = subprocess.run(
-        command(project(tmp_path, patch), *arguments(shapes, tmp_path / "run", "--augment", augment)),
-        env={**os.environ, **environment()}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    more = ("--network", "small", "--augment", augment, "--epochs", 1, "--peak-epoch", 0.5)
+    done = ended(project(tmp_path, patch), arguments(shapes, tmp_path / "run", *more))
     assert done.returncode == 0, done.stderr
+    spent = json.loads((tmp_path / "run" / "result.json").read_text())["seconds_of_this_attempt"]
+    waiting, training = spent[record.WAITING], spent[record.TRAINING]
+    assert waiting > record.LATE * (waiting + training)
     assert ("of training was waiting for images; --augment device, in a new --run" in done.stdout) == said
 
 
@@ -530,7 +552,9 @@ def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_room(
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-0000003"]
     assert json.loads((directory / "status.json").read_text())["state"] == "failed"
     disk.remount("size=600m")
-    goes_on_to_the_same_bytes(directory, finished, shapes, train)
+    done = train(*arguments(shapes, directory), env=environment())
+    assert done.returncode == 0, done.stderr
+    assert same_result(directory, finished)
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_step_rate_and_last_checkpoint(

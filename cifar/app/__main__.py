@@ -25,14 +25,14 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     runs.add_flag(parser)
-    add("--data", metavar="PATH", help="where the test images are (as in training)")
+    add("--data", metavar="PATH", help="path of the images, as in training (default: those of the run)")
     add(
-        "--export-space", type=Path, metavar="DIR", help="write a Hugging Face Space to a new folder, and serve nothing"
+        "--export-space", type=Path, metavar="DIR", help="write a Hugging Face Space to a new folder instead of serving"
     )
     add(
         "--host",
         metavar="ADDRESS",
-        help=f"who can reach it; 0.0.0.0: every machine around ($GRADIO_SERVER_NAME, else {server.HOST})",
+        help=f"address to listen on; 0.0.0.0: open to other machines ($GRADIO_SERVER_NAME, else {server.HOST})",
     )
     add("--port", type=int, metavar="N", help=f"($GRADIO_SERVER_PORT, else {server.PORT})")
     return parser.parse_args(argv)
@@ -45,7 +45,7 @@ def start(asked: argparse.Namespace) -> None:
     if not runs.is_finished(asked.run) and asked.run.is_dir():
         raise UserError(f"{asked.run} is not a finished run; train it to its end first, or name another --run")
     run = runs.open_run(asked.run)
-    # What takes seconds to import comes after all that can be refused without it.
+    # Refuse what can be refused before the imports that take seconds.
     if asked.export_space:
         check_new(asked.export_space)
     else:
@@ -65,7 +65,7 @@ def start(asked: argparse.Namespace) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError for a folder that something is in, or that cannot be written."""
+    """Raises UserError for a folder that is not empty or not writable."""
     with suppress(OSError):  # a name that is too long, say: it cannot be written either
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"--export-space {folder} is not an empty folder; name a new one")

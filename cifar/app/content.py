@@ -1,11 +1,10 @@
-"""What the app shows of a run beside its network: test images, and the lines of About.
+"""The app's data besides the network: test images and the facts of the About tab.
 
-Taken from the run and its test set, or read from a folder that `save` wrote, which needs no data set.
+Built from a run and its test set, or read from a folder that `save` wrote, without the data set.
 """
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ LIST = "pictures.json"
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """Some test images with what the run said of them at its end."""
+    """Some test images with the run's final predictions."""
 
     indices: Int64  # [m] positions in the test set
     pixels: UInt8  # [m, 32, 32, 3]
@@ -46,7 +45,7 @@ class EvaluatedImages:
 
 @dataclass(frozen=True)
 class AppContent:
-    """All of it."""
+    """Everything that the app shows besides the network."""
 
     examples: EvaluatedImages  # the first test image of each class
     mistakes: EvaluatedImages  # all of them, the most confident first
@@ -56,7 +55,7 @@ class AppContent:
 
 
 def of_run(run: Run, source: str | None) -> AppContent:
-    """Takes it from the run's last evaluation and the images that `source` (as --data) names, or else the run.
+    """Builds it from the run's last evaluation and its test images, or those at `source` (as --data).
 
     Raises UserError where the images are missing, or are not those that the run evaluated.
     """
@@ -75,7 +74,7 @@ def of_run(run: Run, source: str | None) -> AppContent:
         named = source or run.recipe["data"]
         raise UserError(f"{named} does not hold the test images that {run.path} evaluated; name them with --data")
     labels, predictions = np.array(data.test_labels), history[epochs.argmax()]
-    # They are kept in float16, which has ties that the run did not have: the class that it predicted goes before.
+    # float16 creates ties that the run did not have: break them in favour of the predicted class.
     tied = np.flatnonzero(probabilities.argmax(axis=1) != predictions)
     probabilities[tied, predictions[tied]] = np.nextafter(probabilities[tied].max(axis=1), np.float32(2))
 
@@ -98,7 +97,6 @@ def of_run(run: Run, source: str | None) -> AppContent:
 def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities: Float) -> dict[str, str]:
     result = _result(run)
     low, high = calibration.wilson(np.array([correct.mean()]), np.array([len(correct)]))
-    trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
     hours, minutes = divmod(round(result["seconds"] / 60), 60)
     processes = "1 process" if result["world_size"] == 1 else f"{result['world_size']:,} processes"
     return {
@@ -107,13 +105,13 @@ def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities
         "confidence": f"{probabilities.max(axis=1).mean():.2%} on average",
         "network": f"{run.network}, {result['parameters']:,} parameters",
         "training": f"{run.step:,} steps in {hours} h {minutes:02} min, {processes}, precision {result['precision']}",
-        "finished": f"{trained:%Y-%m-%d %H:%M} UTC",
+        **({"finished": run.end} if run.end else {}),
         "weights": f"sha256 {run.sha256}",
     }
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """What the run wrote at its end. Raises UserError where something of it is missing."""
+    """The run's result.json. Raises UserError if a field is missing."""
     path = run.path / "result.json"
     result: dict[str, Any] = json.loads(path.read_bytes())  # it could be read when the run was opened
     if missing := [name for name in ("seconds", "world_size", "parameters", "precision") if name not in result]:

@@ -1,4 +1,4 @@
-"""One network in memory, asked by one visitor at a time, with the functions of the explanation pass."""
+"""One network in memory, used by one request at a time, with the same functions as explain.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,10 @@ from cifar.data.augment import normalize
 from cifar.errors import UserError
 from cifar.explain import layers, maps, runs, votes
 from cifar.explain.findings import Float, Int64, UInt8
+from cifar.explain.layers import Grid
 from cifar.explain.runs import Run
 
-BUSY_SECONDS = 120  # for the one before, or for grad-cam to be imported from a slow file system
+BUSY_SECONDS = 120  # to wait for the previous request, or for grad-cam's import from a slow file system
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Heatmap:
     """Where the network looked, at one layer of h x w cells."""
 
     layer: str
+    grid: Grid  # where the cells lie on the picture
     map: Float  # [h, w] >= 0, not rescaled
     peak: float  # the raw maximum before negative evidence was cut; <= 0: no positive evidence
 
@@ -31,6 +33,7 @@ class Votes:
     """How much each cell of the last stage added to the margin between two classes."""
 
     layer: str
+    grid: Grid
     target: int
     against: int
     cells: Float  # [h, w] signed; their sum plus `bias` is `margin`
@@ -52,7 +55,7 @@ class Answer:
 
 
 class Engine:
-    """A run's network. Two threads on one network would mix their maps: a lock lets one in."""
+    """A run's network behind a lock: two threads on one network would mix up their maps."""
 
     def __init__(self, run: Run) -> None:
         """Raises UserError for weights that are not the network's."""
@@ -73,14 +76,14 @@ class Engine:
     def answer(self, pixels: UInt8, target: int | None, method: str, at: list[str]) -> Answer:
         """Probabilities of a picture [32, 32, 3], its maps at the layers `at`, and its votes where there are any maps.
 
-        They are for the class `target`, or the predicted one; votes count it against the predicted class, or, where it
-        is that, against the runner-up. Raises UserError where it is not this visitor's turn for too long.
+        Maps are for the class `target`, by default the predicted one. Votes compare it with the predicted class, or, if
+        it is that one, with the runner-up. Raises UserError if the network stays busy.
         """
         with self._alone():
             images = self._tensor(pixels[None])
             with torch.no_grad():
                 logits = self.network(images)[0]
-            # Of logits: far enough below the first class all probabilities are the same float32, 0.
+            # By logits: very small probabilities are all the same float32, 0.
             ranking: Int64 = np.argsort(-logits.numpy(), kind="stable")
             first, second = ranking[:2].tolist()
             target = first if target is None else target
@@ -88,11 +91,12 @@ class Engine:
             for layer in at:
                 objectives = maps.scores(torch.tensor([[target]]), len(ranking))
                 raw, _ = maps.compute(self.network, layer, method, images, objectives)
-                heatmaps.append(_heatmap(layer, raw[0, 0]))
+                heatmaps.append(self._heatmap(layer, raw[0, 0]))
             if at:
                 against, last_stage = second if target == first else first, list(self.layers)[-1]
                 cells, bias, margin = votes.count(self.network, last_stage, images, torch.tensor([[target, against]]))
-                counted = Votes(last_stage, target, against, cells[0], float(bias[0]), float(margin[0]))
+                grid = layers.grid(self.network, last_stage)
+                counted = Votes(last_stage, grid, target, against, cells[0], float(bias[0]), float(margin[0]))
         return Answer(pixels, logits.softmax(dim=0).numpy(), ranking, target, method, heatmaps, counted)
 
     def heatmaps(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Heatmap], Float]:
@@ -100,11 +104,11 @@ class Engine:
         with self._alone():
             objectives = maps.scores(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
             raw, logits = maps.compute(self.network, layer, method, self._tensor(pixels), objectives)
-        return [_heatmap(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
+        return [self._heatmap(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Raises UserError where whoever has the network does not give it back."""
+        """Holds the lock. Raises UserError if it is not free within BUSY_SECONDS."""
         if not self._lock.acquire(timeout=BUSY_SECONDS):
             raise UserError(f"the network has been busy for {BUSY_SECONDS} s; try again later")
         try:
@@ -115,6 +119,5 @@ class Engine:
     def _tensor(self, pixels: UInt8) -> torch.Tensor:
         return normalize(torch.from_numpy(pixels), self.run.mean, self.run.std)
 
-
-def _heatmap(layer: str, raw: Float) -> Heatmap:
-    return Heatmap(layer, np.maximum(raw, 0), float(raw.max()))
+    def _heatmap(self, layer: str, raw: Float) -> Heatmap:
+        return Heatmap(layer, layers.grid(self.network, layer), np.maximum(raw, 0), float(raw.max()))

@@ -1,4 +1,4 @@
-"""What gets in and out: the few addresses that the page needs, the app's own folder, and no other machine.
+"""Access control: only the URLs that the page needs, only the app's upload folder, no other machine.
 
 Gradio serves more than this app uses: files by path or by web address, a proxy, links to saved states, monitoring.
 """
@@ -26,7 +26,7 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'"
 )
 UPLOAD = "/gradio_api/upload"
-QUESTION = 1 << 16  # bytes of any other POST; the page's own have some hundred, and JSON takes 25 times its bytes
+QUESTION = 1 << 16  # bytes of any other POST; the page sends a few hundred, and parsing JSON takes 25 times its size
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -38,13 +38,13 @@ class Gate:
     """ASGI middleware in front of all that Gradio serves."""
 
     def __init__(self, app: ASGIApp, uploads: Path, largest: int, room: int, kept: float) -> None:
-        """`uploads` is the only folder that files come from, `largest` the bytes that an upload may have.
+        """`uploads` is the only folder that files are served from, `largest` the maximum bytes of an upload.
 
-        No file comes to that folder that would make it larger than `room`, in bytes. What has lain in it for `kept`
-        seconds goes: Gradio deletes no file of an upload that was broken off.
+        Uploads that would make the folder larger than `room` bytes are refused. An upload first deletes files older
+        than `kept` seconds: Gradio does not delete those of an aborted upload.
         """
         self.app, self.uploads, self.largest, self.room, self.kept = app, uploads, largest, room, kept
-        self.coming = 0  # bytes of uploads that have been let in and are not done
+        self.coming = 0  # bytes of accepted uploads in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers what is not allowed in, and passes on the rest."""
@@ -74,12 +74,12 @@ class Gate:
         if not NEEDED.fullmatch(path):
             return PlainTextResponse("Not found", 404)
         _, asks_for_file, file = path.partition("/file=")
-        # Of an address of another machine, too, 'http://...' being no file in the folder.
+        # This also refuses URLs of other machines: 'http://...' is not a file in the folder.
         if asks_for_file and not lies_in(file, self.uploads):
             return PlainTextResponse("Forbidden", 403)
         if method == "POST":
             length = headers.get(b"content-length", b"")
-            if not length.isdigit():
+            if not length.isdigit() or b"transfer-encoding" in headers:  # which would go before the length
                 return PlainTextResponse("Length required", 411)
             if int(length) > (self.largest if path == UPLOAD else QUESTION):
                 return PlainTextResponse("Too large", 413)
@@ -89,10 +89,10 @@ class Gate:
 
 
 def lies_in(path: str, folder: Path) -> bool:
-    """Whether a path that a stranger has sent leads into a folder, all its links and dots followed."""
+    """Whether an untrusted path is inside a folder, with links and '..' resolved."""
     try:
         return Path(path).resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError):  # no path at all: it holds a zero byte, or half of a character
+    except (OSError, ValueError):  # not a valid path: a null byte or a lone surrogate
         return False
 
 
@@ -112,9 +112,9 @@ def _tidied(folder: Path, kept: float) -> int:
 
 
 def stay_on_this_machine(host: str | None) -> None:
-    """From now on this process connects to no other machine, whatever a library has in mind; `host` is its own address.
+    """Keeps this process from connecting to other machines, whatever libraries try; `host` is its own address.
 
-    It cannot be undone: audit hooks stay.
+    This cannot be undone: audit hooks are permanent.
     """
     own = {"localhost", "", host}
 

@@ -1,6 +1,6 @@
-"""What happens when a visitor asks: from values that a browser sent to what is shown, and the same as numbers.
+"""Request handlers: from the values that a browser sends to HTML, and the same answer as plain values.
 
-Nothing here knows Gradio. Values are unchecked as they come; what is wrong with them is a UserError.
+Nothing here depends on Gradio. Inputs are untrusted; invalid ones raise UserError.
 """
 
 import unicodedata
@@ -17,7 +17,7 @@ from cifar.app.gate import lies_in
 from cifar.app.views import Mistake
 from cifar.data import pictures
 from cifar.errors import UserError
-from cifar.explain import figures, mistakes
+from cifar.explain import figures, mistakes, wording
 from cifar.explain.findings import Int64, UInt8
 from cifar.explain.maps import METHODS
 from cifar.explain.options import ORDERS
@@ -31,7 +31,7 @@ Response = tuple[str, Any]  # HTML, and the same as plain values
 
 
 def distinct(word: str, classes: list[str]) -> str:
-    """The word, in more brackets where a class is called so, or is shown so."""
+    """`word`, in additional brackets while a class has, or is displayed with, the same name."""
     taken = {*classes, *(unicodedata.normalize("NFKC", name) for name in names.on_pages(classes))}
     while word in taken:
         word = f"({word})"
@@ -48,12 +48,12 @@ class Handlers:
 
     @cached_property
     def any_class(self) -> str:
-        """What stands for all classes among their names."""
+        """The choice for 'all classes' in a list of class names."""
         return distinct(ANY, self.engine.run.classes)
 
     @cached_property
     def predicted_class(self) -> str:
-        """What stands for the class that is predicted among their names."""
+        """The choice for 'the predicted class' in a list of class names."""
         return distinct(PREDICTED, self.engine.run.classes)
 
     def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Response:
@@ -99,8 +99,7 @@ class Handlers:
         names_shown = names.on_pages(classes)
         chosen = (("true", of_true), ("predicted", of_predicted))
         kind = "".join(f", {word} {names_shown[number]}" for word, number in chosen if number is not None)
-        noun = "mistake" if len(found) == 1 else "mistakes"
-        sentence = f"{len(shown)} of {len(found):,} {noun}{kind}. Choose one to classify it."
+        sentence = f"{len(shown)} of {wording.counted(len(found), 'mistake')}{kind}. Choose one to classify it."
         if map_for != NO_MAP:
             sentence += (
                 f" Maps: {method} at {layer}, {cells[layer]}x{cells[layer]} cells, each on its own scale from 0 to "
@@ -109,7 +108,7 @@ class Handlers:
         return views.mistakes(shown, classes, sentence), views.mistake_numbers(shown, classes)
 
     def test_image(self, index: Any) -> UInt8:
-        """A test image that was clicked on, enlarged: so it is seen sharp, and averages back to what it was."""
+        """A clicked test image, enlarged by a whole factor: sharp, and the same again once downscaled."""
         index = validation.whole("test image", index, 0, self.content.images - 1)
         for evaluated in (self.content.examples, self.content.mistakes):
             for row in (evaluated.indices == index).nonzero()[0]:

@@ -1,7 +1,7 @@
-"""The page: three tabs. What they show is made in handlers.py and views.py; here is what belongs to what.
+"""The page's three tabs: layout and events. Their content is made in handlers.py and views.py.
 
-Components hand over what the browser sent, unread (`preprocess=False`): Gradio would decode a picture before anything
-has looked at its size.
+Components pass on the browser's values unprocessed (`preprocess=False`): Gradio would decode a picture before its size
+has been checked.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from cifar.explain.options import COUNT, ORDERS
 
 TOP = 5  # classes shown at first
 OPACITY = 0.5
-KEPT = (300, 3600)  # seconds: every so often uploads of this age are deleted
-WAITING = 200  # requests; one more is told to come later
+KEPT = (300, 3600)  # seconds: interval of the clean-up, and age at which uploads are deleted
+WAITING = 200  # queued requests; further ones are refused
 PLACEHOLDER = f"Drop a picture here, or click to choose one\nup to {pictures.BYTES >> 20} MB"
-NETWORK: dict[str, Any] = {  # of every event that asks the network: one at a time, the others wait their turn
+NETWORK: dict[str, Any] = {  # for every event that uses the network: one at a time, in a queue
     "concurrency_id": "network",
     "concurrency_limit": 1,
     "preprocess": False,
@@ -35,7 +35,7 @@ NETWORK: dict[str, Any] = {  # of every event that asks the network: one at a ti
     "trigger_mode": "always_last",
 }
 ASIDE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-# The opacity is the browser's own: the map lies over the picture, and a style says how much of it is seen.
+# Opacity is set in the browser: the map is an overlay with a CSS opacity.
 SET_OPACITY = "(value) => document.getElementById('%s').style.setProperty('--opacity', value)"
 ON_CLICK = """element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-index]');
@@ -92,7 +92,7 @@ def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
                 if wrong:
                     with gr.Row(elem_id="filters"):
                         show = gr.Checkbox(True, label="Show mistakes")
-                        most = max(2, min(MOST, wrong))  # a slider wants two values at least
+                        most = max(2, min(MOST, wrong))  # a slider needs at least two values
                         count = gr.Slider(1, most, min(COUNT, wrong), step=1, label="How many", visible=wrong > 1)
                         any_class = handlers.any_class
                         true = gr.Dropdown([any_class, *choices], value=any_class, label="True class")
@@ -123,7 +123,7 @@ def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
 
 
 class _Page(gr.Blocks):
-    """Blocks that answer in words a request that they cannot read; Gradio prints a traceback."""
+    """Blocks that answer an unreadable request with a message, where Gradio prints a traceback."""
 
     async def preprocess_data(self, *arguments: Any, **more: Any) -> Any:
         try:
@@ -137,9 +137,9 @@ def _html(value: str, js_on_load: str | None = None, elem_id: str | None = None)
 
 
 def _in_words(handler: Callable[..., Response]) -> Callable[..., Response]:
-    """The same function, with what is wrong with a request as its answer."""
+    """The same handler, with a UserError turned into its answer."""
 
-    @wraps(handler)  # the parameters' names are those of the programming interface
+    @wraps(handler)  # the API exposes the parameters' names
     def answer(*values: Any) -> Response:
         try:
             return handler(*values)

@@ -1,4 +1,4 @@
-"""The app as a server: a page, a folder of its own for uploads, and an end that leaves nothing behind."""
+"""Runs the app's server, with a private folder for uploads that is deleted at the end."""
 
 import os
 import signal
@@ -20,12 +20,12 @@ if TYPE_CHECKING:  # a wrong address is refused before torch has loaded
     from cifar.app.engine import Engine
 
 HOST, PORT = "127.0.0.1", 7860
-ENDS_WITHIN = 20  # seconds, for an import that goes on
+ENDS_WITHIN = 20  # seconds to wait at the end for a running import
 OF_A_SPACE = {"GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH"}  # where Hugging Face wants the server
 
 
 def serve_folder(folder: Path) -> None:
-    """Serves a folder that `--export-space` wrote; what is wrong is one line and exit status 2."""
+    """Serves a folder written by `--export-space`; an error is one line and exit status 2."""
     from cifar.app import content
     from cifar.app.engine import Engine
     from cifar.explain import runs
@@ -54,25 +54,25 @@ def address(host: str | None, port: int | None) -> tuple[str, int]:
 
 
 def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
-    """Serves until it is interrupted, terminated or hung up, then deletes what visitors have uploaded."""
+    """Serves until SIGINT, SIGTERM or SIGHUP, then deletes the uploads."""
     asked_to_end = False
 
     def end(_number: int, _frame: FrameType | None) -> None:
         nonlocal asked_to_end
-        if asked_to_end:  # and it has not ended: something may be in its way
+        if asked_to_end:  # asked again: something blocks the normal end
             sys.exit(0)
-        asked_to_end = True  # an exception might come up in the middle of Gradio, which swallows some
+        asked_to_end = True  # a flag, since Gradio swallows some exceptions
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last when its terminal is closed
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, end)
     with _folder_for_uploads() as uploads:
-        # Before Gradio is imported. What is set for other apps must not open this one, and where Gradio knows that it
-        # is in a Space, it starts a second server, which takes new code.
+        # Before importing Gradio: variables meant for other apps must not expose this one, and in a Space Gradio
+        # would start a second server, which accepts code.
         for name in [name for name in os.environ if name.startswith(("GRADIO_", "SPACE_")) and name not in OF_A_SPACE]:
             del os.environ[name]
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        # Gradio asks its own server whether it runs: not through a proxy.
+        # Gradio's check of its own server must not go through a proxy.
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(["127.0.0.1", "localhost", host])
 
         import gradio as gr
@@ -107,16 +107,16 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
                 body_text_color_subdued="*neutral_600",
                 body_text_color_subdued_dark="*neutral_300",  # to be readable
             ),
-            # Not as `css`, whose rules Gradio rewrites, and breaks where a selector has a comma in brackets.
+            # Not via `css`: Gradio rewrites its rules and breaks selectors with a comma in parentheses.
             head=f"<style>{Path(__file__).with_name('app.css').read_text()}</style>",
         )
         with suppress(OSError):  # nobody may read it
             print(f"open {address} (Ctrl-C ends it)", flush=True)
-        warming_up = threading.Thread(target=engine.warm_up, daemon=True)  # while the page is loaded and looked at
+        warming_up = threading.Thread(target=engine.warm_up, daemon=True)  # in the background, while the page is loaded
         warming_up.start()
         while not asked_to_end:
             time.sleep(0.2)
-        warming_up.join(ENDS_WITHIN)  # a process that is ending cannot import
+        warming_up.join(ENDS_WITHIN)  # imports fail during interpreter shutdown
         if warming_up.is_alive():
             print(f"cifar.app: ended, though grad-cam has not been imported after {ENDS_WITHIN} s", file=sys.stderr)
 
@@ -127,7 +127,7 @@ def _folder_for_uploads() -> Iterator[str]:
         folder = tempfile.TemporaryDirectory(prefix="cifar-app-", ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(
-            f"there is no folder for uploads ({error.strerror}); set TMPDIR to one that can be written"
+            f"cannot create a folder for uploads ({error.strerror}); set TMPDIR to a writable folder"
         ) from None
     with folder as uploads:
         yield uploads
@@ -143,6 +143,6 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
             probe.bind(address)
             probe.listen()
-    except (OSError, UnicodeError) as error:  # the latter for what no address can be called
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         why = getattr(error, "strerror", None) or f"{error}"
         raise UserError(f"no server can listen at {host} port {port} ({why}); give another --port or --host") from None

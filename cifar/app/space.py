@@ -1,7 +1,7 @@
 """A Hugging Face Space: a self-contained folder.
 
-It holds the network, the pictures that the page shows, and the modules of this project that serve them: those that are
-loaded by now, since the export has asked the network and built the page just as the Space will.
+It contains the network, the images of the page, and the modules of this project that serve them: those imported by now,
+since the export has run the network and built the page as the Space will.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ PACKAGES = (
     "torchvision",
 )
 
-LARGE = "filter=lfs diff=lfs merge=lfs -text"  # Hugging Face takes binary files no other way
+LARGE = "filter=lfs diff=lfs merge=lfs -text"  # Hugging Face requires LFS for binary files
 
 START = '''\
 """Serves the network of this folder."""
@@ -71,7 +71,7 @@ To start it on your own machine: `pip install -r requirements.txt`, then `python
 
 
 def export(engine: Engine, shown: AppContent, folder: Path) -> None:
-    """Writes the Space to a folder that does not exist or is empty, whole or not at all. Raises UserError."""
+    """Writes the Space atomically to a folder that does not exist or is empty. Raises UserError."""
     engine.warm_up()
     page.build(engine, shown, folder)
     place = folder.absolute()
@@ -89,7 +89,7 @@ def export(engine: Engine, shown: AppContent, folder: Path) -> None:
 def _write(run: Run, shown: AppContent, folder: Path) -> None:
     shutil.copyfile(run.path / "model.safetensors", folder / "model.safetensors")
     config = json.loads((run.path / "config.json").read_bytes())
-    config["recipe"]["data"] = Path(config["recipe"]["data"]).name  # the world need not know where it lay
+    config["recipe"]["data"] = Path(config["recipe"]["data"]).name  # do not publish the local path
     files.write(folder / "config.json", json.dumps(config, indent=1).encode())
     shutil.copyfile(run.path / "result.json", folder / "result.json")
     content.save(shown, folder)
@@ -121,5 +121,5 @@ def _copy_package(folder: Path) -> None:
 
 
 def _public(version: str) -> str:
-    """A version as a package index knows it, without '+cpu' and the like."""
+    """A version without its local part, such as '+cpu'."""
     return version.partition("+")[0]

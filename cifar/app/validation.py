@@ -1,4 +1,4 @@
-"""What a visitor asks for, checked: the page offers no other values, but a program may send anything."""
+"""Validates requests: the page only sends valid values, but an API client may send anything."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> str:
 
 
 def some_of(name: str, values: Any, known: Sequence[str]) -> list[str]:
-    """Some of the names that are known, each once and in their own order. Raises UserError."""
+    """The chosen names, without duplicates, in the order of `known`. Raises UserError."""
     if not isinstance(values, list):
         raise UserError(f"{name} {_short(values)} is not a list; choose some of: {', '.join(known)}")
     wanted = {one_of(name, value, known) for value in values}

@@ -11,8 +11,9 @@ from markupsafe import escape
 from cifar import names, recipes, summary
 from cifar.app.content import AppContent, EvaluatedImages
 from cifar.app.engine import Answer, Engine, Heatmap, Votes
-from cifar.explain import figures
+from cifar.explain import figures, wording
 from cifar.explain.findings import Float, UInt8
+from cifar.explain.layers import SIDE
 from cifar.figures import png
 
 DIGITS = 6  # decimals of the numbers; float32 has about as many
@@ -38,18 +39,31 @@ def _uri(pixels: UInt8) -> str:
 
 
 def _vote_text(votes: Votes, vote: float) -> str:
-    """A vote with its sign in five characters, all those of a map with as many decimals."""
+    """A signed vote in at most five characters, with the same decimals in all cells of a map."""
     largest = float(np.abs(votes.cells).max())
     return f"{vote:+.{2 if largest < 9.995 else 1 if largest < 99.95 else 0}f}"
 
 
 def _vote_style(votes: Votes, down: int, across: int) -> str:
-    """The colours of a vote's cell, with a text that can be read on it."""
+    """The CSS size and colours of a vote's cell: background, and black or white text, whichever contrasts more."""
     limit = float(np.abs(votes.cells).max())
     colour = figures.coloured(votes.cells, limit, signed=True)[down, across]
     linear = np.where(colour <= 10, colour / 3294.6, ((colour / 255 + 0.055) / 1.055) ** 2.4)  # sRGB's definition
     dark = linear @ (0.2126, 0.7152, 0.0722) < 0.179  # where white and black have the same contrast (WCAG), 4.6
-    return f"background: rgb({' '.join(map(str, colour))}); color: {'white' if dark else 'black'}"
+    height, width = (_long(votes.grid.spans()[cell][1]) for cell in (down, across))
+    size = f"width: {width}; height: {height}"
+    return f"{size}; background: rgb({' '.join(map(str, colour))}); color: {'white' if dark else 'black'}"
+
+
+def _votes_style(votes: Votes) -> str:
+    """The CSS that lays a table of votes in its square as the cells lie on the picture."""
+    (before, _), (start, pixels) = votes.grid.spans()[0], votes.grid.spans()[-1]
+    return f"width: {_long(start + pixels - before)}; margin: {_long(before)} 0 0 {_long(before)}"
+
+
+def _long(pixels: int) -> str:
+    """The CSS length of so many pixels of a picture."""
+    return f"calc(var(--tile) * {pixels / SIDE})"
 
 
 _environment = Environment(
@@ -59,10 +73,12 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_environment.filters["percent"] = wording.percent
 _environment.globals |= {
     "uri": _uri,
-    "coloured": figures.coloured,
+    "overlay": figures.overlay,
     "vote_style": _vote_style,
+    "votes_style": _votes_style,
     "vote_text": _vote_text,
     "ramp": figures.coloured(np.linspace(0, 1, 128, dtype=np.float32)[None], 1),
 }
@@ -70,17 +86,17 @@ _macros: Any = _environment.get_template("views.html.j2").module
 
 
 def escaped(text: str) -> str:
-    """Text that may stand in HTML."""
+    """HTML-escaped text."""
     return str(escape(text))
 
 
 def hint(text: str) -> str:
-    """What to do next."""
+    """A hint, as HTML."""
     return str(_macros.hint(text))
 
 
 def problem(text: str) -> str:
-    """What is wrong."""
+    """An error message, as HTML."""
     return str(_macros.problem(f"{text[:1].upper()}{text[1:]}."))
 
 

@@ -23,9 +23,9 @@ from cifar.bench.measurement import Measurement
 from cifar.errors import Parser, UserError, command_line
 
 PARTS: dict[str, tuple[Callable[[Bench], list[Measurement]], str]] = {
-    "limit": (limit.measure, "matrix products and memory: measured always, since the others are compared with it"),
-    "step": (step.measure, "a training step, by operator too, and evaluation"),
-    "input": (input.measure, "training images from one core, and what a step waits for them"),
+    "limit": (limit.measure, "peak matmul throughput and memory bandwidth; always measured: the limit of the others"),
+    "step": (step.measure, "a training step, also by operator, and evaluation"),
+    "input": (input.measure, "augmented images on one core, and how long a step waits for them"),
     "scaling": (scaling.measure, "two processes against one, and the bytes that they exchange"),
     "checkpoint": (checkpoint.measure, "saving and resuming"),
     "explain": (explain.measure, "maps in batches against one at a time"),
@@ -45,9 +45,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (everything)")
     parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(recipes.RECIPES)}")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each program (5)")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="length of a turn (5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every turn's figures here")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each program (5)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="seconds per measurement (5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement to this file")
     arguments = parser.parse_args(argv)
     for part in arguments.parts:
         if part not in PARTS:
@@ -97,12 +97,12 @@ def main() -> None:
     with command_line("bench"):
         arguments = parse_command_line(sys.argv[1:])
         try:
-            # Here, where runs are too, so that checkpoints go to the same disk.
+            # In the current directory, so that checkpoints go to the same disk as those of runs.
             with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
                 measure(arguments, Path(folder))
         except OSError as error:
             where = error.filename or "this folder"
-            raise UserError(f"{where}: {error.strerror}; it needs 500 MB here for a while") from None
+            raise UserError(f"{where}: {error.strerror}; the benchmark needs 500 MB here temporarily") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The app as a user starts it, and under load: how soon it answers, whom it serves at once, and what memory it takes.
+"""Benchmarks the app: start-up, latency, concurrent visitors, memory.
 
     python -m cifar.bench.app --run runs/resnet
 
-Apart from the other parts of the bench, since it needs a finished run. Each visitor is a `gradio_client` of its own.
+Separate from the other benchmarks, since it needs a finished run. Each visitor is a `gradio_client`.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class App:
         self.seconds = time.perf_counter() - began
 
     def _first_line(self) -> str:
-        """Raises UserError where it says nothing for too long."""
+        """The first line of output. Raises UserError after STARTS_WITHIN seconds without one."""
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], STARTS_WITHIN)[0]:
             self.end()
@@ -73,11 +73,11 @@ class App:
         return Client(self.address, verbose=False, analytics_enabled=False)
 
     def megabytes(self) -> float:
-        """Of memory that is its own."""
+        """The process's resident memory."""
         return float(psutil.Process(self.process.pid).memory_info().rss / 1e6)
 
     def end(self) -> None:
-        """Asks it to end, and ends it if it does not."""
+        """Terminates the app; kills it if it does not exit."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.communicate(timeout=ENDS_WITHIN)
@@ -87,7 +87,7 @@ class App:
 
 
 def measure(run: Path, starts: int, answers: int, requests: int) -> list[Measurement]:
-    """Starts the app and asks it; see `parse_command_line`. Raises UserError where an answer is another's."""
+    """Starts and queries the app; see `parse_command_line`. Raises UserError if answers get mixed up."""
     if importlib.util.find_spec("gradio_client") is None:
         raise UserError("gradio is not installed; install it with: pip install '.[app]'")
     from gradio_client import handle_file
@@ -132,7 +132,7 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Measure
         with ThreadPoolExecutor(VISITORS) as pool:
             crowd = list(pool.map(ask, visitors, asks))
         if [answer for _, answer in crowd] != alone:
-            raise UserError("a visitor among many got another answer than alone")
+            raise UserError("a visitor got another answer under load than alone")
 
         memory = []
         for part in range(PARTS):

@@ -1,4 +1,4 @@
-"""A checkpoint: what training waits for it, and taking it up again."""
+"""Checkpoints: how long a save blocks training, and how long verifying and restoring take."""
 
 from statistics import median
 
@@ -9,9 +9,9 @@ from cifar.bench.measurement import Measurement
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """train.py saves after every step here. The baseline is torch.save and torch.load: no sums, no sync, no rename.
+    """train.py saves after every step here. The baseline, torch.save and torch.load, has no checksums, sync or rename.
 
-    The time of an epoch is that of the same turns' steps, times CIFAR-10's images.
+    An epoch's time is extrapolated from the same measurements' step times to CIFAR-10's images.
     """
     with bench.ours("checkpoint", "--checkpoint-every", 1) as ours, bench.plain() as plain:
         savers = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "save"})}

@@ -1,4 +1,4 @@
-"""What all parts of the bench share: how much is measured, on which machine, and the programs that are measured."""
+"""Shared by all benchmarks: settings, limits of the machine, and the programs that are measured."""
 
 import io
 import zipfile
@@ -18,17 +18,17 @@ from cifar.data.cache import open_data
 
 IMAGES = {"train": 25_000, "test": 5_000}
 EPOCH = 50_000  # images: CIFAR-10's
-COPY = "memory copy"  # the name of a limit, in bytes per second
+COPY = "memory copy"  # name of the memory-bandwidth limit, in bytes per second
 
 
 def products(precision: str) -> str:
-    """The name of another, in multiply-adds per second."""
+    """Name of the matmul limit in a precision, in multiply-adds per second."""
     return f"{precision} matrix products"
 
 
 @dataclass
 class Bench:
-    """One call of the bench. What the programs write goes into `folder`, which is thrown away at the end."""
+    """One invocation of the benchmark. Programs write to `folder`, which is deleted at the end."""
 
     recipe: str
     repeats: int
@@ -41,7 +41,7 @@ class Bench:
 
     @property
     def precision(self) -> str:
-        """What the launcher is given."""
+        """The launcher's --mixed_precision."""
         return "bf16" if self.machine["native_bf16"] else "no"
 
     @property
@@ -50,21 +50,21 @@ class Bench:
         return recipes.RECIPES[self.recipe]().global_batch_size
 
     def best(self, name: str, unit: float, figures: list[Measurement]) -> list[Measurement]:
-        """Makes the highest median a limit; `unit` is that of the figures."""
+        """Records the highest median as the limit `name`; `unit` is that of the measurements."""
         self.limits[name] = unit * max(median(figure.values) for figure in figures)
         return figures
 
     def steps_limit(self, facts: Answer) -> tuple[str, float]:
-        """Images per second if a step were nothing but matrix products: 3 x forward, as each product has two in the
-        backward pass (the first convolution's one, which makes 0.2% of the 6.6 M network's sum).
-        """
-        name = products("bf16" if self.precision == "bf16" else "float32")
-        return f"{name}, 3 x {facts['multiply_adds']:,} an image", self.limits[name] / 3 / facts["multiply_adds"]
+        """Images per second if a step were only the matmuls of its forward and backward pass."""
+        return self._limit(facts["step_multiply_adds"])
 
     def forward_limit(self, facts: Answer) -> tuple[str, float]:
         """The same for the forward pass only."""
-        name, limit = self.steps_limit(facts)
-        return name.replace("3 x ", ""), 3 * limit
+        return self._limit(facts["multiply_adds"])
+
+    def _limit(self, multiply_adds: int) -> tuple[str, float]:
+        name = products("bf16" if self.precision == "bf16" else "float32")
+        return f"{name}, {multiply_adds:,} an image", self.limits[name] / multiply_adds
 
     # ---- programs
 
@@ -80,8 +80,8 @@ class Bench:
     ) -> Program:
         """train.py with the bench's recipe, as the launcher starts it, under observation.
 
-        On several machines each has its own launcher, whose arguments are `machines`, after the command `before`, and
-        all have one `run`.
+        With several machines, `machines` are arguments of this machine's launcher, `before` is a command prefix, and
+        `run` names the common run directory.
         """
         arguments = (*self._arguments(run or name), *arguments)
         environment = {**self._environment(), **(environment or {})}
@@ -115,8 +115,8 @@ class Bench:
         return Program("plain", [str(word) for word in words], self._environment())
 
     def _arguments(self, name: str) -> list[object]:
-        # So many epochs, so that no turn is the last. Images have their full size on all sides, also for a recipe that
-        # begins with smaller ones; what else one changes on its way is measured as it begins.
+        # Enough epochs that no measurement reaches the end. Images always have their full size, even with progressive
+        # resizing; other schedules are measured in their initial state.
         return ["--recipe", self.recipe, "--data", self.images(), "--run", self.folder / name, "--epochs", 1000,
                 "--image-sizes", 32]  # fmt: skip
 
@@ -124,14 +124,14 @@ class Bench:
         return {"XDG_CACHE_HOME": str(self.folder / "cache")}
 
     def training(self, ours: Program, plain: Program) -> dict[str, list[Answer]]:
-        """Turns of training steps, measured once for all parts."""
+        """Measurements of training steps, made once for all parts."""
         if self._training is None:
             contestants = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "train"})}
             self._training = interleave.alternate(contestants, self.repeats, self.seconds)
         return self._training
 
     def images(self) -> Path:
-        """A zip of the scanned digits as JPEG, over and over: only speed matters here."""
+        """A zip of the scanned digits as JPEG, repeated: only speed matters here."""
         path = self.folder / "images.zip"
         if path.exists():
             return path

@@ -29,11 +29,26 @@ def multiply_adds(function: Callable[[], object]) -> int:
 
 def forward_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
     """Multiply-adds of one image's forward pass. The network's mode and buffers are left as they were."""
+    with torch.no_grad():
+        return _of_an_image(network, network, image_size)
+
+
+def step_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
+    """Those of its forward and backward pass: gradients that no parameter needs are not computed."""
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+    def step(image: torch.Tensor) -> None:
+        torch.autograd.grad(network(image).sum(), learning)  # not backward(), for which DDP has hooks
+
+    return _of_an_image(network, step, image_size)
+
+
+def _of_an_image(network: nn.Module, function: Callable[[torch.Tensor], object], image_size: int) -> int:
     mode, weight = network.training, next(network.parameters())
     image = torch.zeros(1, 3, image_size, image_size, device=weight.device)
+    network.eval()
     try:
-        with torch.no_grad():
-            return multiply_adds(lambda: network.eval()(image))
+        return multiply_adds(lambda: function(image))
     finally:
         network.train(mode)
 
@@ -41,12 +56,12 @@ def forward_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
 class Record(NamedTuple):
     """What one training step did. Keys are kinds and operators, bytes are what this process hands to collectives."""
 
-    kinds: dict[str, float]  # seconds by kind, of the processor that does the computing
+    kinds: dict[str, float]  # seconds by kind of operator, on the device that computes
     copies: dict[str, int]  # aten::copy_ by what for: see `_purpose`
     optimizer: dict[str, int]  # operators called directly by the optimizer's step
     collectives: list[tuple[str, int]]  # each one's name and bytes
     kernels: int  # launched on a GPU
-    gpu_seconds: float  # in which it had something to do
+    gpu_seconds: float  # in which the GPU was busy
 
 
 def recorder() -> profile:
@@ -58,7 +73,7 @@ def read(recorded: profile) -> Record:
     """What a stopped profiler has seen."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        recorded.export_chrome_trace(str(path))  # the one place where types and strides can be had
+        recorded.export_chrome_trace(str(path))  # the only source of types and strides
         events = json.loads(path.read_text())["traceEvents"]
     on_gpu = [event for event in events if event.get("cat") in GPU_EVENTS]
     events = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]

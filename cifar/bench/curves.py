@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cifar.errors import Parser, UserError, command_line
 
-LOWEST = 0.5  # what comes before is over soon and would take half the picture
+LOWEST = 0.5  # lower accuracies last a moment and would take half the figure
 
 
 class Curve(NamedTuple):
@@ -43,7 +43,7 @@ def read(run: Path) -> Curve:
 
 
 def draw(runs: dict[str, list[Curve]]) -> Figure:
-    """A colour for each name. The legend has the mean of the last accuracies; a cross is one with TTA."""
+    """One colour per name. The legend has the mean final accuracy; a cross marks accuracy with TTA."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, curves) in enumerate(runs.items()):
@@ -59,7 +59,7 @@ def draw(runs: dict[str, list[Curve]]) -> Figure:
             axes.plot(minutes, [100 * accuracy for accuracy in curve.accuracies], ".-", color=colour, lw=1, label=label)
             if curve.of_views is not None:
                 axes.plot(minutes[-1], 100 * curve.of_views, "x", color=colour)
-            label = "_"  # once is enough
+            label = "_"  # one legend entry per name
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda minutes, _: f"{minutes:g}"))
@@ -79,7 +79,7 @@ def _mean(accuracies: list[float]) -> str:
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m cifar.bench.curves", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="runs' directories; names that differ in -seed<number> alone share a colour")  # fmt: skip
+                        help="run directories; names that differ only in -seed<number> share a colour")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .svg or .png")
     arguments = parser.parse_args(argv)
     if arguments.output.suffix not in (".svg", ".png"):
@@ -96,7 +96,7 @@ def main() -> None:
         runs: dict[str, list[Curve]] = {}
         for run in arguments.runs:
             runs.setdefault(re.sub(r"-seed\d+$", "", run.absolute().name), []).append(read(run))
-    # The same runs make the same file: no date, no random names within, and letters that remain letters.
+    # Reproducible files: no date, no random ids, and text stays text.
     mpl.rcParams.update({"svg.hashsalt": "cifar", "svg.fonttype": "none", "font.family": "sans-serif"})
     draw(runs).savefig(arguments.output, dpi=120, metadata={"Date": None} if arguments.output.suffix == ".svg" else {})
 

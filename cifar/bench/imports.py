@@ -1,4 +1,4 @@
-"""How long a program's imports take. Nothing is imported here that takes time itself."""
+"""Measures how long a program's imports take. Imports nothing slow itself."""
 
 import builtins
 import time
@@ -8,7 +8,7 @@ BEGAN = time.time()  # the program's first line, if it imports this first
 
 
 class Imports:
-    """The time spent in import statements so far, those within others not counted twice."""
+    """The time spent in import statements so far; nested imports are counted once."""
 
     def __init__(self) -> None:
         self.seconds, self.depth, self.original = 0.0, 0, builtins.__import__
@@ -24,6 +24,6 @@ class Imports:
                 self.seconds += time.perf_counter() - began
 
     def end(self) -> float:
-        """Looks no longer."""
+        """Stops measuring; returns the seconds."""
         builtins.__import__ = self.original
         return self.seconds

@@ -1,4 +1,4 @@
-"""Training images: how many a core makes, and how long a step waits for them."""
+"""The input pipeline: images/s on one core, and how long a step waits for a batch."""
 
 from cifar.bench import interleave
 from cifar.bench.context import Bench
@@ -8,7 +8,7 @@ MADE = 256  # images: what it is measured in
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """The limit is what training could use up if its steps were nothing but matrix products."""
+    """The limit is how many images/s training would need if its steps were only matmuls."""
     with bench.ours("input") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
         facts = ours.turn("facts")

@@ -1,7 +1,8 @@
-"""Interleaved measurements, A B A B, each program in a process of its own: what the one does to its memory
-allocator or its threads does not reach the other, and a machine that slows down does so for both.
+"""Interleaved measurements (A B A B), each program in its own process.
 
-A program answers each line of JSON on its standard input with one line on its standard output, and ends with its input.
+Allocator and thread settings do not leak from one to the other, and a machine that slows down affects both.
+
+A program answers each line of JSON on stdin with one line on stdout, and exits at the end of stdin.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 from cifar.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-MARK = "@answer "  # other lines of a program's output are its own
+MARK = "@answer "  # prefix of answers; other lines of output are ignored
 PATIENCE = 1_000_000  # seconds that a program may have to wait for its turn: CIFAR_HANG_SECONDS
 
 Answer = dict[str, Any]
@@ -29,7 +30,7 @@ class Program:
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], before: Sequence[str] = ()
     ) -> None:
-        """`command` is Python's, after a command that starts others."""
+        """`command` are Python's arguments; `before` is a command prefix."""
         self.name, self.launched = name, time.time()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 -- until close
         inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -40,7 +41,7 @@ class Program:
         )  # fmt: skip
 
     def turn(self, do: str, **request: Any) -> Answer:
-        """Does what is asked for, and says how it went. Raises UserError if the program ends instead."""
+        """Sends a request and returns its answer. Raises UserError if the program exits instead."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -74,13 +75,14 @@ def alternate(
 ) -> dict[str, list[Answer]]:
     """The answers of each contestant to its request, `repeats` turns each, one after the other.
 
-    A request is for an `amount`. How much fits into `seconds` is found in a turn that is not counted and that warms
-    up; `least` is an amount's granularity.
+    A request has an `amount`. How much fits into `seconds` is found in the second of two uncounted turns: the first
+    one warms up, and may take much longer. `least` is the granularity of amounts.
     """
     amounts = {}
     for name, (program, request) in contestants.items():
-        first = program.turn(**request, amount=least)
-        amounts[name] = least * max(1, round(seconds / first["seconds"]))
+        program.turn(**request, amount=least)
+        sizing = program.turn(**request, amount=least)
+        amounts[name] = least * max(1, round(seconds / sizing["seconds"]))
     answers: dict[str, list[Answer]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, (program, request) in contestants.items():

@@ -1,8 +1,8 @@
-"""What the machine can do at most: matrix products in each precision, and copying memory.
+"""Peak performance of the machine: matmul throughput in each precision, and memory bandwidth.
 
-The products have the shapes of the convolutions of network `resnet`: positions x (9 x channels in) x channels out. On a
-GPU, which those do not fill, there is a large one, too. A precision's limit is the fastest of them, so that no fraction
-of it flatters.
+The matmuls have the shapes of `resnet`'s convolutions: positions x (9 x input channels) x output channels. On a GPU,
+which those do not fill, there is a large one too. A precision's limit is the fastest of them, so that no fraction of it
+flatters.
 """
 
 import time
@@ -22,7 +22,7 @@ COPIED = 1 << 28  # bytes, many times the caches
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """Also tells `bench` its machine and its limits."""
+    """Also sets `bench.machine` and `bench.limits`."""
     with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
         bench.machine = program.turn("facts")
         shapes = (*SHAPES, FILLS_A_GPU) if bench.machine["gpus"] else SHAPES
@@ -67,12 +67,12 @@ def main() -> None:
             "native_bf16": launch.native_bf16(device),
             "precisions": [
                 "float32",
-                *(["bf16"] if launch.native_bf16(device) else []),  # emulated it is no limit, and takes minutes
+                *(["bf16"] if launch.native_bf16(device) else []),  # emulated bf16 is no hardware limit, and slow
                 *(["float16"] if device.type == "cuda" else []),
             ],
         }
 
-    @cache  # made in the turn that is not counted
+    @cache  # created in the warm-up turn
     def operands(
         precision: str, rows: int, inner: int, columns: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What was measured: never one number, but those of all turns, and what they are compared with."""
+"""A measured quantity: all of its measurements, and what they are compared with."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -11,7 +11,7 @@ WIDTHS = (10, 41, 29, 20, 12, 22, 18)
 class Measurement(NamedTuple):
     """One measured quantity. `values` has a value for each turn, `ratios` a ratio for each pair of turns.
 
-    A ratio says how many times as fast as the baseline: a quotient of rates, or the other way round one of times.
+    A ratio is a speed-up over the baseline: a quotient of rates, or an inverse quotient of times.
     """
 
     part: str
@@ -55,7 +55,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three significant digits, or all integer digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

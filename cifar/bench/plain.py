@@ -1,7 +1,7 @@
-"""The baseline `plain`: a naive training loop. What it shares with train.py is what is computed.
+"""The baseline `plain`: a naive training loop for the same recipe as train.py.
 
-The recipe's network, images, batch size, augmentation, loss and evaluation, with Adam; but float32, tensors in torch's
-own layout, each image transformed by itself in the training process, and nothing done ahead.
+The recipe's network, images, batch size, augmentation, loss and evaluation, with Adam; but float32, torch's default
+memory layout, per-image transforms in the training process, no prefetching.
 
     python -m cifar.bench.plain <arguments of train.py>
 """
@@ -59,7 +59,7 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 
 
 class Plain:
-    """Network, optimizer and images of a recipe, and what a turn may ask for."""
+    """Network, optimizer and images of a recipe, and the requests that it answers."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         if recipe.augmentation not in TRANSFORMS:
@@ -83,7 +83,7 @@ class Plain:
             yield from loader
 
     def train(self, amount: int, uncounted: int = 1) -> Answer:
-        """So many steps, after others that are not counted."""
+        """Times `amount` steps, after `uncounted` warm-up steps."""
         seconds = input_seconds = 0.0
         for step in range(-uncounted, amount):
             began = time.perf_counter()
@@ -100,7 +100,7 @@ class Plain:
         return {"amount": amount, "seconds": seconds, "input": input_seconds, "at": time.time()}
 
     def evaluate(self, amount: int) -> Answer:
-        """Evaluates so many test images, in batches as large as the project's own."""
+        """Evaluates `amount` test images, in batches as large as the project's own."""
         from cifar.evaluation import EVALUATION_BATCH
 
         chosen = [index % len(self.test_images) for index in range(amount)]
@@ -117,7 +117,7 @@ class Plain:
         return {"amount": amount, "seconds": time.perf_counter() - began, "loss": loss / amount, "correct": right}
 
     def input(self, amount: int) -> Answer:
-        """Makes so many training images, on one core."""
+        """Makes `amount` training images, on one core."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         size = min(amount, self.recipe.global_batch_size)
@@ -130,7 +130,7 @@ class Plain:
         return {"amount": amount, "seconds": seconds}
 
     def save(self, amount: int) -> Answer:
-        """Writes network and optimizer, so many times."""
+        """Writes network and optimizer `amount` times."""
         began = time.perf_counter()
         for _ in range(amount):
             torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, self.path)

@@ -1,9 +1,9 @@
-"""train.py under observation: the real program, with a look at the clock where a step begins and ends.
+"""Instruments train.py: the real program, timed at the start and end of each step.
 
     accelerate launch ... -m cifar.bench.probe <arguments of train.py>
 
-At a step's beginning it waits for requests (see interleave.py). What is put around the functions of the project that
-train.py calls between steps does nothing else.
+At the start of a step it waits for requests (see interleave.py). The wrappers around the functions that train.py calls
+between steps do nothing else.
 """
 
 from cifar.bench import imports
@@ -22,13 +22,13 @@ from cifar.bench import interleave  # noqa: E402
 from cifar.bench.interleave import Answer  # noqa: E402
 from cifar.recipes import Options, Recipe  # noqa: E402
 
-if TYPE_CHECKING:  # when torch is imported is train.py's business, and is measured
+if TYPE_CHECKING:  # train.py decides when torch is imported, which is measured
     from accelerate import Accelerator
     from torch import nn
 
 
 class Observer:
-    """Watches one run of train.py. What passes is `input` (waiting for a batch), `work`, `save` or `pause`."""
+    """Times one run of train.py. Time goes to `input` (waiting for a batch), `work`, `save` or `pause`."""
 
     recipe: Recipe
     accelerator: "Accelerator"
@@ -42,7 +42,7 @@ class Observer:
         self.passing, self.since = "pause", 0.0
         self.spans: dict[str, list[float]] = {}
         self.host = 0.0  # processor seconds of this thread at the turn's beginning
-        self.asked: Answer | None = None  # the turn that is under way
+        self.asked: Answer | None = None  # the current turn
         self.uncounted = self.counted = 0  # its steps to come
         self.profiler: Any = None
 
@@ -98,7 +98,7 @@ class Observer:
             yield batch
 
     def passes(self, what: str) -> None:
-        """From now on the time goes to something else; what ends a step also ends its recording."""
+        """Starts counting time for `what`; the end of a step also ends its recording."""
         now = time.perf_counter()
         if self.passing == "work" and self.profiler and not self.counted:
             self.profiler.stop()
@@ -106,7 +106,7 @@ class Observer:
         self.passing, self.since = what, now
 
     def between_steps(self) -> None:
-        """Goes on with the turn that is under way, or ends it and waits for others."""
+        """Continues the current turn, or ends it and waits for the next request."""
         if self.ready is None:
             self.ready = time.time()
             IMPORTS.end()
@@ -131,7 +131,7 @@ class Observer:
     # ---- turns
 
     def requests(self) -> None:
-        """Answers requests until one asks for steps; all ranks hear them from the first."""
+        """Answers requests until one asks for steps; rank 0 broadcasts them."""
         from accelerate.utils import broadcast_object_list
 
         while True:
@@ -141,7 +141,7 @@ class Observer:
                 os._exit(0)  # the run directory is thrown away: there is nothing to save
             if asked["do"] in ("train", "profile"):
                 self.asked = asked
-                # What other processes have made while this one waited for its turn is used up first.
+                # First use up the batches that workers have prepared while this program was waiting.
                 self.uncounted, self.counted = asked.get("uncounted", self.ahead + 1), asked["amount"]
                 return
             self.answer(getattr(self, asked.pop("do"))(**asked))
@@ -173,7 +173,7 @@ class Observer:
         return facts
 
     def synchronize(self) -> None:
-        """Waits for what a GPU was given to do; on a CPU it is done."""
+        """Synchronises with the GPU; nothing to do on a CPU."""
         import torch
 
         if torch.accelerator.is_available():
@@ -188,6 +188,7 @@ class Observer:
 
         return {
             "multiply_adds": counts.forward_multiply_adds(self.network),
+            "step_multiply_adds": counts.step_multiply_adds(self.network),
             "parameters": summary.parameter_count(self.network),
             "began": imports.BEGAN,
             "imports": IMPORTS.seconds,
@@ -195,7 +196,7 @@ class Observer:
         }
 
     def evaluate(self, amount: int) -> Answer:
-        """Evaluates so many test images, over and over where there are fewer."""
+        """Evaluates `amount` test images, repeating them if there are fewer."""
         from dataclasses import replace
 
         import numpy as np
@@ -232,7 +233,7 @@ class Observer:
         return {"amount": amount, "seconds": seconds}
 
     def input(self, amount: int) -> Answer:
-        """Makes so many training images here, on one core."""
+        """Makes `amount` training images here, on one core."""
         import torch
 
         from cifar.data import sampler
@@ -253,7 +254,7 @@ class Observer:
         return {"amount": amount, "seconds": seconds}
 
     def restore(self, amount: int) -> Answer:
-        """Verifies the last checkpoint and takes it up again, so many times."""
+        """Verifies and restores the last checkpoint, `amount` times."""
         from cifar import checkpoint
 
         record, network, optimizer = self.saved

@@ -7,12 +7,12 @@ from cifar.bench.context import Bench
 from cifar.bench.measurement import Measurement
 from cifar.recipes import RECIPES
 
-RANKS = (1, 2, 4, 8)  # whose part of the recipe's batch one GPU computes
+RANKS = (1, 2, 4, 8)  # numbers of GPUs whose per-GPU batch one GPU computes
 GRAPHS = ("off", "auto")
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """The same global batch on both sides. A single GPU computes the parts of several, see `on_one_gpu`."""
+    """The same global batch on both sides. With a single GPU, see `on_one_gpu`."""
     if bench.machine["gpus"] == 1:
         return on_one_gpu(bench)
     with bench.ours("one") as one, bench.ours("two", processes=2) as two:
@@ -30,16 +30,16 @@ def measure(bench: Bench) -> list[Measurement]:
         Measurement("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(facts), "1 process",
                     interleave.quotients(rates["two"], rates["one"])),
         Measurement("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(facts)),
-        # Around a ring of n each process sends 2(n-1)/n of what is summed: for two, just as much.
+        # In a ring all-reduce of n processes each sends 2(n-1)/n of the data: for two, all of it.
         Measurement("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
         Measurement("scaling", "sent from the first to the others", "MB a step", [b / 1e6 for b in others], gradient),
     ]  # fmt: skip
 
 
 def on_one_gpu(bench: Bench) -> list[Measurement]:
-    """Steps of the part that one of n GPUs has of the recipe's batch; and what n of them would do, by the model.
+    """Times steps with the per-GPU batch of n GPUs, and extrapolates to n GPUs with the model.
 
-    Measured is what a GPU computes; assumed is how gradients are summed within a machine (scaling_model.py).
+    The computing is measured; the all-reduce within a machine is modelled (scaling_model.py).
     """
     figures: list[Measurement] = []
     for graph in GRAPHS:

@@ -3,9 +3,9 @@
     python -m cifar.bench.scaling_model                    # 8 to 1,024 GPUs, computed
     sudo python -m cifar.bench.scaling_model --measure     # two processes over a shaped network, measured and computed
 
-A step is the forward pass, and the backward pass, during which gradients are summed bucket by bucket as they get ready;
-what is left of the sums when it ends is exposed. After it, one small sum of metrics says whether to go on. Processes
-wait for the slowest of them.
+A step is a forward pass and a backward pass, during which gradients are all-reduced bucket by bucket as they become
+ready; communication that outlasts it is exposed. Then one small all-reduce of metrics decides whether to continue.
+Processes wait for the slowest of them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from cifar.errors import Parser, command_line
 from cifar.recipes import RECIPES
 
 SEGMENT = 1 << 20  # bytes: gloo's
-SUMS = 1  # small sums that a step waits for, beside the gradient's
+SUMS = 1  # small all-reduces in a step besides those of the gradients
 
 
 class Bucket(NamedTuple):
@@ -39,7 +39,7 @@ class Network(NamedTuple):
     bandwidth: float  # bytes per second that a process sends, and receives at the same time
     delay: float  # seconds from one to another
     hops: float  # delays that a message takes, with its handshake
-    nccl: bool = False  # sums along trees where that is sooner, and as one stream; gloo does neither
+    nccl: bool = False  # tree all-reduces where faster, and pipelined; gloo has neither
 
 
 class Step(NamedTuple):
@@ -57,8 +57,8 @@ class Step(NamedTuple):
 def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[Bucket]:
     """A network's gradient as DDP sums it, in order; `bytes_each` is 2 if it is compressed.
 
-    Gradients get ready from the last layer to the first. Work is counted in multiply-adds, of which the backward pass
-    makes two for one of the forward pass.
+    Gradients become ready from the last layer to the first. Work is counted in multiply-adds; the backward pass has
+    twice those of the forward pass.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +75,7 @@ def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[B
     size, done = 0, 0.0
     for name, module in reversed([*network.named_modules()]):
         own = list(module.parameters(recurse=False))
-        done += work.get(name, 0) if own else 0  # not of a part that only has parts
+        done += work.get(name, 0) if own else 0  # only modules with parameters of their own
         for parameter in own:
             size += bytes_each * parameter.numel() * parameter.requires_grad
             if size >= (launch.BUCKET_MB << 20) * bytes_each / 4:  # DDP's limit is for float32
@@ -105,7 +105,7 @@ def sum_seconds(size: float, processes: int, network: Network) -> float:
 def step(computing: float, parts: Sequence[Bucket], processes: int, network: Network, deviation: float = 0.0) -> Step:
     """`computing` is a process's seconds without any network, `deviation` their standard deviation.
 
-    The slowest of n normal variables is sqrt(2 ln n) deviations late, a little less for few.
+    The maximum of n normal variables is about sqrt(2 ln n) deviations above their mean, a little less for small n.
     """
     if processes == 1:
         return Step(computing, 0.0, 0.0)
@@ -173,8 +173,8 @@ def table() -> str:
 
 # ---- here: measured
 
-# bit/s and seconds: what the model is fitted to, and what it is compared with. Not above 1 Gbit/s: the thread that
-# passes packets on shares the processor with both processes.
+# bit/s and seconds: links for fitting (FAST, SLOW, FAR) and for comparison (POINTS). At most 1 Gbit/s: the thread
+# that forwards packets shares the cores with both processes.
 FAST, SLOW, FAR = (1_000e6, 0.0), (100e6, 0.0), (250e6, 0.02)
 POINTS = [(500e6, 0.0), (250e6, 0.0), (1_000e6, 0.005), (1_000e6, 0.01), (500e6, 0.01), (100e6, 0.02)]
 BATCH = 32  # images of a step of both
@@ -183,8 +183,8 @@ BATCH = 32  # images of a step of both
 def check(repeats: int, steps: int) -> str:
     """Two processes with a core each over links of several speeds, `repeats` turns of so many steps, and the model.
 
-    Its three free numbers are taken from three links: the computing from a fast one (with what sending costs the
-    processor), when the first bucket is ready from a slow one, and the delays that a message takes from a far one.
+    Its three free parameters are fitted to three links: computing time (including the CPU cost of sending) to a fast
+    one, readiness of the first bucket to a slow one, delays per message to a distant one.
     """
     lines = ["Mbit/s   delay   measured ms a step (lowest to highest)   computed   error"]
     found: dict[tuple[float, float], list[float]] = {point: [] for point in (FAST, SLOW, FAR, *POINTS)}
@@ -222,7 +222,7 @@ def check(repeats: int, steps: int) -> str:
 
 
 def _solved(function: Callable[[float], float], value: float, highest: float) -> float:
-    """Where a function that grows has that value, between 0 and the highest."""
+    """Solves function(x) = value for an increasing function between 0 and `highest`, by bisection."""
     low, high = 0.0, highest
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Two machines on one, and a network between them as slow and as far as is wanted. Linux, root, no kernel modules.
+"""Two machines emulated on one, with a link of given bandwidth and delay. Linux, root, no kernel modules.
 
 Each machine is a network namespace whose only way out is a TUN device. A thread reads what one sends and writes it to
 the other when a link of that bandwidth and delay would have delivered it.
@@ -24,7 +24,7 @@ from cifar.errors import UserError
 NAMES = ("cifar-bench-0", "cifar-bench-1")
 ADDRESSES = ("10.79.0.1", "10.79.0.2")
 DEVICE = "link0"
-PACKET = 60_000  # bytes: large ones, since a thread of Python passes each on
+PACKET = 60_000  # bytes: large, since a Python thread forwards each packet
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000  # linux/if_tun.h
 
 
@@ -42,7 +42,7 @@ class Link:
         self.thread = threading.Thread(target=self._carry)
 
     def __enter__(self) -> "Link":
-        self._remove()  # what a bench that was killed has left
+        self._remove()  # leftovers of a killed benchmark
         for name, address in zip(NAMES, ADDRESSES, strict=True):
             end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
             fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH", name.encode(), IFF_TUN | IFF_NO_PI))
@@ -52,7 +52,7 @@ class Link:
             _ip("-n", name, "link", "set", name, "name", DEVICE, "mtu", str(PACKET), "txqueuelen", "10000", "up")
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
-            # Or each step's first bytes would find the connection as careful as a new one.
+            # Otherwise TCP slow start would throttle the first bytes of each step.
             _ip("netns", "exec", name, "sysctl", "-q", "net.ipv4.tcp_slow_start_after_idle=0")
         self.thread.start()
         return self

@@ -1,4 +1,4 @@
-"""What one waits for before the first step: a launch, help, images decoded for the first time."""
+"""Start-up: launch to first step, --help, decoding images for the first time."""
 
 import io
 import os

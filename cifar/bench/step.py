@@ -23,12 +23,13 @@ def measure(bench: Bench) -> list[Measurement]:
         }
         evaluated = interleave.alternate(evaluators, bench.repeats, bench.seconds, EVALUATED)
     bench.counts |= {"multiply_adds_per_image": facts["multiply_adds"], "parameters": facts["parameters"]}
+    bench.counts |= {"multiply_adds_of_a_step_per_image": facts["step_multiply_adds"]}
     bench.counts |= {"copies_per_step": profiles[0]["copies"], "optimizer_per_step": profiles[0]["optimizer"]}
 
     rates, plain_rates = (interleave.rates(trained[name], bench.batch) for name in ("ours", "plain"))
     evaluating, forward, plain_evaluating = (interleave.rates(evaluated[name]) for name in ("ours", "forward", "plain"))
     limit, forward_limit = bench.steps_limit(facts), bench.forward_limit(facts)
-    per_image = 3 * facts["multiply_adds"] / 1e9
+    per_image = facts["step_multiply_adds"] / 1e9
     name = f"training, {bench.precision}"
     return [
         Measurement("step", name, "images/s", rates, limit, "plain", interleave.quotients(rates, plain_rates)),
@@ -51,13 +52,13 @@ def measure(bench: Bench) -> list[Measurement]:
 
 
 def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Measurement]:
-    """What hides between a step's milliseconds: launching, and waiting for it."""
+    """Host time, kernel launches and idle time of the GPU in a step."""
     seconds = [turn["seconds"] / turn["amount"] for turn in trained]
     return [
         Measurement("step", "a step", "ms", [1e3 * step for step in seconds]),
         Measurement("step", "the host's part of it", "ms", [1e3 * turn["host"] / turn["amount"] for turn in trained]),
         Measurement("step", "kernels", "of a step", [profile["kernels"] for profile in profiles]),
-        Measurement("step", "the GPU has nothing to do", "of a step",
+        Measurement("step", "GPU idle", "of a step",
                     [max(0.0, 1 - profile["gpu_seconds"] / step)
                      for profile, step in zip(profiles, seconds, strict=True)]),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which augmentations there are, and what both ways of making them share: normalisation and size.
+"""The augmentations, and what both implementations share: normalisation and resizing.
 
 A new augmentation is an entry of `AUGMENTATIONS`: augment_albumentations.py and augment_device.py both make it, one
 image at a time and a whole batch at once, with the same distribution.
@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional as F
 
 from cifar.data.sources import SIZE
 from cifar.errors import UserError
@@ -25,26 +24,26 @@ LEVELS = 256  # values of brightness and of contrast, uniformly distributed
 class Pipeline(NamedTuple):
     """A crop, then a flip, then normalisation, then brightness and contrast, then a cutout. Every choice is uniform."""
 
-    # A 32x32 crop of the image padded by so many pixels on each side; the border is the image's own mirror image.
+    # Random 32x32 crop after reflection padding by this many pixels on each side.
     padding: int = 0
-    # Is an image mirrored left to right? Drawn again in each epoch, or drawn once and then so in every second epoch.
+    # Horizontal flip: drawn anew in each epoch (random), or drawn once and then in every second epoch (alternating).
     flip: Literal["never", "random", "alternating"] = "never"
-    # What is added to a whole normalised image, between minus and plus so many standard deviations of the data.
+    # Random offset of the whole normalised image, within +- this many standard deviations of the data.
     brightness: float = 0.0
-    # What a whole normalised image is then multiplied by, between 1 minus and 1 plus this.
+    # Random factor of the result, within 1 +- this.
     contrast: float = 0.0
-    # One square of so many pixels a side, wholly inside, becomes zero, which on normalised images is the data's mean.
+    # Side of one square, entirely inside the image, that is set to zero: the data's mean after normalisation.
     cutout: int = 0
 
 
 AUGMENTATIONS = {
     # For photographs.
     "crop_flip_cutout": Pipeline(padding=4, flip="random", cutout=8),
-    # The same for few epochs: weaker, and both sides of each image in every two (K. Jordan, arXiv 2404.00498).
+    # For few epochs: weaker, and two epochs show each image from both sides (K. Jordan, arXiv 2404.00498).
     "crop_alternating_flip": Pipeline(padding=2, flip="alternating"),
-    # With light that varies, as much as in github.com/hiverge/cifar10-speedrun (0.1399 and 0.1308).
+    # With random brightness and contrast, as in github.com/hiverge/cifar10-speedrun (0.1399 and 0.1308).
     "crop_alternating_flip_light": Pipeline(padding=2, flip="alternating", brightness=0.14, contrast=0.13),
-    # The first without the flip: a mirrored digit is another sign, or none.
+    # The first without the flip: a mirrored digit is another character, or none.
     "crop_cutout": Pipeline(padding=4, cutout=8),
     "none": Pipeline(),
 }
@@ -60,7 +59,7 @@ def find(name: str) -> Pipeline:
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [n, 32, 32, 3] to normalised float32 [n, 3, 32, 32], channels-last: bit for bit Albumentations' Normalize.
 
-    Worked through in whole rows of pixels, since three channels at a time take 40 times as long on a CPU.
+    Works on whole rows of pixels: broadcasting over three channels takes 40 times as long on a CPU.
     """
     shift, scale = _rows(tuple(mean), tuple(std), images.device)  # lists, where they come from JSON
     normalised = images.reshape(-1, SIZE, SIZE * 3).float().sub_(shift).mul_(scale)
@@ -73,11 +72,16 @@ def uniform_offset(level: npt.NDArray[np.int64], most: float) -> npt.NDArray[np.
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Images [n, 3, h, w] with `size` pixels a side: the whole picture in less detail, not a part of it."""
-    return images if images.shape[-1] == size else F.interpolate(images, size=(size, size), mode="bilinear")
+    """Resizes images [n, 3, h, w] to `size` pixels a side, without cropping (bilinear)."""
+    if images.shape[-1] == size:
+        return images
+    # F.interpolate's own kernel. With --deterministic, F.interpolate would choose 40 others on a GPU instead, for the
+    # sake of a backward pass that images have not.
+    resized: torch.Tensor = torch.ops.aten.upsample_bilinear2d(images, (size, size), False)
+    return resized
 
 
-@lru_cache  # once per device: to send even a few numbers to a GPU is to wait for it
+@lru_cache  # once per device: even a small upload waits for the GPU
 def _rows(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     shift, deviation = (np.tile(np.array(values, np.float32) * np.float32(255), SIZE) for values in (mean, std))
     return torch.from_numpy(shift).to(device), torch.from_numpy(np.reciprocal(deviation)).to(device)

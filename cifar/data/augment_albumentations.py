@@ -1,4 +1,4 @@
-"""Augmentation with Albumentations, image by image, each one's randomness from (seed, epoch, index) alone."""
+"""Augmentation with Albumentations, image by image, as a pure function of (seed, epoch, index)."""
 
 import os
 import random
@@ -11,14 +11,14 @@ from cifar.data.augment import LEVELS, Pipeline, Statistics, uniform_offset
 from cifar.data.sampler import AUGMENTATION
 from cifar.data.sources import SIZE
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks a package index for its newest version at import
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it checks a package index for updates at import
 
 import albumentations as A
 import cv2
 
 
 class BrightnessContrast(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumentations has no types
-    """Brightness and contrast of normalised images: Albumentations' own clips to 0 to 1, where pixels are."""
+    """Brightness and contrast of normalised images; Albumentations' own transform clips to [0, 1]."""
 
     def __init__(self, brightness: float, contrast: float) -> None:
         super().__init__(p=1)
@@ -29,7 +29,7 @@ class BrightnessContrast(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumen
         return {"brightness": self.py_random.randrange(LEVELS), "contrast": self.py_random.randrange(LEVELS)}
 
     def apply(self, img: npt.NDArray[np.float32], brightness: int, contrast: int, **_: Any) -> npt.NDArray[np.float32]:
-        """The image with the light at these levels."""
+        """The image with this brightness and contrast (levels)."""
         shift = uniform_offset(np.array(brightness), self.brightness)
         more = uniform_offset(np.array(contrast), self.contrast)
         return (img + shift) * (1 + more)
@@ -63,7 +63,7 @@ class Augmentation:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(AUGMENTATION, epoch, index))
         generator = np.random.Generator(np.random.PCG64(sequence))
         if self.alternating:
-            # Albumentations knows no epochs. Since all else is symmetric, it does not matter that this comes first.
+            # Albumentations has no epochs. Flipping first changes nothing, as all else is symmetric.
             of_image = np.random.SeedSequence(self.seed, spawn_key=(AUGMENTATION, index))
             if (int(of_image.generate_state(1)[0]) + epoch) % 2:
                 image = np.ascontiguousarray(image[:, ::-1])

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches on the device that trains: what augment_albumentations.py does, many times as fast.
+"""Augmentation of whole batches on the training device: as augment_albumentations.py, many times as fast.
 
-The random numbers are drawn on the host, for many batches at once and each image's from (seed, epoch, index) alone, so
-a CPU and a GPU make the same images bit for bit.
+Random numbers are drawn on the host, for many batches at once, as a function of (seed, epoch, index), so a CPU and a
+GPU make bit-identical images.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from cifar.data.sources import SIZE
 
 
 class Draws(NamedTuple):
-    """What was drawn for each image, int64 [...] as the samples."""
+    """The random draws for each image, int64, in the shape of the samples."""
 
     top: Integers  # of the crop within the padded image: 0 to 2 * padding
     left: Integers
@@ -29,7 +29,7 @@ class Draws(NamedTuple):
 
 
 def draw(pipeline: Pipeline, seed: int, samples: Samples) -> Draws:
-    """The random numbers of the samples, of any shape. A choice that a pipeline lacks has one value, 0."""
+    """The draws for samples of any shape. Those for transforms that the pipeline lacks are 0."""
     offsets, sides, places = 2 * pipeline.padding + 1, 1 + (pipeline.flip == "random"), SIZE - pipeline.cutout + 1
     lights = (LEVELS if most else 1 for most in (pipeline.brightness, pipeline.contrast))
     bounds = np.array((offsets, offsets, sides, places, places, *lights), np.uint64)
@@ -38,14 +38,14 @@ def draw(pipeline: Pipeline, seed: int, samples: Samples) -> Draws:
     words = philox.words(seed, indices, epochs, blocks, use).reshape(8, -1)[: len(bounds)]
     draws = Draws(*philox.below(bounds[:, None], words).reshape(-1, *samples.indices.shape))
     if pipeline.flip == "alternating":
-        # A word of the image's own, the same in all epochs.
+        # One word per image, the same in all epochs.
         own = philox.words(seed, indices, np.uint64(0), np.uint64(2), use)[0].reshape(samples.indices.shape)
         draws = draws._replace(mirrored=(philox.below(np.uint64(2), own) + samples.epochs) % 2)
     return draws
 
 
 class Plan(NamedTuple):
-    """How to make each image of a batch [n] or of several [k, n]: int64 tensors of one upload."""
+    """Indices from which a batch [n], or several [k, n], is made: int64 tensors, uploaded together."""
 
     image: torch.Tensor  # its place within the training images
     rows: torch.Tensor  # of the crop: its place in the first of `_crops`
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
 
 def plan(indices: Integers, draws: Draws, device: torch.device) -> Plan:
-    """Sends to the device what was drawn for the images at `indices` [..., n]: in one piece, and not waited for."""
+    """Uploads the draws for the images at `indices` [..., n], in one asynchronous copy."""
     numbers = torch.empty((len(Plan._fields), *indices.shape), dtype=torch.int64, pin_memory=device.type == "cuda")
     columns = 2 * draws.left + draws.mirrored
     hole = (np.arange(indices.shape[-1]) * SIZE + draws.hole_top) * SIZE + draws.hole_left
@@ -88,15 +88,15 @@ def augment(images: torch.Tensor, batch: Plan, pipeline: Pipeline, mean: Statist
     return augmented
 
 
-# What does not change from batch to batch, sent to each device once.
+# Lookup tables, uploaded to each device once.
 
 
 @lru_cache
 def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What crops show of an image: which row [2 * padding + 1, 32], which bytes of a row [2 * (2 * padding + 1), 96].
+    """Lookup tables of crops: source rows [2 * padding + 1, 32], source bytes of a row [2 * (2 * padding + 1), 96].
 
-    The first by the crop's top; the second by twice its left side, plus 1 if it is mirrored. Places beyond an edge are
-    their mirror images within; the edge itself comes once (OpenCV's REFLECT_101).
+    The first is indexed by the crop's top; the second by twice its left edge, plus 1 if mirrored. Padding reflects
+    without repeating the edge (OpenCV's REFLECT_101).
     """
     place = np.arange(-padding, padding + 1)[:, None] + np.arange(SIZE)
     rows = SIZE - 1 - abs(SIZE - 1 - abs(place))
@@ -106,7 +106,7 @@ def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 @lru_cache
 def _light(brightness: float, contrast: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each level of brightness adds, and each of contrast multiplies by, float32 [LEVELS]."""
+    """Offset of each brightness level and factor of each contrast level, float32 [LEVELS]."""
     levels = np.arange(LEVELS)
     shift, scale = uniform_offset(levels, brightness), 1 + uniform_offset(levels, contrast)
     return torch.from_numpy(shift).to(device), torch.from_numpy(scale).to(device)

@@ -1,7 +1,7 @@
 """The decoded images of a source, once per machine: uint8 arrays on disk that every process maps.
 
-A cache directory appears whole or not at all (temporary name, sync, rename), so that jobs may start side by side. Its
-sizes and checksums are compared before it is used: a disk may lose or change what a power cut or its own age reaches.
+A cache directory is created atomically (temporary name, sync, rename), so jobs may start side by side. Sizes and
+checksums are verified before use: a power cut or an old disk may damage files.
 """
 
 import errno
@@ -66,7 +66,7 @@ def open_data(data: str, *, fit: bool = False) -> Data:
 
     With `fit`, pictures of other sizes and kinds become 32x32 images (sources.find).
 
-    A cache that is broken, or of an earlier version, is made anew, which is printed.
+    A cache that is broken, or of an earlier version, is rebuilt, with a message.
 
     Raises UserError for whatever is wrong with the source, or where the cache cannot be read or written.
     """
@@ -79,7 +79,7 @@ def open_data(data: str, *, fit: bool = False) -> Data:
         raise UserError(f"{error.filename}: the image cache may not be read; {fix}") from None
     if fault is not None:
         if fault:
-            print(f"image cache {path}: {fault}; it is made anew", flush=True)
+            print(f"image cache {path}: {fault}; rebuilding it", flush=True)
         try:
             _make(path, source, data, fit)
         except OSError as error:
@@ -90,7 +90,7 @@ def open_data(data: str, *, fit: bool = False) -> Data:
 
 
 def open_cache(path: Path) -> Data:
-    """Maps the arrays of a cache directory that `open_data` has found in order."""
+    """Maps the arrays of a cache directory that `open_data` has verified."""
     for pause in (0.1, 0.5):  # another process may be renaming it in this very moment
         with suppress(FileNotFoundError):
             return _map(path)
@@ -103,7 +103,7 @@ def open_cache(path: Path) -> Data:
 
 def _map(path: Path) -> Data:
     meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
-    # Copy on write, since torch takes no read-only array: what a process might write would stay its own.
+    # Copy-on-write, since torch does not take read-only arrays; writes would stay private to the process.
     arrays = {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
     meta["mean"], meta["std"] = tuple(meta["mean"]), tuple(meta["std"])
     return Data(path=path, **meta, **arrays)
@@ -131,16 +131,16 @@ def _own_temporary_folder() -> Path:
         raise UserError(
             f"no home folder, and no temporary folder to write to ({error.strerror}); {OWN_FOLDER}"
         ) from None
-    # Anybody may have made a folder of this name, and could exchange the images in it.
+    # Another user may have made a folder of this name, and could replace the images in it.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UserError(f"{path}: the image cache can be written by others; {OWN_FOLDER}")
     return path
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a cache: None if nothing, '' if there is none. Raises PermissionError.
+    """What is wrong with a cache: None if nothing, '' if it does not exist. Raises PermissionError.
 
-    Sizes are compared at each call, and content once, by the first process of each machine: 184 MB take 65 ms.
+    Sizes are checked at each call, checksums once, by the first process of each machine: 184 MB take 65 ms.
     """
     try:
         sums = json.loads((path / CHECKSUMS).read_bytes())
@@ -181,7 +181,7 @@ def _make(path: Path, source: Source, data: str, fit: bool) -> None:
     """Raises UserError for what is wrong with the source, OSError where the cache cannot be written."""
     _make_directory(path.parent)
     sources.remove_abandoned(path.parent, ".*")
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # made as any folder is: for whom the umask allows
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # its permissions follow the umask
     temporary.mkdir()
     try:
         classes, splits = source.decode(temporary)
@@ -210,7 +210,7 @@ def _make(path: Path, source: Source, data: str, fit: bool) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """A folder that is shared stays so: whoever may write to it may write to the caches' folder in it."""
+    """Creates the caches' folder with its parent's permissions, so that a shared folder stays shared."""
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(exist_ok=True)
@@ -219,7 +219,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Gives it its name. A broken one that has it is moved away first: processes that map it keep what they map."""
+    """Renames the cache into place. A broken one is moved aside first: processes that map it keep their map."""
     while _fault(path) is not None:  # else another job was faster, with the same bytes
         aside = path.with_name(f".{path.name}.{uuid4().hex}")
         with suppress(FileNotFoundError):
@@ -231,14 +231,14 @@ def _put(temporary: Path, path: Path) -> None:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         else:
-            return  # another job may move it aside in turn, but then has a whole one of its own
+            return  # another job may move it aside in turn, but then installs a complete one itself
 
 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel on a scale of 0 to 1, exact (from the counts of the 256 values)."""
     values = np.arange(256) / 255
     counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 100):  # bincount takes 64 bits a value: so few stay in the processor's cache
+    for start in range(0, len(images), 100):  # bincount needs 64 bits a value: few enough for the processor's cache
         pixels = images[start : start + 100].reshape(-1, 3)
         counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
     mean = (counts @ values) / counts.sum(axis=1)

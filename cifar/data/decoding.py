@@ -1,8 +1,7 @@
-"""Image files, read and decoded a part at a time by processes, one for each core.
+"""Reads and decodes image files in parts, with one process per core.
 
-Each part's images go to their place in a file that holds all of them, so nothing but a part's name passes through the
-process that waits. The others are programs of their own: to fork a process that has threads, a GPU or a network card
-that reads its memory is not safe.
+Workers write the images of a part to their place in a common file, so only descriptions of parts pass through the
+parent. They are started, not forked: forking a process that has threads, a GPU or RDMA memory is not safe.
 """
 
 import io
@@ -31,24 +30,24 @@ from cifar.data.waiting import TURN_SECONDS, ProgressBar, in_thread, too_long
 from cifar.errors import LostError, UserError
 
 PART = 256  # files that a process reads and decodes at a time
-FIT = 8  # images of the networks' size take about as long as a picture that has to be fitted
-PART_SECONDS = 300  # until it has; a busy network disk opens some 10 files a second
-WORTH_A_PROCESS = 1000  # files, which are decoded in about the time that a process needs to start
-FIRST, SLOW, AT_ONCE = 8, 0.002, 8  # files of a part read in turn; where they take so many s each, so many at once
-END_SECONDS = 5  # until a process that was killed is gone
+FIT = 8  # a picture that is resized takes about as long as this many 32x32 images
+PART_SECONDS = 300  # time limit of a part; a busy network disk opens some 10 files a second
+WORTH_A_PROCESS = 1000  # files: decoding these takes about as long as starting a process
+FIRST, SLOW, AT_ONCE = 8, 0.002, 8  # files read one by one; if each takes more seconds than this, so many at once
+END_SECONDS = 5  # to wait for a killed process
 NO_ENTRIES = b"PK\5\6" + bytes(18)  # an empty zip
 
 Read = Callable[[str], bytes]
 
 
 class Reader(Protocol):
-    """A folder or archive, as far as a process must know it to read some of its files."""
+    """A folder or archive, in a form that a worker process can read files from."""
 
     def only(self, names: Sequence[str]) -> "Reader":
-        """Without what the other files need."""
+        """The same, restricted to these files."""
 
     def opened(self) -> AbstractContextManager[Read]:
-        """What gives a file's content. Raises OSError."""
+        """Opens it; yields a function that returns a file's content. Raises OSError."""
 
 
 class InFolder(NamedTuple):
@@ -81,9 +80,9 @@ class InZip(NamedTuple):
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """A file in a zip; not a byte more is unpacked than its entry tells, however many there are."""
+    """Reads a file in a zip, unpacking no more than its declared size plus one byte."""
     with archive.open(entry) as file:
-        return file.read(entry.file_size + 1)  # one more is there to read: only then its checksum is compared
+        return file.read(entry.file_size + 1)  # one more than there is, so that the checksum is compared
 
 
 class InMemory(NamedTuple):
@@ -100,7 +99,7 @@ class InMemory(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some files of a folder or archive, called `where`, and the place for their images within a file."""
+    """Some files of a folder or archive `where`, and the place of their images in the array's file."""
 
     where: str
     reader: Reader
@@ -111,7 +110,7 @@ class Part(NamedTuple):
 
     @property
     def work(self) -> int:
-        """As many images that need nothing but to be read would take as long, roughly."""
+        """The cost, roughly, in units of one 32x32 image."""
         return len(self.names) * (FIT if self.fit else 1)
 
 
@@ -149,7 +148,7 @@ def _fitted(content: bytes, name: str) -> pictures.UInt8:
     try:
         return pictures.read(content)
     except UserError as error:
-        raise UserError(f"{name} cannot be taken: {error}") from None
+        raise UserError(f"{name} cannot be used: {error}") from None
 
 
 def _read_or_say(where: str, read: Read, name: str) -> bytes:
@@ -163,8 +162,8 @@ def _read_or_say(where: str, read: Read, name: str) -> bytes:
 def _contents(read: Read, names: Sequence[str]) -> Iterator[bytes]:
     """The files' contents in order.
 
-    A network disk is slow, but not when it is asked for many files at once. On a local one threads cost time. No more
-    are read ahead, since each may be a photograph.
+    A network disk is slow, but not if many files are requested at once; on a local disk threads cost time. Read-ahead
+    is limited, since each file may be a photograph.
     """
     began = time.monotonic()
     yield from [read(name) for name in names[:FIRST]]
@@ -202,7 +201,7 @@ class _Running(NamedTuple):
 
 
 def _share(everything: Sequence[Part], decoders: Sequence[Decoder], progress: ProgressBar) -> None:
-    """Gives each decoder the next part whenever it has done one."""
+    """Hands each decoder its next part as soon as it is free."""
     waiting, running = deque(enumerate(everything)), dict[Future[None], _Running]()
     failed: list[tuple[int, BaseException]] = []
 
@@ -244,7 +243,7 @@ def _decoders(work: int) -> Iterator[list[Decoder]]:
             process.end()
 
 
-# The other program, which finds this project where this one has found it.
+# The worker's program; it gets this process's sys.path.
 _PROGRAM = """
 import sys
 from multiprocessing.connection import Connection
@@ -263,7 +262,7 @@ class _Process:
         self.connection, theirs = Pipe()
         command = [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno())]
         one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # or numpy would start one more for each core
-        # Inherited: a stop request, which Ctrl-C sends to all processes of a terminal, is for the one that waits.
+        # Blocked signals are inherited: Ctrl-C reaches all processes of a terminal, but only the parent handles it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
         try:
             self.process = subprocess.Popen(
@@ -293,15 +292,15 @@ class _Process:
         return LostError(f"{part.where}: {which} {how}{why}; start the same command again")
 
     def end(self) -> None:
-        """Waits until it has, but not for a disk that does not let it go."""
+        """Waits for the process to exit, but not for ever: a disk may not let it go."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
 
 
 def serve(connection: Connection) -> None:
-    """What such a process does."""
+    """The worker's main loop."""
     stop.obey_parent()
-    with suppress(EOFError, ConnectionError):  # nobody wants images any more
+    with suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
             connection.send(_error_in(connection.recv()))
 

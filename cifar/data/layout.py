@@ -1,6 +1,6 @@
 """Classes and splits of images that are laid out as <train|test>/<class>/<image> in a folder, zip or tar archive.
 
-What would have to be guessed is refused in a line that names the file. What is skipped is printed.
+Files that are ambiguous are rejected with a message that names them. What is skipped is printed.
 """
 
 import re
@@ -21,7 +21,7 @@ SPLITS = ("train", "test")
 TEST_FOLDERS = ("test", "validation", "val")  # the first of them that there is holds the test images
 LAYOUT = "give <train|test>/<class>/<image>"
 
-# Names of what lies among images and is none. Any other file may have been one, and is an error if it is broken.
+# Names of files that are not images. Any other file is taken for an image, and is an error if it cannot be decoded.
 NO_IMAGE = re.compile(
     r"icon\r|readme|licen[cs]e|.*\.(?:txt|md|rst|csv|tsv|jsonl?|xml|html?|ya?ml|toml|ini|cfg|log|db|pdf|docx?|xlsx?|py|"
     r"ipynb|sh|md5|sha1|sha256|lnk|url)",
@@ -37,35 +37,36 @@ class Split(NamedTuple):
     files: list[str]
 
 
+class Found(NamedTuple):
+    """Where the images of each split are: the name of the folder, and its files in order."""
+
+    root: str  # '' or the folder around, as 'photos/'
+    folders: dict[str, str]
+    files: dict[str, list[str]]
+
+    @property
+    def names(self) -> list[str]:
+        """The files of both splits."""
+        return [name for files in self.files.values() for name in files]
+
+
 def images_file(folder: Path, split: str) -> Path:
-    """Where the images of a split are written to, in a folder for them."""
+    """The file for the images of a split, in a folder for decoded images."""
     return folder / f"{split}_images.npy"
 
 
 def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> tuple[list[str], dict[str, Split]]:
-    """Classes in alphabetical order, and the images of both splits in that of their paths, written to a folder.
+    """Classes in alphabetical order, and the images of both splits in the order of their paths, written to `to`.
 
-    Hidden files and folders, files that are no images by their names, and what lies beside train/ and test/, are passed
-    over, which is printed.
+    Hidden files and folders, files whose names are not those of images, and everything outside train/ and test/ are
+    skipped, with a message.
 
     Raises UserError, naming the file, for whatever is not a 32x32 RGB image or cannot become one without loss, or, with
     `fit`, is no picture at all; OSError where the folder cannot be written.
     """
-    where, files = listing.where, [name for name in listing.sizes if not NO_IMAGE.fullmatch(name.rpartition("/")[2])]
-    if not files:
-        raise UserError(f"{where} holds no images; {LAYOUT}")
-    root = _root(where, files)
-    below = {
-        folder: sorted_names(name for name in files if name.startswith(f"{root}{folder}/"))
-        for folder in ("train", *TEST_FOLDERS)
-    }
-    folders = {"train": "train", "test": next((folder for folder in TEST_FOLDERS if below[folder]), "test")}
-    by_split = {split: below[folder] for split, folder in folders.items()}
-    for split, found in by_split.items():
-        if not found:
-            raise UserError(f"{where} has no images under {root}{folders[split]}/; {LAYOUT}")
-        for name in found:
-            _check(listing, root, name, fit)
+    where, (root, folders, by_split) = listing.where, (images := find_images(listing))
+    for name in images.names:
+        _check(listing, root, name, fit)
     classes = {split: {_class_of(name) for name in found} for split, found in by_split.items()}
     if classes["train"] != classes["test"]:
         odd = min(classes["train"] ^ classes["test"])
@@ -73,9 +74,8 @@ def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> 
         raise UserError(f"{where}: class {odd!r} has images under {with_it}/ but none under {without}/; {LAYOUT}")
     names = sorted(classes["train"])
     if not 2 <= len(names) <= 256:
-        raise UserError(f"{where} has {len(names)} class(es); between 2 and 256 can be told apart here")
-    taken = [name for found in by_split.values() for name in found]
-    _say_what_is_skipped(listing, [f"{root}{folder}/" for folder in folders.values()], taken)
+        raise UserError(f"{where} has {len(names)} class(es); give between 2 and 256")
+    _say_what_is_skipped(listing, [f"{root}{folder}/" for folder in folders.values()], images.names)
     if folders["test"] != "test":
         print(f"{where}: {root}{folders['test']}/ holds the test images", flush=True)
     decoding.decode_all(
@@ -94,9 +94,30 @@ def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> 
     return names, splits
 
 
+def find_images(listing: Listing) -> Found:
+    """Which files are the images of each split. Raises UserError where a split has none."""
+    where, files = listing.where, [name for name in listing.sizes if not NO_IMAGE.fullmatch(name.rpartition("/")[2])]
+    if not files:
+        raise UserError(f"{where} holds no images; {LAYOUT}")
+    root = _root(where, files)
+    below = {
+        folder: sorted_names(name for name in files if name.startswith(f"{root}{folder}/"))
+        for folder in ("train", *TEST_FOLDERS)
+    }
+    folders = {"train": "train", "test": next((folder for folder in TEST_FOLDERS if below[folder]), "test")}
+    for folder in folders.values():
+        if not below[folder]:
+            unreadable = (f"{name} {wrong}" for name, wrong in listing.wrong.items() if name.endswith("/"))
+            raise UserError(f"{where} has no images under {root}{folder}/; {next(unreadable, LAYOUT)}")
+    return Found(root, folders, {split: below[folder] for split, folder in folders.items()})
+
+
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Relative paths in the order of their parts, whatever signs come before the slash in the alphabet."""
-    return sorted(names, key=lambda name: name.replace("/", "\0"))
+    """Relative paths sorted part by part: '/' sorts before all other characters.
+
+    How a file system or archive stores accents makes no difference, unless nothing else does.
+    """
+    return sorted(sorted(names), key=lambda name: unicodedata.normalize("NFC", name).replace("/", "\0"))
 
 
 def _root(where: str, files: Iterable[str]) -> str:
@@ -114,7 +135,7 @@ def _root(where: str, files: Iterable[str]) -> str:
 
 
 def _class_of(name: str) -> str:
-    """The class's folder. macOS takes accents apart, other systems do not: a name is the same either way."""
+    """The class's folder, NFC-normalised: macOS decomposes accents, other systems do not."""
     return unicodedata.normalize("NFC", name.split("/")[-2])
 
 
@@ -123,8 +144,10 @@ def _check(listing: Listing, root: str, name: str, fit: bool) -> None:
     if UNFIT_NAME.search(name):
         wrong = "has a line break, a control character or bytes that are not UTF-8 in its name; rename it"
         raise UserError(f"{listing.where}: {name!r} {wrong}")
+    if name.endswith("/"):  # a folder, of which nobody knows what is in it
+        raise UserError(f"{listing.where}: {name} {listing.wrong[name]}")
     if name.count("/") != root.count("/") + 2:
-        raise UserError(f"{listing.where}: {name} does not lie in a class's folder; {LAYOUT}")
+        raise UserError(f"{listing.where}: {name} is not in a class folder; {LAYOUT}")
     if name in listing.wrong:
         raise UserError(f"{listing.where}: {name} {listing.wrong[name]}")
     most, fix = (pictures.BYTES, "make it smaller") if fit else (LARGEST_FILE, GIVE)
@@ -140,7 +163,7 @@ def _say_what_is_skipped(listing: Listing, splits: Sequence[str], taken: list[st
     outside = {name for name in rest if not name.startswith(tuple(splits))}
     counts = {
         "hidden": listing.hidden,
-        "files that are no images": rest - outside,
+        "files that are not images": rest - outside,
         f"outside {' and '.join(splits)}": outside,
         "class folders without images": empty,
     }
@@ -150,6 +173,6 @@ def _say_what_is_skipped(listing: Listing, splits: Sequence[str], taken: list[st
 
 
 def _some(names: Collection[str]) -> str:
-    """The first three, as Python writes them where they hold what cannot be printed."""
+    """The first three, escaped if they are not printable."""
     shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:3]]
     return ", ".join([*shown, "..."] if len(names) > 3 else shown)

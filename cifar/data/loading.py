@@ -1,4 +1,4 @@
-"""From the cache to batches of training images, augmented ahead by dataloader workers, or on the device."""
+"""Training batches from the cached images, augmented ahead by dataloader workers, or on the device."""
 
 import atexit
 import itertools
@@ -30,8 +30,8 @@ from cifar.profiling import IMAGES
 from cifar.ranks import raise_on_all_ranks
 from cifar.recipes import Recipe
 
-FIRST_IMAGES = 5000
-LONGEST = 2_000_000  # seconds: what poll() takes, some 23 days
+SAMPLE = 5000  # images, as airbench has for its whitening
+LONGEST = 2_000_000  # seconds: poll()'s limit, some 23 days
 PIXELS = SIZE * SIZE * 3
 
 # Images float32 [n, 3, 32, 32] (channels-last) and labels int64 [n], on the device that trains.
@@ -106,21 +106,26 @@ def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, T
     with raise_on_all_ranks(accelerator):
         data = open_data(recipe.data, fit=recipe.fit > 0)
         images = training_images(recipe, data, accelerator.device)
-    # What may take many minutes is done, and a hang is to be noticed soon; but a first step may have to compile.
+    # The slow part is done: from here on a hang is noticed sooner, unless the first step has to compile.
     if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
         failure.ready()
     return data, images
 
 
-def first_images(data: Data, device: torch.device) -> torch.Tensor:
-    """Some normalised training images [n, 3, 32, 32] on the device, for a network that is initialised from them."""
-    return augment.normalize(torch.from_numpy(data.train_images[:FIRST_IMAGES]).to(device), data.mean, data.std)
+def sample_images(data: Data, device: torch.device) -> torch.Tensor:
+    """Some normalised training images [n, 3, 32, 32] on the device, for a network that is initialised from them.
+
+    They are spread evenly over all: a folder's are sorted by class, and the first ones would be of one class alone.
+    """
+    n = len(data.train_images)
+    chosen = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
+    return augment.normalize(torch.from_numpy(data.train_images[chosen]).to(device), data.mean, data.std)
 
 
 def training_batches(
     images: TrainingImages, sampler: DistributedBatchSampler, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """The sampler's batches, on the device: made there, or by `workers` processes, each two batches ahead.
+    """The sampler's batches on the device, made there or by `workers` processes, two batches ahead each.
 
     Raises UserError where a worker cannot be started, fails, is killed or hangs.
     """
@@ -128,7 +133,7 @@ def training_batches(
 
 
 def _traced(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches; a profiler, if there is one, sees the wait for each."""
+    """The batches, with the wait for each marked for a profiler."""
     while True:
         profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         with record_function(IMAGES) if profiled else nullcontext():
@@ -159,7 +164,7 @@ def _received(workers: "list[_Worker]", sampler: DistributedBatchSampler, device
     uploads = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
     try:
         for _, worker in zip(sampler.steps, itertools.cycle(workers), strict=False):
-            # In one piece, and pinned, so that the copy to a GPU does not wait: images, then labels.
+            # One pinned buffer, images then labels, so that one asynchronous copy uploads both.
             content = torch.empty(n * (4 * PIXELS + 8), dtype=torch.uint8, pin_memory=on_gpu)
             worker.receive(limit, content)
             if uploads:
@@ -172,7 +177,7 @@ def _received(workers: "list[_Worker]", sampler: DistributedBatchSampler, device
 
 
 def _uploaded(content: torch.Tensor, uploads: torch.cuda.Stream) -> torch.Tensor:
-    """Pinned memory's copy on the GPU, made beside the steps that the GPU still has before it; nothing waits here."""
+    """Copies pinned memory to the GPU on a stream of its own, beside queued steps; does not block."""
     with torch.cuda.stream(uploads):
         uploaded = content.to(uploads.device, non_blocking=True)
     steps = torch.cuda.current_stream(uploads.device)
@@ -182,17 +187,17 @@ def _uploaded(content: torch.Tensor, uploads: torch.cuda.Stream) -> torch.Tensor
 
 
 class _Worker:
-    """A process that makes batches and hands them over, one after the other, through a pair of sockets.
+    """A worker process that makes batches and sends them through a socket pair.
 
-    torch's DataLoader sends tensors through shared memory and semaphores, for which a container's /dev/shm or a long
-    TMPDIR may leave no room; it notices the death of a worker in a signal handler, which may strike in the middle of
-    a checkpoint; and it waits for one that hangs for ever.
+    torch's DataLoader needs shared memory and semaphores, for which a container's /dev/shm or a long TMPDIR may leave
+    no room; it raises a worker's death from a signal handler, perhaps in the middle of a checkpoint; and it waits for
+    ever for a worker that hangs.
     """
 
     def __init__(self, images: WorkerDataset, sampler: DistributedBatchSampler, name: str) -> None:
         try:
             self.connection, theirs = socket.socketpair()
-            with theirs:  # only the worker may hold it open: that is how its death is seen
+            with theirs:  # only the worker keeps this end open, so its death closes the connection
                 make = multiprocessing.get_context("fork").Process
                 self.process = make(target=_work, args=(theirs, images, sampler, os.getpid()), daemon=True)
                 self.process.start()
@@ -230,7 +235,7 @@ class _Worker:
                 how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
                 why = ", most likely for want of memory: give the job more" if code == -signal.SIGKILL else ""
                 raise LostError(
-                    f"{self.name} {how}{why}; the same command goes on from the last checkpoint, and --augment device, "
+                    f"{self.name} {how}{why}; the same command resumes from the last checkpoint, and --augment device, "
                     "in a new --run, needs no dataloader workers"
                 )
             buffer = buffer[received:]
@@ -244,7 +249,7 @@ def _work(connection: socket.socket, images: WorkerDataset, sampler: Distributed
 
     stop.obey_parent()  # a stop request is for the training process, which still wants its batches
     if os.getppid() != parent:
-        return  # it was gone before this one could ask to end with it
+        return  # the parent died before this process could ask to die with it
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
@@ -252,7 +257,7 @@ def _work(connection: socket.socket, images: WorkerDataset, sampler: Distributed
     except UserError as error:
         connection.sendall(_REFUSED + str(error).encode())
     except ConnectionError:
-        pass  # nobody wants batches any more
+        pass  # the parent is gone
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
@@ -260,7 +265,7 @@ def _work(connection: socket.socket, images: WorkerDataset, sampler: Distributed
 
 
 def _make(connection: socket.socket, images: WorkerDataset, sampler: DistributedBatchSampler) -> None:
-    """Makes a batch while the one before is on its way."""
+    """Makes a batch while the previous one is being sent."""
 
     def send(made: torch.Tensor, labels: torch.Tensor) -> None:
         for content in (_MADE, made.permute(0, 2, 3, 1).numpy().data, labels.numpy().data):
@@ -276,7 +281,7 @@ def _make(connection: socket.socket, images: WorkerDataset, sampler: Distributed
 
 
 def _end(workers: list[_Worker]) -> None:
-    """At exit, before Python sends them SIGTERM, which they ignore, and waits for them."""
+    """Kills the workers. At exit Python would send them SIGTERM, which they ignore, and wait for them."""
     for worker in workers:
         worker.process.kill()
         worker.connection.close()

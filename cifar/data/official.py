@@ -1,6 +1,6 @@
 """The archives that Alex Krizhevsky publishes: CIFAR-10, and CIFAR-100 with its fine labels.
 
-They hold pickles, which can run any code: none is read whose md5 sum is not the published one.
+They contain pickles, which can run any code: only files with the published md5 sums are read.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ Read = Callable[[str, str], bytes]  # a file's content, from its name and md5 su
 
 
 class Official(NamedTuple):
-    """One of them. All md5 sums are also in torchvision.datasets.cifar."""
+    """An official archive. All md5 sums are also in torchvision.datasets.cifar."""
 
     title: str
     url: str
@@ -72,7 +72,7 @@ OFFICIAL = {
 
 
 def in_folder(path: Path) -> tuple[Official, Path] | None:
-    """The one that was unpacked there, or into a folder there, and where its files are."""
+    """The official data set that was unpacked in this folder or into a folder in it, and the folder of its files."""
     for official in OFFICIAL.values():
         for folder in (path / official.folder, path):
             if (folder / next(iter(official.files["train"]))).is_file():
@@ -81,11 +81,11 @@ def in_folder(path: Path) -> tuple[Official, Path] | None:
 
 
 def in_archive(names: Iterable[str]) -> Official | None:
-    """The one of which an archive holds files with these names."""
+    """The official data set that an archive's file names belong to."""
     paths = [name.rpartition("/") for name in names]
     for official in OFFICIAL.values():
         for folder, _, name in paths:
-            # In CIFAR-100 they are called as folders of images of one's own are, beside which anything may lie.
+            # CIFAR-100's files are called like the folders of a custom data set, beside which there may be any files.
             own = name not in SPLITS or folder.rpartition("/")[2] == official.folder
             if name in official.files["train"] and own:
                 return official
@@ -93,7 +93,7 @@ def in_archive(names: Iterable[str]) -> Official | None:
 
 
 def folder_reader(path: Path) -> Read:
-    """Reads an unpacked archive. The function raises UserError for a file that is missing or another."""
+    """A reader of an unpacked archive; it raises UserError for a file that is missing or has another md5 sum."""
 
     def read(name: str, md5: str) -> bytes:
         if not (path / name).is_file():

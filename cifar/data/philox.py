@@ -1,7 +1,7 @@
-"""Random numbers as a function of where they are used, with no state to carry: Philox4x32-10.
+"""Counter-based random numbers, without state: Philox4x32-10.
 
-J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Whole
-numbers only, so the same on every machine.
+J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Integer
+arithmetic only, so the same on every machine.
 """
 
 import numpy as np
@@ -31,5 +31,5 @@ def words(key: int, a: Words | np.uint64, b: Words | np.uint64, c: Words | np.ui
 
 
 def below(bounds: Words | np.uint64, random_words: Words) -> npt.NDArray[np.int64]:
-    """Each 32-bit word as a whole number from 0 to below its bound; no value is off 1/bound by more than 2**-32."""
+    """Maps 32-bit words to integers from 0 to below their bounds; no probability is off 1/bound by more than 2**-32."""
     return ((random_words * bounds) >> _HIGH).view(np.int64)

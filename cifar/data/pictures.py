@@ -1,7 +1,7 @@
-"""A picture of any size and mode, as the network sees it: the middle square, averaged down to 32x32.
+"""Pictures of any size and mode as network input: center crop, downscaled to 32x32.
 
-The file may come from a stranger. Its size in bytes and in pixels is known from the directory and the header before
-anything is decoded, and every way in which decoding can fail ends in words.
+Files are untrusted: sizes in bytes and pixels are checked before decoding, and every failure to decode becomes a
+UserError.
 """
 
 import io
@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from cifar.data.image_files import FORMATS, SIZE, name_transparent_grey, upright
+from cifar.data.image_files import FORMATS, SIZE, compare_checksums, name_transparent_grey, upright
 from cifar.errors import UserError
 
 UInt8 = npt.NDArray[np.uint8]
 
-BYTES = 25 << 20  # of a file: a telephone's largest JPEG
-PIXELS = 64_000_000  # of a picture: a telephone's 50 million, and room; 256 MB once decoded
-WHITE_IS_ZERO = 0  # a TIFF's; Pillow turns 8 bits round, and not 16
+BYTES = 25 << 20  # of a file: the largest JPEG of a phone camera
+PIXELS = 64_000_000  # of a picture: a phone camera's 50 million, with a margin; 256 MB once decoded
+WHITE_IS_ZERO = 0  # TIFF photometric interpretation; Pillow inverts 8-bit images, not 16-bit ones
 TOO_MANY = f"the picture has more than {PIXELS // 1_000_000} million pixels; make it smaller"
 
-# Pillow looks at the header, too: let it refuse where it would warn.
+# Pillow checks the header, too: turn its warning into an error.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -31,16 +31,17 @@ def read(file: Path | bytes) -> UInt8:
 
     Raises UserError for whatever is no picture, broken or too large.
 
-    Of an animation the first frame; upright, as its EXIF orientation says; what is transparent lies on white. Each
-    pixel is the mean of what falls into it: a 32x32 picture, or one enlarged by a whole number, stays as it is.
-    Smaller ones are enlarged smoothly.
+    Takes the first frame, applies the EXIF orientation, and puts transparency on white. Downscales with a box filter: a
+    32x32 picture, or one enlarged by a whole factor, stays as it is. Smaller ones are upscaled (bicubic).
     """
     try:
         check_size(len(file) if isinstance(file, bytes) else file.stat().st_size)
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check(image.width * image.height <= PIXELS, TOO_MANY)
+            compare_checksums(image, content)
             image.draft(None, (8 * SIZE, 8 * SIZE))  # lets JPEG decode a large picture at a fraction of its size
-            return _small(image)
+            return _small(image, content)
     except FileNotFoundError:
         raise UserError("the picture is no longer here; upload it again") from None
     except UnidentifiedImageError:
@@ -58,7 +59,7 @@ def read(file: Path | bytes) -> UInt8:
 
 
 def as_png(content: bytes) -> bytes:
-    """A file's content, as a PNG that `read` makes the same picture of. Raises UserError as it does."""
+    """A file's content as a small PNG, of which `read` makes the same array. Raises UserError as it does."""
     file = io.BytesIO()
     Image.fromarray(read(content)).save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -69,9 +70,11 @@ def check_size(size: int) -> None:
     _check(size <= BYTES, f"the file is larger than {BYTES >> 20} MB; make it smaller")
 
 
-def _small(image: Image.Image) -> UInt8:
+def _small(image: ImageFile.ImageFile, content: bytes) -> UInt8:
     name_transparent_grey(image)
-    if image.mode.startswith("I;16"):  # more than 8 bits of grey, which `convert` would cut off at 255
+    if image.mode == "RGB" and "transparency" in image.info and image.tile[0].args == "RGB;16B":
+        pixels = _rgba_of_8_bits(image, content)
+    elif image.mode.startswith("I;16"):  # more than 8 bits of grey, which `convert` would cut off at 255
         pixels = _grey_of_8_bits(image)
     elif image.mode in ("I", "F"):
         raise UserError(f"the picture has 32 bits a pixel (mode {image.mode}), without a known white; save it with 8")
@@ -97,6 +100,15 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray(grey)
     opaque = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
     return Image.fromarray(np.dstack([grey, grey, grey, opaque]))
+
+
+def _rgba_of_8_bits(image: Image.Image, content: bytes) -> Image.Image:
+    """A PNG of 16 bits with a transparent colour, which `convert` would look for in the upper 8 bits."""
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as lower:  # once more, taking the lower 8 bits for the upper
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        pixels, colour = np.asarray(image), np.array(image.info["transparency"])
+        same = (pixels == colour >> 8) & (np.asarray(lower) == colour & 255)
+    return Image.fromarray(np.dstack([pixels, np.where(same.all(axis=2), 0, 255).astype(np.uint8)]))
 
 
 def _check(fine: bool, otherwise: str) -> None:

@@ -20,8 +20,8 @@ Integers = npt.NDArray[np.int64]
 # First element of the spawn key, so that one seed gives independent random numbers for each use.
 ORDER, AUGMENTATION = 0, 1
 
-# Samples that are computed in one go, for several steps where batches are smaller: enough to hide what a call of numpy
-# costs, and few enough for the processor's cache.
+# Samples computed at once, for several steps if batches are small: hides numpy's call overhead, and fits the
+# processor's cache.
 BLOCK = 8192
 
 
@@ -86,7 +86,7 @@ class DistributedBatchSampler:
         return self.recipe.global_batch_size // self.ranks
 
     def every(self, n: int, first: int) -> "DistributedBatchSampler":
-        """Each n-th of these batches, beginning with the one at place `first`."""
+        """Every n-th of these batches, from number `first` on."""
         part = copy.copy(self)
         part.steps = self.steps[first::n]
         return part

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -35,16 +35,16 @@ from cifar.data.waiting import ProgressBar, in_thread, wait_for
 from cifar.errors import UserError
 
 SIZE = image_files.SIZE
-FITTED = b"fitted 1"  # another where pictures become other images
+FITTED = b"fitted 1"  # change it whenever --fit makes other images of a picture
 BLOCK = 1 << 18  # bytes that are read at a time
 DOWNLOAD_SECONDS, SILENT_SECONDS = 3600, 60  # for all of it, and without a byte
 ABANDONED_SECONDS = 24 * 3600  # after which nobody can still be writing a temporary file
 
 
 class Source(NamedTuple):
-    """A set of images that can be decoded: `key` changes when its content does, `decode` gives classes and splits.
+    """A source of images: `key` changes with its content; `decode` returns classes and splits.
 
-    It is given an empty folder, into which it may write images (layout.images_file) instead of holding them in memory.
+    `decode` gets an empty folder, to which it may write images (layout.images_file) instead of holding them in memory.
     """
 
     key: str
@@ -86,20 +86,23 @@ def find(data: str, download_to: Path = Path("data"), *, fit: bool = False) -> S
 def _folder(path: Path, fit: bool) -> Source:
     if found := official.in_folder(path):
         which, path = found
-        read = official.folder_reader(path)
-        return Source(_key(image_files.list_folder(path), b""), lambda _: official.decode(which, read))
+        read, listing = official.folder_reader(path), image_files.list_folder(path)
+        key = _key(listing, sorted(which.names & listing.sizes.keys()), b"")
+        return Source(key, lambda _: official.decode(which, read))
     listing = image_files.list_folder(path)
-    key = _key(listing, FITTED if fit else b"")
+    key = _key(listing, layout.find_images(listing).names, FITTED if fit else b"")
     return Source(key, lambda folder: layout.decode(listing, InFolder(path), folder, fit=fit))
 
 
-def _key(listing: Listing, more: bytes) -> str:
-    """Names, sizes and times: reading 50,000 files at every start would cost seconds to minutes.
+def _key(listing: Listing, names: Iterable[str], more: bytes) -> str:
+    """Names, sizes and times of the images: reading 50,000 files at every start would cost seconds to minutes.
 
-    Bitmaps of one size, unpacked with their archive's times, differ in the times of their entries alone.
+    Other files may change during the run: its log or its directory may lie beside train/ and test/.
+
+    ctime is included because bitmaps of one size, unpacked with their archive's times, differ in nothing else.
     """
     sizes, changed = listing.sizes, listing.changed
-    words = "".join([f"{name}\0{sizes[name]}\0{changed[name]}\n" for name in layout.sorted_names(sizes)])
+    words = "".join([f"{name}\0{sizes[name]}\0{changed[name]}\n" for name in names])
     return hashlib.sha256(words.encode(errors="surrogateescape") + more).hexdigest()
 
 
@@ -111,10 +114,10 @@ def _archive(path: Path, fit: bool) -> Source:
         for block in blocks(file, f"reading {path}"):
             digest.update(block)
     key = digest.hexdigest()
+    if _is_tar(path):  # before zips, which are found by their end: a tar's last file may be one
+        return Source(key, partial(_decode_tar, path, fit=fit))
     if zipfile.is_zipfile(path):
         return Source(key, partial(_decode_zip, path, fit=fit))
-    if _is_tar(path):
-        return Source(key, partial(_decode_tar, path, fit=fit))
     if start == b"PK\3\4":
         raise UserError(f"{path} is a zip that was cut short; copy or make it again")
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX")):  # gzip, bzip2, xz
@@ -131,7 +134,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def blocks(file: io.BufferedIOBase | io.RawIOBase, doing: str) -> Iterator[memoryview]:
-    """The file's content, in one buffer that is used again. Raises UserError where a stop is asked for meanwhile."""
+    """The file's content, in blocks that reuse one buffer. Raises UserError on a stop request."""
     buffer = memoryview(bytearray(BLOCK))
     with ProgressBar(doing, "B", os.fstat(file.fileno()).st_size) as progress:
         while count := file.readinto(buffer):
@@ -167,7 +170,7 @@ def decode_digits() -> tuple[list[str], dict[str, Split]]:
 def download(url: str, path: Path, md5: str) -> None:
     """Downloads to a temporary name, checks the md5 sum, and only then gives the file its own name.
 
-    Raises UserError without a network, at a wrong sum, and when the user stops it; nothing half-done stays.
+    Raises UserError without a network, for a wrong sum, and on a stop request; leaves no partial file.
     """
     fix = f"download it yourself to {path}, or pass --data PATH or --recipe digits"
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
@@ -176,7 +179,7 @@ def download(url: str, path: Path, md5: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, f".{path.name}.*.part")
         with part.open("xb") as file, ProgressBar(f"downloading {url}", "B") as progress:
-            fetched = in_thread(partial(_fetch, url, file, progress))  # a stop is heard whatever the network does
+            fetched = in_thread(partial(_fetch, url, file, progress))  # so a stop is noticed even if the network hangs
             found = wait_for(fetched, DOWNLOAD_SECONDS, progress)
             os.fsync(file.fileno())
         if found != md5:
@@ -200,7 +203,7 @@ def _fetch(url: str, file: BinaryIO, progress: ProgressBar) -> str:
             raise OSError(f"{error.code} {error.reason}") from None
     with response:
         progress.total = response.length
-        while block := response.read1(BLOCK):  # what has come, be it little
+        while block := response.read1(BLOCK):  # whatever has arrived
             digest.update(block)
             file.write(block)
             progress.done += len(block)

@@ -1,4 +1,4 @@
-"""Waits that end: they have a limit, their progress is shown, and a stop request is heard meanwhile."""
+"""Waiting with a time limit, a progress bar, and checks for stop requests."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ NARROWEST = 20  # columns of a terminal that has room for a bar
 
 
 class ProgressBar:
-    """How far long work has come, on stderr: a bar on a terminal, else a line now and then.
+    """Progress of long work, on stderr: a bar on a terminal, else an occasional line.
 
     Shown by the first process of each machine, once the work has taken QUIET_SECONDS.
     """
@@ -39,7 +39,7 @@ class ProgressBar:
             self._bar.close()
 
     def look(self) -> None:
-        """Called again and again while the work goes on. Raises UserError where a stop is asked for."""
+        """Call it repeatedly during the work. Raises UserError on a stop request."""
         raise_if_stopped(self.doing)
         if self.done > self._moved_to:
             self._moved_to = self.done
@@ -70,25 +70,25 @@ class ProgressBar:
 
 
 def has_room_for_a_bar(stream: TextIO) -> bool:
-    """Whether it is a terminal that is wide enough: some say that they are 0 columns wide."""
+    """Whether the stream is a terminal wide enough for a bar (some report 0 columns)."""
     return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= NARROWEST
 
 
 def raise_if_stopped(doing: str) -> None:
     """Raises UserError where the user or the machine has asked this process to stop."""
     if stop.requested():
-        raise UserError(f"{stop.name()} asked to stop while {doing}; nothing was kept", 0)
+        raise UserError(f"{stop.name()} received while {doing}; no images were kept", 0)
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:
-    """Begins the work in a thread that need not end before the process can: a disk may never answer."""
+    """Runs `work` in a daemon thread, which does not keep the process alive: a disk may never answer."""
     future: Future[T] = Future()
     threading.Thread(target=complete, args=(future, work), daemon=True).start()
     return future
 
 
 def complete(future: Future[T], work: Callable[[], T]) -> None:
-    """Does the work, and gives its result, or what it raised, to those who wait for it."""
+    """Runs `work`, and sets its result or exception."""
     try:
         future.set_result(work())
     except BaseException as error:  # it is raised where the result is asked for
@@ -96,7 +96,7 @@ def complete(future: Future[T], work: Callable[[], T]) -> None:
 
 
 def wait_for(future: Future[T], seconds: float, progress: ProgressBar) -> T:
-    """What a thread brings. Raises UserError after so many seconds, and where a stop is asked for meanwhile."""
+    """The future's result. Raises UserError after `seconds`, or on a stop request."""
     deadline = time.monotonic() + seconds
     while not future.done():
         progress.look()
@@ -107,5 +107,5 @@ def wait_for(future: Future[T], seconds: float, progress: ProgressBar) -> T:
 
 
 def too_long(doing: str, seconds: float) -> UserError:
-    """What is said of a disk or network that does not deliver."""
+    """The error for a disk or network that does not deliver."""
     return UserError(f"{doing} takes more than {seconds:.0f} s; look at the disk or network, and start again")

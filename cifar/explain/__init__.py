@@ -1,1 +1,1 @@
-"""What a finished run gets wrong, and which parts of the picture led to it."""
+"""Error analysis of a run: mistakes, attribution maps, calibration, robustness, report."""

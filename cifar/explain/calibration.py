@@ -1,4 +1,4 @@
-"""Is the network right as often as it is sure? Accuracy in bins of confidence, with intervals."""
+"""Calibration: accuracy in bins of confidence, with intervals."""
 
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def bin_of(confidence: Float) -> Int64:
 
 
 def wilson(fraction: Fractions, counts: Int64) -> tuple[Fractions, Fractions]:
-    """Wilson's 95 % interval of fractions of `counts` trials: it holds for few trials, and close to 0 and 1, too."""
+    """Wilson's 95 % interval of fractions of `counts` trials; valid for few trials, and near 0 and 1."""
     z = 1.959964
     n = np.maximum(counts, 1)
     middle = (fraction + z**2 / (2 * n)) / (1 + z**2 / n)

@@ -1,13 +1,16 @@
 """Map faithfulness, against a shuffled baseline. Measured on mistakes and on as many correctly classified images.
 
-Flip test: hide the map's best cell behind a blank square; how often does the answer change? A network whose training
-had a cutout has seen such squares; to another one the square itself is something new: see `square`. Deletion and
-insertion (arXiv 1806.07421): the mean probability of the predicted class while cells are blanked, or uncovered, from
-the highest down; a faithful map has a small area under deletion and a large one under insertion. Smooth maps do well
-in both whatever they show (arXiv 2304.13836), so each is repeated with the cells of the same map shuffled, and only
-the difference counts.
-Randomisation (arXiv 1810.03292): how similar a map of new weights is; one that stays the same does not
-depend on what was learned. Stability: how alike it stays when the image is mirrored, or moved by one pixel.
+Flip test: cover the map's highest cell with a blank square; how often does the prediction change? Without cutout in
+training, the square itself is out of distribution: see `square`.
+
+Deletion and insertion (arXiv 1806.07421): mean probability of the predicted class while cells are blanked, or
+uncovered, highest first; a faithful map has a small deletion area and a large insertion area. Smooth maps score well in
+both whatever they show (arXiv 2304.13836), so each is repeated with the map's cells shuffled; only the difference
+counts.
+
+Randomisation (arXiv 1810.03292): correlation with the map after re-initialising weights; a map that does not change
+does not depend on what was learned. Stability: correlation with the map of the mirrored image, over the cells that then
+lie within half a cell of one, or of the image moved by one pixel.
 """
 
 import copy
@@ -18,9 +21,10 @@ from torch import nn
 
 from cifar.data.augment import AUGMENTATIONS
 from cifar.data.cache import Data
-from cifar.explain import maps
+from cifar.explain import layers, maps
 from cifar.explain.evidence import tensor
 from cifar.explain.findings import Float, Int64, UInt8
+from cifar.explain.layers import NONE, Grid
 
 SQUARE = 8  # pixels a side; zero is the data's mean
 STEPS = 8  # parts in which the cells are deleted or inserted
@@ -28,7 +32,7 @@ BATCH = 500  # images of a forward pass
 
 
 def square(augmentation: str | None) -> str:
-    """What the flip test hides a cell behind, and what training with that augmentation has shown of it, in words."""
+    """Describes the square of the flip test, and whether the network has seen such squares in training."""
     size = f"a blank square of {SQUARE}x{SQUARE} pixels"
     if augmentation not in AUGMENTATIONS:  # the version that trained the run did not say
         return size
@@ -69,25 +73,30 @@ def examine(
     def maps_of(other: nn.Module, pictures: torch.Tensor) -> Float:
         return maps.compute(other, layer, method, pictures, maps.scores(targets[:, None], classes))[0][:, 0]
 
-    true_maps = maps_of(network, images)
-    count, cells = len(true_maps), true_maps.shape[-1]
+    true_maps, grid = maps_of(network, images), layers.grid(network, layer)
+    count = len(true_maps)
     shuffled = generator.permuted(true_maps.reshape(count, -1), axis=1).reshape(true_maps.shape)
     figures: dict[str, Float] = {}
     for name, ranked in (("", true_maps), ("_shuffled", shuffled)):
-        answers = _probabilities(network, _hide_best_cell(images, ranked)).argmax(axis=1)
+        answers = _probabilities(network, _hide_best_cell(images, ranked, grid)).argmax(axis=1)
         figures[f"flip_rate{name}"] = (answers != predicted).astype(np.float32)
         for kind in ("deletion", "insertion"):
-            figures[f"{kind}_area{name}"] = _area(network, images, ranked, predicted, inserting=kind == "insertion")
+            inserting = kind == "insertion"
+            figures[f"{kind}_area{name}"] = _area(network, images, ranked, grid, predicted, inserting)
 
     for name, parts in (("last_layer", _with_weights(network)[-1:]), ("all_layers", _with_weights(network))):
         figures[f"correlation_after_randomising_{name}"] = _correlations(
             true_maps, maps_of(_randomised(network, parts, seed), images)
         )
-    figures["correlation_mirrored"] = _correlations(true_maps, maps_of(network, images.flip(-1))[..., ::-1])
+    twins = grid.mirrored()
+    twinned = np.flatnonzero(twins != NONE)
+    if len(twinned):  # else no cell of the mirrored image lies where one of the image does
+        mirrored = maps_of(network, images.flip(-1))[..., twins[twinned]]
+        figures["correlation_mirrored"] = _correlations(true_maps[..., twinned], mirrored)
     moved = nn.functional.pad(images, (1, 0, 0, 0), mode="reflect")[..., :-1]
-    by = round(cells / images.shape[-1])  # a whole cell at the finest layer, less than half of one elsewhere
+    by = round(1 / grid.stride)  # a whole cell at the finest layer, no more than half of one elsewhere
     there = maps_of(network, moved)[..., by:]
-    figures["correlation_moved_one_pixel"] = _correlations(true_maps[..., : cells - by], there)
+    figures["correlation_moved_one_pixel"] = _correlations(true_maps[..., : grid.cells - by], there)
     return figures
 
 
@@ -96,24 +105,29 @@ def _probabilities(network: nn.Module, images: torch.Tensor) -> Float:
         return np.concatenate([network(batch).softmax(dim=1).cpu().numpy() for batch in torch.split(images, BATCH)])
 
 
-def _hide_best_cell(images: torch.Tensor, ranked: Float) -> torch.Tensor:
+def _hide_best_cell(images: torch.Tensor, ranked: Float, grid: Grid) -> torch.Tensor:
     """A copy of the images, each with a blank square, wholly inside, around the middle of its map's highest cell."""
-    hidden, size, cells = images.clone(), images.shape[-1], ranked.shape[-1]
+    hidden, size = images.clone(), images.shape[-1]
     for image, best in zip(hidden, ranked.reshape(len(ranked), -1).argmax(axis=1), strict=True):
-        middles = ((place + 0.5) * size / cells for place in divmod(int(best), cells))
+        middles = (grid.first + place * grid.stride for place in divmod(int(best), grid.cells))
         top, left = (min(max(round(middle - SQUARE / 2), 0), size - SQUARE) for middle in middles)
         image[:, top : top + SQUARE, left : left + SQUARE] = 0
     return hidden
 
 
-def _area(network: nn.Module, images: torch.Tensor, ranked: Float, predicted: Int64, inserting: bool) -> Float:
-    """The area [n] under the predicted class's probability over the fraction of cells deleted or inserted."""
+def _area(
+    network: nn.Module, images: torch.Tensor, ranked: Float, grid: Grid, predicted: Int64, inserting: bool
+) -> Float:
+    """The area [n] under the predicted class's probability over the fraction of cells deleted or inserted.
+
+    Pixels beyond all cells go with the nearest one, so that nothing is left of the image at the end, or all of it.
+    """
     flat = ranked.reshape(len(ranked), -1)
     place = flat.argsort(axis=1)[:, ::-1].argsort(axis=1).reshape(ranked.shape)  # 0: the highest cell
-    curve = []
+    curve, cells = [], grid.nearest()
     for step in range(STEPS + 1):
-        taken = torch.from_numpy(place < step * flat.shape[1] / STEPS).to(images.device)
-        visible = nn.functional.interpolate((taken if inserting else ~taken)[:, None].float(), images.shape[-2:])
+        taken = (place < step * flat.shape[1] / STEPS)[:, cells][:, :, cells]
+        visible = torch.from_numpy(taken if inserting else ~taken)[:, None].to(images.device)
         curve.append(_probabilities(network, images * visible)[range(len(images)), predicted])
     area: Float = np.asarray(np.trapezoid(np.stack(curve), dx=1 / STEPS, axis=0), np.float32)
     return area
@@ -125,7 +139,7 @@ def _with_weights(network: nn.Module) -> list[str]:
 
 
 def _randomised(network: nn.Module, parts: list[str], seed: int) -> nn.Module:
-    """A copy with some layers as they are before training."""
+    """A copy with some layers re-initialised."""
     other = copy.deepcopy(network)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -23,10 +23,10 @@ SEVERITIES = 5
 
 
 class Random:
-    """Random numbers for some test images: for each image its own, whatever others it is drawn together with."""
+    """Random numbers for each test image, independent of the images that are drawn with it."""
 
     def __init__(self, kind: str, indices: Int64, seed: int) -> None:
-        # By the kind's name: another entry in the table changes no other kind.
+        # Keyed by name: adding a corruption does not change the others.
         self.key = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(kind.encode()),))
         self.indices, self.draws = indices, 0
 
@@ -85,7 +85,7 @@ def gaussian_noise(pictures: Float, deviation: float, random: Random) -> Float:
 
 
 def shot_noise(pictures: Float, photons: float, random: Random) -> Float:
-    """As if white were so many photons."""
+    """Poisson noise, with `photons` expected at white."""
     return random.poisson(pictures * np.float32(photons)) / np.float32(photons)
 
 
@@ -99,7 +99,7 @@ def impulse_noise(pictures: Float, part: float, random: Random) -> Float:
 
 
 def defocus_blur(pictures: Float, level: tuple[float, float], _random: Random) -> Float:
-    """Each point becomes a disk of this radius, whose edge is softened with this deviation."""
+    """Convolution with a disk of this radius, whose edge is softened with this deviation."""
     radius, soft = level
     across = np.arange(-3, 4)
     disk = (np.hypot(across, across[:, None]) <= radius).astype(np.float32)
@@ -108,9 +108,9 @@ def defocus_blur(pictures: Float, level: tuple[float, float], _random: Random) -
 
 
 def glass_blur(pictures: Float, level: tuple[float, int], random: Random) -> Float:
-    """Blurred, then each pixel takes the colour of one up to a pixel above and left of it, then blurred again.
+    """Blurred; then each pixel takes the colour of one up to a pixel above and left of it; then blurred again.
 
-    That is what the published files show: the program that made them means to exchange two pixels, and copies one.
+    As in the published files: their program means to swap two pixels, and copies one.
     """
     deviation, times = level
     side, corrupted = pictures.shape[1], _gaussian_blur(pictures, deviation)
@@ -122,7 +122,7 @@ def glass_blur(pictures: Float, level: tuple[float, int], random: Random) -> Flo
 
 
 def motion_blur(pictures: Float, level: tuple[int, float], random: Random) -> Float:
-    """Smeared to one side, in a direction within 45 degrees of horizontal."""
+    """Motion blur to one side, in a random direction within 45 degrees of horizontal."""
     angles = np.pi / 2 * (random.uniform() - 0.5)
     return _smeared(pictures, *level, angles)
 
@@ -144,7 +144,7 @@ def zoom_blur(pictures: Float, farthest: float, _random: Random) -> Float:
 
 
 class Snow(NamedTuple):
-    """Flakes are what of a noise with this mean and deviation, enlarged, exceeds the threshold, smeared downwards."""
+    """Parameters of the flakes: Gaussian noise, enlarged, thresholded and motion-blurred downwards."""
 
     mean: float
     deviation: float
@@ -156,7 +156,7 @@ class Snow(NamedTuple):
 
 
 def snow(pictures: Float, level: Snow, random: Random) -> Float:
-    """Falling flakes, over a picture that is whitened itself."""
+    """Motion-blurred flakes over a whitened picture."""
     side = pictures.shape[1]
     noise = np.float32(level.mean) + np.float32(level.deviation) * random.normal(side, side)
     part = np.ceil(side / level.enlarged).astype(int)
@@ -174,7 +174,7 @@ def snow(pictures: Float, level: Snow, random: Random) -> Float:
 
 
 def frost(pictures: Float, opacity: float, random: Random) -> Float:
-    """Ice on a window, so opaque where its crystals are, and less between them.
+    """Frost on a window: this opacity at its crystals, and less between them.
 
     The published files blend photographs of frost; here crystals are the ridges between two clouds.
     """
@@ -186,7 +186,7 @@ def frost(pictures: Float, opacity: float, random: Random) -> Float:
 
 
 def fog(pictures: Float, level: tuple[float, float], random: Random) -> Float:
-    """Clouds of this thickness, whose details fade this fast as they get smaller."""
+    """Fractal-noise fog of this thickness; the greater `fading`, the weaker the finer details."""
     thickness, fading = level
     brightest = pictures.max(axis=(1, 2, 3), keepdims=True)
     thick = np.float32(thickness)
@@ -196,7 +196,7 @@ def fog(pictures: Float, level: tuple[float, float], random: Random) -> Float:
 
 
 def brightness(pictures: Float, more: float, _random: Random) -> Float:
-    """The value of hue, saturation and value raised by this."""
+    """Raises the value (V of HSV) by `more`."""
     value = pictures.max(axis=3, keepdims=True)
     raised = np.minimum(value + np.float32(more), 1)
     brighter: Float = np.where(value > 0, pictures * (raised / np.maximum(value, np.float32(1e-6))), raised)
@@ -207,14 +207,14 @@ def brightness(pictures: Float, more: float, _random: Random) -> Float:
 
 
 def contrast(pictures: Float, part: float, _random: Random) -> Float:
-    """Of each value's distance from its channel's mean only this part."""
+    """Scales the distance of each value from its channel's mean by `part`."""
     mean = pictures.mean(axis=(1, 2), keepdims=True)
     paler: Float = (pictures - mean) * np.float32(part) + mean
     return paler
 
 
 def elastic_transform(pictures: Float, level: tuple[float, float, float], random: Random) -> Float:
-    """Stretched as a whole, corners by up to `stretch` pixels, then each pixel moved by a smooth random field."""
+    """A random affine transform (three points move by up to `stretch` pixels), then a smooth random displacement."""
     strength, smoothness, stretch = level
     side = pictures.shape[1]
     low, high = side // 2 - side // 3, side // 2 + side // 3
@@ -236,7 +236,7 @@ def elastic_transform(pictures: Float, level: tuple[float, float, float], random
 
 
 def pixelate(pictures: Float, part: float, _random: Random) -> Float:
-    """Shown with this part of its pixels a side."""
+    """Downscaled to this part of its side, and enlarged again."""
     side, box = pictures.shape[1], Image.Resampling.BOX
     fewer = int(side * part)
 
@@ -285,7 +285,7 @@ def _blurred(values: Float, deviation: float, truncated: float) -> Any:
 
 
 def _smeared(pictures: Float, length: int, deviation: float, angles: Float) -> Float:
-    """Each moved and added to itself 2 x `length` times, one pixel further in its direction [n], with fading weight."""
+    """Motion blur: a weighted sum of 2 x `length` + 1 copies, each one pixel further along its direction [n]."""
     taps = np.arange(2 * length + 1)
     weights = np.exp(-(taps**2) / (2 * deviation**2)).astype(np.float32)
     weights /= weights.sum()
@@ -302,7 +302,7 @@ def _smeared(pictures: Float, length: int, deviation: float, angles: Float) -> F
 
 
 def _clouds(random: Random, side: int, fading: float) -> Float:
-    """Clouds [n, side, side] from 0 to 1: noise of ever finer grain, each time weaker by the square of `fading`."""
+    """Fractal noise [n, side, side] from 0 to 1: ever finer octaves, each weaker by the square of `fading`."""
     total, weight = np.zeros((len(random.indices), side, side), np.float32), np.float32(1)
     for cells in (2, 4, 8, 16, 32):
         noise = weight * random.uniform(cells, cells)
@@ -313,8 +313,8 @@ def _clouds(random: Random, side: int, fading: float) -> Float:
     return clouds
 
 
-# In CIFAR-10-C's order: noise, blur, weather, digital. Where its own levels take a picture no further from what it was
-# than the one before, these differ from them.
+# In CIFAR-10-C's order: noise, blur, weather, digital. Levels differ from the published ones where those do not
+# corrupt a picture more than the level before.
 KINDS = {
     "gaussian_noise": Kind(gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
     "shot_noise": Kind(shot_noise, (500, 250, 100, 75, 50)),

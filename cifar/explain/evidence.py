@@ -1,4 +1,4 @@
-"""Maps and votes of some test images: what the report and the pictures show of each."""
+"""Attribution maps and votes of test images, for report and figures."""
 
 import numpy as np
 import torch
@@ -6,12 +6,12 @@ from torch import nn
 
 from cifar.data.augment import normalize
 from cifar.data.cache import Data
-from cifar.explain import maps, votes
+from cifar.explain import layers, maps, votes
 from cifar.explain.findings import ExplainedImages, Int64, UInt8
 
 
 def tensor(data: Data, indices: Int64, device: torch.device) -> torch.Tensor:
-    """Test images as the network gets them: normalised float32 [n, 3, 32, 32]."""
+    """Normalised test images, float32 [n, 3, 32, 32]."""
     return normalize(torch.from_numpy(data.test_images[indices]).to(device), data.mean, data.std)
 
 
@@ -37,4 +37,6 @@ def attributions(
         votes=counted,
         bias=biases,
         margins=margins,
+        map_grid=layers.grid(network, layer),
+        vote_grid=layers.grid(network, last_stage),
     )

@@ -1,7 +1,7 @@
 """Pictures of a network's mistakes: gallery, maps, confusion, calibration.
 
-Images are enlarged by whole numbers and without smoothing: what is seen is what the network got. A map keeps its own
-cells. The opacity is true: 0 is the picture, 1 the map's colours, and between them each pixel is their weighted mean.
+Images are enlarged by whole factors, without interpolation: what is seen is what the network got. Maps are shown cell
+by cell. Opacity is alpha blending: 0 is the picture, 1 the map's colours.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from cifar import figures, lettering, plotting
-from cifar.explain import calibration
+from cifar.explain import calibration, wording
 from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, Robustness, UInt8
+from cifar.explain.layers import NONE, Grid
 from cifar.explain.options import Options
 from cifar.figures import below, beside, enlarged, panel
 from cifar.lettering import LINE, Labels, Line
@@ -32,15 +33,23 @@ def coloured(values: Float, limit: float, signed: bool = False) -> UInt8:
     return plotting.colours(UNSIGNED, np.asarray(scaled, np.float32))
 
 
-def blended(picture: UInt8, values: Float, limit: float, opacity: float) -> UInt8:
-    """A map [h, h] over a picture [32, 32, 3]: each pixel has the colour of the cell that its top left corner is in."""
-    cell = np.arange(len(picture)) * len(values) // len(picture)
-    colours = coloured(values, limit)[cell][:, cell]
-    return ((1 - opacity) * picture.astype(np.float32) + opacity * colours).round().astype(np.uint8)
+def overlay(values: Float, grid: Grid, limit: float, signed: bool = False) -> UInt8:
+    """The colours and alpha [SIDE, SIDE, 4] of a map [h, h]: opaque where a cell lies, else transparent."""
+    cells = grid.of_pixels()
+    colours = coloured(values, limit, signed)[cells][:, cells]
+    covered = (cells != NONE) & (cells[:, None] != NONE)
+    return np.dstack((colours, np.where(covered, 255, 0))).astype(np.uint8)
+
+
+def blended(picture: UInt8, values: Float, grid: Grid, limit: float, opacity: float, signed: bool = False) -> UInt8:
+    """A map [h, h] over a picture [SIDE, SIDE, 3]; a pixel that no cell lies over stays as it is."""
+    drawn = overlay(values, grid, limit, signed)
+    alpha = opacity * (drawn[..., 3:] / np.float32(255))
+    return ((1 - alpha) * picture.astype(np.float32) + alpha * drawn[..., :3]).round().astype(np.uint8)
 
 
 def _bar(limit: float, height: int) -> UInt8:
-    """The scale of the maps beside it, as tall as they are."""
+    """A colour bar for the maps, as tall as they are."""
     image = Image.new("RGB", (60, height), "white")
     ramp = coloured(np.linspace(limit, 0, height, dtype=np.float32)[:, None], limit)
     image.paste(Image.fromarray(ramp.repeat(14, axis=1)), (0, 0))
@@ -76,7 +85,7 @@ def gallery(findings: Findings, rows: Int64, options: Options) -> UInt8:
         lines = (
             _line(labels, "true: ", true),
             _line(labels, "predicted: ", predicted),
-            lettering.of(f"confidence {confidence:.1%}  #{shown.indices[row]}"),
+            lettering.of(f"confidence {wording.percent(confidence)}  #{shown.indices[row]}"),
         )
         panels.append(panel(enlarged(shown.pictures[row], ENLARGED), lines))
     strips = [beside(panels[start : start + ACROSS]) for start in range(0, len(panels), ACROSS)]
@@ -84,7 +93,7 @@ def gallery(findings: Findings, rows: Int64, options: Options) -> UInt8:
 
 
 def _line(labels: Labels, before: str, number: int, after: str = "", width: int = 32 * ENLARGED) -> Line:
-    """A class between other words, which are seen whole: the name is cut to the room that they leave."""
+    """A class name between other words; only the name is truncated."""
     room = width - lettering.length(lettering.of(before, after))
     return lettering.of(before, labels.fitted(room)[number], after)
 
@@ -94,7 +103,7 @@ def _gallery_title(findings: Findings, count: int, options: Options, labels: Lab
     if not len(findings.mistakes.indices):
         return lettering.of(f"no mistakes: every one {images} is classified correctly")
     order = {"confident": "the most confident first", "uncertain": "the least confident first"}
-    text = f"{count} of {len(findings.mistakes.indices):,} mistakes, "
+    text = f"{count} of {wording.counted(len(findings.mistakes.indices), 'mistake')}, "
     text += order.get(options.order, f"drawn at random with seed {options.seed}")
     kind: Line = ()
     for word, name in (("true", options.true), ("predicted", options.predicted)):
@@ -129,13 +138,13 @@ def _map_strip(findings: Findings, row: int, opacity: float, labels: Labels) -> 
 
 
 def _named_panel(findings: Findings, shown: ExplainedImages, row: int, words: tuple[str, str], labels: Labels) -> UInt8:
-    """An image under its number, its true class, and the class that it was, or was nearly, taken for."""
+    """An image under its number, its true class, and its predicted class or runner-up."""
     image = shown.indices[row]
     true = int(findings.labels[image])
     mistaken = next(int(target) for target in shown.targets[row] if target != true)
     values = findings.probabilities[image]
     lines = [
-        _line(labels, f"{word}: ", number, f" {values[number]:.1%}")
+        _line(labels, f"{word}: ", number, f" {wording.percent(values[number])}")
         for word, number in zip(words, (true, mistaken), strict=True)
     ]
     return panel(enlarged(shown.pictures[row], ENLARGED), [lettering.of(f"#{image}"), *lines])
@@ -145,24 +154,26 @@ def _map_panel(shown: ExplainedImages, row: int, target: int, limit: float, opac
     peak = shown.peaks[row, target]
     strength = lettering.of(f"maximum {peak:.3g}" if peak > 0 else f"no positive evidence ({peak:.2g})")
     return panel(
-        enlarged(blended(shown.pictures[row], shown.maps[row, target], limit, opacity), ENLARGED), (name, strength)
+        enlarged(blended(shown.pictures[row], shown.maps[row, target], shown.map_grid, limit, opacity), ENLARGED),
+        (name, strength),
     )
 
 
 def _vote_panel(shown: ExplainedImages, row: int) -> UInt8:
-    votes = shown.votes[row]
-    side = ENLARGED * shown.pictures.shape[1] // len(votes)
-    image = Image.fromarray(enlarged(coloured(votes, float(np.abs(votes).max()), signed=True), side))
+    votes, grid, white = shown.votes[row], shown.vote_grid, np.full_like(shown.pictures[row], 255)
+    most = float(np.abs(votes).max())
+    image = Image.fromarray(enlarged(blended(white, votes, grid, most, 1, signed=True), ENLARGED))
+    middles = [ENLARGED * (start + pixels / 2) for start, pixels in grid.spans()]
     for (down, across), vote in np.ndenumerate(votes):
-        dark = abs(vote) > 0.7 * np.abs(votes).max()
-        middle = ((across + 0.5) * side, (down + 0.5) * side)
+        dark = abs(vote) > 0.7 * most
+        middle = (middles[across], middles[down])
         lettering.write_centred(image, middle, f"{vote:+.2f}", "white" if dark else "black")
     total = f"{votes.sum():+.2f} {shown.bias[row]:+.2f} (bias) = {shown.margins[row]:+.2f}"
     return panel(np.asarray(image), (lettering.of("votes: + predicted, - true"), lettering.of(total)))
 
 
 def map_title(findings: Findings, opacity: float) -> Line:
-    """Method, layer and resolution of the maps, and what one should know of them."""
+    """Method, layer and resolution of the maps, what they mean, and whether they depend on the class."""
     maps = findings.mistakes.maps
     if not len(maps):
         return lettering.of("no mistakes")
@@ -191,7 +202,7 @@ def reliability(findings: Findings) -> UInt8:
     with plotting.own_style():
         figure = plotting.Figure(figsize=(6.4, 5.6), dpi=plotting.DPI, layout="constrained")
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], "--", color="grey", label="as often right as it is sure")
+        axes.plot([0, 1], [0, 1], "--", color="grey", label="perfect calibration")
         errors = (bins.accuracy - bins.low, bins.high - bins.accuracy)
         axes.errorbar(bins.confidence[used], bins.accuracy[used], [error[used] for error in errors], fmt="o",
                       capsize=3, label="accuracy, 95 % interval (Wilson)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an explanation pass has found, as plain arrays: made by explain.py, shown by figures and the report.
+"""The results of explain.py as plain arrays, shown by the figures and the report.
 
 Shapes: n test images, m mistakes (most confident first), k companions, E epochs, C classes, h x w cells of a map.
 """
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cifar.explain.layers import Grid
+
 UInt8 = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float32]
 
-# Other processes, batches and processors differ in a probability's last bits.
+# Probabilities differ in their last bits between numbers of processes, batches and processors.
 DECIMALS = 4
 
 
@@ -33,13 +35,22 @@ class ExplainedImages:
     votes: Float  # [m, a, a] signed, for the cells of the last stage; their sum plus `bias` is `margins`
     bias: Float  # [m] the linear layer's bias(target 0) - bias(target 1)
     margins: Float  # [m] logit(target 0) - logit(target 1)
+    map_grid: Grid  # where the cells of the maps lie on the pictures
+    vote_grid: Grid  # and those of the votes
+
+
+# A test image has a near-duplicate if its pixels and a training image's correlate by EQUAL or more; or by ALIKE or
+# more, and 1 - correlation is at most a part STANDS_OUT of that with the third nearest training image. Measured: different
+# handwritings of digits correlate by up to 0.992, and none is nearer than a fifth. A copy that was coded as JPEG of
+# quality 75 and brightened by a tenth correlates by 0.998 in digits, and stands out in CIFAR-10.
+EQUAL, ALIKE, STANDS_OUT = 0.998, 0.95, 1 / 6
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """The nearest training images to each mistake in the network's feature space, nearest first.
 
-    `q` are shown, as many of the predicted as of the true class; the labels of the `v` nearest of all are only counted.
+    `q` are shown, as many of the predicted as of the true class; of the `v` nearest overall only the labels count.
     """
 
     indices: Int64  # [m, q] positions in the training set; -1 at the end where a class has too few images
@@ -89,7 +100,7 @@ class Robustness:
         return int(self.means[0].argmin())
 
     def results(self) -> dict[str, Any]:
-        """What result.json says of it."""
+        """Its entries in result.json."""
         own, *others = [
             {**dict(zip(self.kinds, table.tolist(), strict=True)), "mean": float(table.mean())}
             for table in self.accuracy
@@ -101,7 +112,7 @@ class Robustness:
         return {"corruptions": own, **({"corruptions_compared": compared} if compared else {})}
 
     def line(self) -> str:
-        """The whole in one line."""
+        """A summary in one line."""
         of_kinds = self.means[0]
         return (
             f"under {len(self.kinds)} corruptions at {self.accuracy.shape[2]} severities: accuracy "

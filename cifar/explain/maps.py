@@ -1,7 +1,7 @@
 """Class activation maps through the grad-cam package: batched, signed, and not rescaled.
 
-The package's own call cuts and stretches each map to 0..1, so that an empty map looks like a full one and no two of
-them can be compared. Here its methods get activations and gradients, and what they give back is kept as it is.
+The package's own call clips and rescales each map to 0..1, so an empty map looks like a full one and maps cannot be
+compared. Here its methods get activations and gradients, and their raw output is kept.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ METHODS = {
     "layercam": "LayerCAM",
     "eigencam": "EigenCAM",
 }
+OF_NO_CLASS = ("eigencam",)  # the methods whose map is the same for every class
 BATCH = 128  # images; more is not faster
 
 
@@ -62,7 +63,8 @@ def compute(
                     (output * weights).sum().backward(retain_graph=True)
                     gradients = recorder.gradients[0].numpy()
                     signed = cam.get_cam_image(batch, module, None, activations, gradients, eigen_smooth=False)
-                    made.append(signed.reshape(len(batch), *activations.shape[2:]))
+                    signed = signed.reshape(len(batch), *activations.shape[2:])
+                    made.append(_oriented(signed, activations) if method in OF_NO_CLASS else signed)
                 maps.append(np.stack(made, axis=1).repeat(objective.shape[1] // len(made), axis=1))
                 logits.append(output.detach().cpu().numpy())
         finally:
@@ -70,9 +72,19 @@ def compute(
     return np.concatenate(maps).astype(np.float32), np.concatenate(logits)
 
 
+def _oriented(maps: Float, activations: Float) -> Float:
+    """Maps [n, h, w] with the sign that makes each correlate with its activations' [n, c, h, w] norm.
+
+    A principal component has none of its own: the same image, with noise that cannot be seen, may have the opposite.
+    """
+    norms = np.linalg.norm(activations, axis=1)
+    norms -= norms.mean(axis=(1, 2), keepdims=True)
+    return np.where((maps * norms).sum(axis=(1, 2), keepdims=True) < 0, -maps, maps)
+
+
 @contextmanager
 def _cam_mode(network: "nn.Module", module: "nn.Module") -> Iterator[None]:
-    """Evaluation mode, and gradients for what is above `module` alone; put back afterwards.
+    """Evaluation mode, with gradients only above `module`; restores the network afterwards.
 
     Gradients with respect to weights and to what is below would be computed for nothing. Layers that work in place
     would overwrite the activations that the package has stored.

@@ -55,10 +55,10 @@ def select(labels: UInt8, predictions: UInt8, true: int | None, predicted: int |
 
 
 def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64, Int64]:
-    """For each mistake a correctly classified image of its true class that was nearly taken for the same wrong one.
+    """For each mistake a correctly classified image of its true class whose runner-up is the same wrong class.
 
-    Positions [k] of one image for each pair of classes (true, predicted), the one whose runner-up, the wrong class, got
-    the most; and its row for each mistake [m], or -1 where no correct image has that runner-up.
+    Positions [k] of one image for each pair of classes (true, predicted): the one with the highest probability of the
+    runner-up, the wrong class. And its row for each mistake [m], or -1 where no correct image has that runner-up.
     """
     ranking = np.argsort(-probabilities, axis=1, kind="stable")
     correct = np.flatnonzero(ranking[:, 0] == labels)
@@ -74,9 +74,9 @@ def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64
 
 
 def guarded(text: str) -> str:
-    """A text for a cell of a file that people open in a spreadsheet, which takes some beginnings for a formula.
+    """A text for a CSV cell, with an apostrophe before what a spreadsheet would read as a formula.
 
-    Those get an apostrophe before them. Whoever reads the file takes it away where what follows is such a beginning.
+    To read it back, remove the apostrophe if what follows would get one.
     """
     return f"'{text}" if FORMULA.match(text) else text
 

@@ -1,4 +1,4 @@
-"""Writes an explanation: its folder never holds a mixture of two, even after a crash or of two processes."""
+"""Writes an explanation: its folder never holds a mix of two, even after a crash or with two processes at once."""
 
 import errno
 import fcntl
@@ -18,11 +18,12 @@ from cifar import files
 from cifar.errors import UserError
 from cifar.explain import label_quality, mistakes, report
 from cifar.explain.findings import Findings, UInt8
+from cifar.explain.runs import STAGING
 from cifar.figures import png
 
-LOCK_SECONDS = 60  # for another explanation to be put in the same folder, which takes as long as renaming its files
+LOCK_SECONDS = 60  # to wait for another process that is renaming its files into the same folder
 MAPS = "maps"
-ON_REQUEST = ("corruptions.png",)  # not in every explanation: one from before must not stay beside a newer one
+ON_REQUEST = ("corruptions.png",)  # optional files: a stale one must be deleted
 
 
 def contents(
@@ -51,15 +52,17 @@ def contents(
 def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
     """Replaces the explanation in a folder, which need not exist, by files with these names and contents.
 
-    All of them are written and synced beside the old ones, which stay as they are if that fails. Then the old ones are
-    removed and the new ones get their names, the last of `contents` last: where it is, the others belong to it. What
-    else is in the folder stays. Raises OSError, UserError.
+    All are written and synced next to the old ones, which stay untouched if that fails. Then the old ones are removed
+    and the new ones renamed, the last of `contents` last: its presence means that the others belong to it. Other files
+    in the folder stay. Raises OSError, UserError.
     """
     (folder / MAPS).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _clear_abandoned(folder)
-        staging = Path(tempfile.mkdtemp(prefix=".explain-", suffix=".tmp", dir=folder))
+        prefix, suffix = STAGING.split("*")
+        staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder))
         lock = _lock(staging)
+    whole = True
     try:
         names = []
         for name, content in contents:
@@ -70,19 +73,22 @@ def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
             old = [folder / name for name in reversed(names)]
             old += [folder / name for name in ON_REQUEST if name not in names]
             old += [path for path in (folder / MAPS).iterdir() if re.fullmatch(r"\d{5,}\.png", path.name)]
+            whole = False
             for path in old:
                 path.unlink(missing_ok=True)
             for name in names:
                 (staging / name).rename(folder / name)
+            whole = True
             for place in (folder / MAPS, folder):
                 files.sync(place)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if whole:  # else it stays, as a sign that the rest are not a user's own files: see runs.check_output
+            shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
 
 
 def write_events(directory: Path, pictures: Mapping[str, UInt8], step: int) -> None:
-    """Writes pictures [h, w, 3] for TensorBoard, in a file of their own. Raises OSError.
+    """Writes pictures [h, w, 3] for TensorBoard, in a file of their own in place of earlier ones. Raises OSError.
 
     A SummaryWriter would write in a thread, which prints a traceback where the disk is full.
     """
@@ -96,13 +102,17 @@ def write_events(directory: Path, pictures: Mapping[str, UInt8], step: int) -> N
     for name, picture in pictures.items():
         summary = image(f"explain/{name}", picture, dataformats="HWC")  # type: ignore[no-untyped-call]
         records.write(Event(wall_time=now, step=step, summary=summary).SerializeToString())
+    earlier = list(directory.glob("events.out.tfevents.*.explain"))
     name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.explain"
     files.write(directory / name, content.getvalue())
+    for path in earlier:
+        if path.name != name:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, of those that put something in a folder. Raises UserError where another does not end."""
+    """Locks a folder for publishing. Raises UserError if another process does not release it."""
     deadline = time.monotonic() + LOCK_SECONDS
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -132,8 +142,8 @@ def _taken(lock: int) -> bool:
 
 
 def _clear_abandoned(folder: Path) -> None:
-    """Removes what killed processes have left: nobody holds its lock."""
-    for leftover in folder.glob(".explain-*.tmp"):
+    """Removes what killed processes have left: staging folders whose lock is free."""
+    for leftover in folder.glob(STAGING):
         with suppress(OSError):  # another one has removed it, or it is somebody else's
             lock = os.open(leftover, os.O_RDONLY)
             try:

@@ -58,7 +58,7 @@ function percent(value, digits = 1) {
 const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 const significant = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString().replace("-", "−"));
 
-/** What the evaluations in training said of a mistake: its class in each, and one word for the whole. */
+/** A mistake's predicted class in each evaluation during training, and one word for their pattern. */
 function historyOf(row) {
   const seen = epochs.map((_, epoch) => array("history")[epoch * mistakes + row]);
   const right = seen.map((label) => label === truth(row));
@@ -155,7 +155,7 @@ function readAddress() {
     if (value === undefined) refused.push(text ? `${name}=${text}` : name);
     else state[name] = value;
   }
-  tell(refused.length ? `The link asks for what this page does not have; ignored: ${refused.join(", ")}` : "");
+  tell(refused.length ? `The link has settings that this page does not know; ignored: ${refused.join(", ")}` : "");
 }
 
 function addressOfState() {
@@ -397,7 +397,7 @@ const orders = {
   index: (rows) => rows.sort((a, b) => indices[a] - indices[b]),
 };
 
-/** Calls back once the frame that is being made is out. */
+/** Calls back after the next frame has been painted. */
 function afterFrame(callback) {
   requestAnimationFrame(() => {
     const channel = new MessageChannel();
@@ -640,7 +640,7 @@ function keepVerdicts() {
   try {
     localStorage.setItem(shelf, csvOfVerdicts());
   } catch {
-    tell("This browser keeps nothing for this file: save your verdicts as CSV before you leave.");
+    tell("This browser stores nothing for this file: save your verdicts as CSV before you leave.");
   }
 }
 
@@ -727,19 +727,21 @@ function colourOf(table, value) {
   return array(table).subarray(at, at + 3);
 }
 
-/** Draws a picture, and on it each cell of a map in one colour: true alpha blending, no interpolation. */
+/** Draws a picture, and on it each cell of a map in one colour: true alpha blending, no interpolation. A pixel that no
+    cell lies over (-1 in `mapCells`) stays as it is. */
 function paint(canvas, slot, map = null, opacity = 0) {
   const side = page.side;
   canvas.width = canvas.height = side;
   const context = canvas.getContext("2d");
   const picture = pictures.pixels(slot);
   const image = context.createImageData(side, side);
-  const [rows, columns] = page.mapShape;
+  const columns = page.mapShape[1];
   for (let y = 0; y < side; y++) {
     for (let x = 0; x < side; x++) {
       const at = 4 * (y * side + x);
-      const cell = Math.floor((y * rows) / side) * columns + Math.floor((x * columns) / side);
-      const colour = map && colourOf(map.table, map.limit > 0 ? map.values[cell] / map.limit : 0);
+      const down = page.mapCells[y], across = page.mapCells[x];
+      const value = map?.values[down * columns + across];
+      const colour = map && down >= 0 && across >= 0 && colourOf(map.table, map.limit > 0 ? value / map.limit : 0);
       for (let channel = 0; channel < 3; channel++) {
         const below = picture[at + channel];
         image.data[at + channel] = colour ? Math.round((1 - opacity) * below + opacity * colour[channel]) : below;
@@ -849,6 +851,13 @@ function drawVotes(row) {
   const [rows, columns] = page.voteShape;
   const votes = array("votes").subarray(row * rows * columns, (row + 1) * rows * columns);
   const most = Math.max(...votes.map(Math.abs));
+  // The table lies in its square as the cells lie on the picture; a cell that is not cut by an edge is --vote wide.
+  const long = (pixels) => `calc(var(--vote) * ${pixels / page.voteStride})`;
+  const [before] = page.voteSpans[0], [start, pixels] = page.voteSpans.at(-1);
+  const square = byId("votes").parentElement;
+  square.style.width = square.style.height = long(page.side);
+  byId("votes").style.width = long(start + pixels - before);
+  byId("votes").style.margin = `${long(before)} 0 0 ${long(before)}`;
   byId("votes").replaceChildren(...Array.from({ length: rows }, (_, y) =>
     make("tr", {}, ...Array.from({ length: columns }, (_, x) => {
       const vote = votes[y * columns + x];
@@ -856,6 +865,8 @@ function drawVotes(row) {
       const colour = colourOf("signed", most > 0 ? vote / most : 0);
       cell.style.backgroundColor = `rgb(${colour.join(" ")})`;
       cell.style.color = inkOn(colour);
+      cell.style.width = long(page.voteSpans[x][1]);
+      cell.style.height = long(page.voteSpans[y][1]);
       cell.dataset.vote = vote;
       return cell;
     }))));
@@ -897,7 +908,7 @@ const shortNames = new Set(beginnings).size === classes.length ? beginnings : cl
 
 function drawHistory(row) {
   if (!epochs.length) {
-    byId("history-line").textContent = "Training kept no predictions of its epochs.";
+    byId("history-line").textContent = "The run has no predictions by epoch.";
     return;
   }
   const { seen, right, lost, word } = historyOf(row);
@@ -933,7 +944,7 @@ function drawDoubt(row) {
     : `Not in doubt, which begins at ${page.doubtful}. Doubt ${doubt}${several}:`;
   const own = array("probabilities")[row * classes.length + truth(row)];
   const reasons = {
-    network: () => `The network’s probability of ${named[truth(row)]} is ${percent(own, 2)}; images labelled so get ${percent(page.usual[truth(row)], 2)} on average.`,
+    network: () => `The network’s probability of ${named[truth(row)]} is ${percent(own, 2)}; the average for images with this label is ${percent(page.usual[truth(row)], 2)}.`,
     neighbours: (part) => `${Math.round(part * page.nearest.compared)} of the ${page.nearest.compared} nearest training images have another label.`,
     runs: () => `${wrongIn(row)} of ${counted(runs.length, "compared run")} predict another class.`,
   };
@@ -1017,7 +1028,7 @@ function drawView() {
   }
 }
 
-/** Closed by the reader. The way back is the way in, unless the page began with this mistake open. */
+/** The reader closed the dialog: go back in history if opening it added an entry. */
 function leaveView() {
   if (state.open === null) return;
   state.open = null;
@@ -1041,7 +1052,7 @@ function prepareView() {
   byId("next").addEventListener("click", () => walk(1));
   byId("opacity").addEventListener("input", drawMaps);
   for (const choice of document.querySelectorAll("input[name=scale]")) choice.addEventListener("change", drawMaps);
-  if (page.sameForBoth) byId("map-line").append(" This method does not ask for a class: both maps are the same.");
+  if (page.sameForBoth) byId("map-line").append(" This method does not depend on the class: both maps are the same.");
   drawLegends();
 }
 
@@ -1049,7 +1060,7 @@ function prepareView() {
 
 let drawn = null; // the state that grid, matrix and bins show
 
-/** Draws what has changed. What a filter takes is in the browser's own marks: from here until the frame is out. */
+/** Draws what has changed, and records as a performance measure how long a filter takes until it is painted. */
 function show() {
   const shape = JSON.stringify({ ...state, open: null, judged: [...verdicts] });
   if (shape !== drawn) {

@@ -19,9 +19,20 @@ from markupsafe import Markup
 from PIL import Image
 
 from cifar import names, plotting
-from cifar.explain import calibration, label_quality
+from cifar.explain import calibration, label_quality, wording
 from cifar.explain.calibration import BINS, Reliability
-from cifar.explain.findings import FLIPS, ExplainedImages, Findings, Flip, Neighbours, Robustness, UInt8
+from cifar.explain.findings import (
+    ALIKE,
+    EQUAL,
+    FLIPS,
+    STANDS_OUT,
+    ExplainedImages,
+    Findings,
+    Flip,
+    Neighbours,
+    Robustness,
+    UInt8,
+)
 
 MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is reached through the filters
 
@@ -47,6 +58,7 @@ def render(findings: Findings) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["counted"] = wording.counted
     count, reliability = len(findings.labels), calibration.measure(findings)
     sprite, lossless = _sprite(_joined(findings.mistakes.pictures, findings.companions.pictures))
     nearest = _neighbours(findings.neighbours) if findings.neighbours else None
@@ -63,11 +75,12 @@ def render(findings: Findings) -> str:
         expected_error=reliability.error,
         bins=BINS,
         most_classes=MATRIX_CLASSES,
+        correlations={"equal": EQUAL, "alike": ALIKE, "part": round(1 / STANDS_OUT)},
         doubtful=label_quality.LEAST,
         lossless=lossless,
         data={**_data(findings, reliability), "nearest": nearest, **_flip_pictures(findings.robustness)},
         sprite=sprite,
-        # Markup: these two are ours, and the policy below lets exactly these texts run.
+        # Markup: trusted text; the content security policy allows exactly these hashes.
         script=Markup(script),
         style=Markup(style),
         script_hash=_hash(script),
@@ -83,7 +96,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
     mapped = min(mistakes, MAP_BYTES // (2 * max(1, cells)))
     maps = _joined(shown.maps[:mapped], companions.maps)
     tops = maps.max(axis=(2, 3), initial=0)
-    # One byte a cell, each map on its own maximum: finer than the 256 colours that show it.
+    # One byte per cell, scaled by each map's maximum: as fine as the 256 colours that show it.
     levels = np.rint(255 * maps / np.where(tops > 0, tops, 1)[:, :, None, None])
     doubts = label_quality.measure(findings)
     matrix = _confusion(findings)
@@ -127,6 +140,9 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "side": shown.pictures.shape[1],
         "spriteColumns": _columns(mistakes + len(companions.indices)),
         "mapShape": list(shown.maps.shape[2:]),
+        "mapCells": shown.map_grid.of_pixels().tolist(),
+        "voteSpans": shown.vote_grid.spans(),
+        "voteStride": shown.vote_grid.stride,
         "voteShape": list(shown.votes.shape[1:]),
         "pageTop": float(tops[:mapped].max(initial=0)),  # of the mistakes; a companion above it shows the last colour
         "pageDifference": float(np.abs(maps[:mapped, 0] - maps[:mapped, 1]).max(initial=0)),
@@ -138,12 +154,12 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
 
 
 def _joined(mistakes: Array, companions: Array) -> Array:
-    """One array of both; an empty one need not know the shape of the other."""
+    """Concatenates both; an empty array may have another shape."""
     return np.concatenate([mistakes, companions]) if len(companions) and len(mistakes) else mistakes
 
 
 def _identity(findings: Findings, shown: ExplainedImages) -> str:
-    """Names these mistakes, so that the verdicts a browser keeps for one page never turn up on another."""
+    """An id of these mistakes, so that a browser's verdicts on one page never appear on another."""
     parts = (shown.indices, findings.labels[shown.indices], findings.predictions[shown.indices])
     classes = "/".join(findings.classes).encode(errors="surrogatepass")
     return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts) + classes).hexdigest()[:16]
@@ -240,7 +256,7 @@ def _bin_figures(reliability: Reliability) -> list[dict[str, float]]:
 def _checks(checks: dict[str, float | int]) -> list[tuple[str, list[str]]]:
     """The figures of --check as lines of a table: name, then for mistakes and for correct images "mean ± spread".
 
-    A baseline stands right under what it is the baseline of.
+    Each baseline follows the figure it belongs to.
     """
     groups = ("mistakes", "correct")
     names = dict.fromkeys(name.partition("_")[2] for name in checks if name.startswith(groups))  # in order, once each
@@ -299,7 +315,7 @@ def _corruption(findings: Findings, found: Robustness) -> dict[str, Any]:
 
 
 def _corruption_line(run: str, clean: float, values: Array, places: list[float]) -> dict[str, Any]:
-    """What a run makes of a corruption."""
+    """A run's curve and table cells under one corruption."""
     return {
         "run": run,
         "points": " ".join(f"{x:.1f},{_height(y):.1f}" for x, y in zip(places, [clean, *values], strict=True)),
@@ -308,14 +324,14 @@ def _corruption_line(run: str, clean: float, values: Array, places: list[float])
 
 
 def _caption(findings: Findings, number: int, flip: Flip) -> dict[str, Any]:
-    """What is said of a picture that flips, the `number`th of all, and where it is among `_flip_pictures`."""
+    """The caption of the `number`th picture that flips, and its places in `_flip_pictures`."""
     shown = names.on_pages(findings.classes)
     return {
         "severity": flip.severity,
         "image": flip.image,
         "true": shown[findings.labels[flip.image]],
         "predicted": shown[flip.predicted],
-        "confidence": _tenths(flip.confidence),
+        "confidence": wording.percent(flip.confidence),
         "clean": 2 * number,
         "corrupted": 2 * number + 1,
     }
@@ -326,7 +342,7 @@ def _tenths(fraction: float) -> str:
 
 
 def _height(accuracy: float) -> float:
-    """Where in a drawing of 88 an accuracy stands."""
+    """The y coordinate of an accuracy in a drawing of height 88."""
     return 74 - 68 * accuracy
 
 

@@ -1,4 +1,4 @@
-"""Where does it break? The accuracy on corrupted test images, see corruptions.py."""
+"""Robustness: accuracy on corrupted test images, see corruptions.py."""
 
 from collections import deque
 from collections.abc import Generator
@@ -24,7 +24,7 @@ from cifar.explain.findings import DECIMALS, FLIPS, Flip, Float, Int64, Robustne
 from cifar.ranks import raise_on_all_ranks
 
 PART = 250  # images that a thread corrupts at a time
-AHEAD = 1  # severities that are made while the networks see the one before
+AHEAD = 1  # corrupted sets that are prepared while the networks see the one before
 
 
 class Competitor(NamedTuple):
@@ -52,8 +52,8 @@ def measure(
 ) -> Robustness:
     """Evaluates the explained run's network, and others, on the test images with each corruption.
 
-    `uncorrupted` is the former's evaluation without. A rank corrupts the images that it evaluates itself: all of them
-    are made, and evaluated, once.
+    `uncorrupted` is the explained run's evaluation on clean images. Each rank corrupts only the images that it
+    evaluates, so each is corrupted and evaluated once.
     """
     data, kinds, competitors = explained.data, list(KINDS), [explained, *others]
     count = len(data.test_labels)
@@ -121,7 +121,7 @@ def _evaluate(
 
 
 def _corrupted(accelerator: Accelerator, data: Data, seed: int) -> Generator[tuple[str, int, torch.Tensor], None, None]:
-    """Each kind at each severity: the test images, of which those are corrupted that this rank evaluates."""
+    """For each kind and severity the test images, corrupted only where this rank evaluates them."""
     own = evaluation.share(accelerator, len(data.test_labels))
     parts = [own[begin : begin + PART] for begin in range(0, len(own), PART)]
     threads = ThreadPoolExecutor(max(1, cores.of_job() // cores.local_processes()), "corruption")

@@ -1,13 +1,14 @@
 """A trained network that can be explained: a finished run, or one checkpoint of an unfinished one.
 
-Weights, network, classes and normalisation come from there alone.
+Weights, network, classes and normalisation are read from it alone.
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +28,16 @@ if TYPE_CHECKING:  # a wrong --run is refused before torch has loaded
     from cifar.data.cache import Data
 
 
+# What an explanation writes into its folder, and where it keeps that until all of it is there.
+FILES = re.compile(
+    r"(gallery|cam|confusion|calibration|corruptions)\.png|maps/\d{5,}\.png|misclassified\.csv|report\.html|result\.json"
+)
+STAGING = ".explain-*.tmp"
+
+
 @dataclass(frozen=True)
 class Run:
-    """What was trained, and where it lies. Statistics are per channel on a scale of 0 to 1."""
+    """A trained network and where it is. Statistics are per channel on a scale of 0 to 1."""
 
     path: Path  # as it was named: the run's directory, or a checkpoint
     finished: bool  # False for a checkpoint
@@ -43,6 +51,7 @@ class Run:
     test_accuracy: float | None  # a fraction, as the finished run measured it
     step: int  # optimizer steps taken
     precision: str | None  # that it was trained in; None: the version that wrote it did not say
+    ended: datetime | None = None  # UTC; None: a checkpoint, or the version that wrote it did not say
 
     @property
     def directory(self) -> Path:
@@ -50,20 +59,25 @@ class Run:
         return self.path if self.finished else self.path.absolute().parents[1]
 
     @property
+    def end(self) -> str:
+        """When the run ended, to the minute; '' if that is not known."""
+        return f"{self.ended:%Y-%m-%d %H:%M} UTC" if self.ended else ""
+
+    @property
     def output(self) -> Path:
-        """Where an explanation goes unless it is told otherwise: a checkpoint's own directory holds nothing else."""
+        """The default folder of an explanation; not in a checkpoint's directory, to which nothing is added."""
         return self.directory / ("explain" if self.finished else f"explain-{self.path.name}")
 
     def events(self, output: Path) -> Path:
         """Where the pictures go for TensorBoard: the run's directory, or `output` where that cannot be written.
 
-        TensorBoard follows the newest file of a directory: one more there would hide how an unfinished run goes on.
+        TensorBoard follows the newest file of a directory: another one would hide the progress of an unfinished run.
         """
         return self.directory if self.finished and os.access(self.directory, os.W_OK) else output
 
 
 def open_run(path: Path) -> Run:
-    """Raises UserError where there is no run, it is not finished, or its files are not what was saved."""
+    """Opens a run or a checkpoint. Raises UserError if there is none, the run is not finished, or files are damaged."""
     if any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):  # how Python keeps other bytes
         raise UserError(f"--run {names.one_line(str(path))} has a name that is not UTF-8; rename the folder")
     finished = is_finished(path)
@@ -86,6 +100,7 @@ def open_run(path: Path) -> Run:
             test_accuracy=config["test_accuracy"] if finished else None,
             step=json.loads((path / "result.json").read_bytes())["steps"] if finished else config["progress"]["step"],
             precision=config.get("precision"),
+            ended=datetime.fromisoformat(config["ended"]).astimezone(UTC) if "ended" in config else None,
         )
         with (path / "model.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -101,7 +116,7 @@ def open_run(path: Path) -> Run:
 
 
 def add_flag(parser: Parser) -> None:
-    """Adds --run, for what takes finished runs alone."""
+    """Adds --run, for programs that need a finished run."""
     help_ = "a finished run (runs/resnet)"
     parser.add_argument("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help=help_)
 
@@ -119,19 +134,40 @@ def _nothing_to_explain(path: Path) -> UserError:
         return UserError(f"{path} does not exist; name the directory of a finished run")
     from cifar import checkpoint
 
-    newest, _ = checkpoint.newest(path / "checkpoints")
+    try:
+        newest, _ = checkpoint.newest(path / "checkpoints")
+    except OSError as error:
+        return UserError(f"{path}/checkpoints: {error.strerror}; make it readable")
     if newest is None:
         return UserError(f"{path} holds neither a finished run nor a complete checkpoint; choose another")
     return UserError(f"{path} is not finished; its newest complete checkpoint can be explained: --run {newest}")
 
 
 def check_output(folder: Path) -> None:
-    """Raises UserError where files could not be written into a folder, which need not exist yet, or are a run's."""
+    """Raises UserError for a folder that is not writable, or holds a run or files that would be replaced.
+
+    It need not exist. An explanation that is there is replaced, and what is left of one whose replacement broke off.
+    """
     for name in ("recipe.json", "config.json", "state.json"):  # a run has a result.json, as an explanation has
         if os.path.lexists(folder / name):
             raise UserError(f"output folder {folder} holds a run ({name}); choose another --output")
+    with suppress(OSError):  # it does not exist, or cannot be looked into: see below
+        found = [path.relative_to(folder) for path in (*folder.iterdir(), *folder.glob("maps/*"))]
+        theirs = sorted(str(path) for path in found if FILES.fullmatch(str(path)))
+        if theirs and not any(path.match(STAGING) for path in found) and not _is_explanation(folder / "result.json"):
+            raise UserError(
+                f"output folder {folder} holds files that are not an explanation ({theirs[0]}); choose another --output"
+            )
     if not can_be_written(folder):
         raise UserError(f"output folder {folder} is not writable; choose another --output")
+
+
+def _is_explanation(result: Path) -> bool:
+    try:
+        found = json.loads(result.read_bytes())
+        return isinstance(found, dict) and {"method", "layer"} <= found.keys()
+    except (OSError, ValueError):
+        return False
 
 
 def can_be_written(folder: Path) -> bool:
@@ -171,7 +207,7 @@ def load(run: Run, device: "torch.device") -> "nn.Module":
 
 
 def logits(run: Run, network: "nn.Module", pixels: UInt8) -> "torch.Tensor":
-    """What the run's network says of pictures [n, 32, 32, 3]: float32 [n, C], on the device where it is."""
+    """Logits float32 [n, C] of the run's network for pictures [n, 32, 32, 3], on its device."""
     import torch
 
     from cifar.data.augment import normalize
@@ -183,7 +219,7 @@ def logits(run: Run, network: "nn.Module", pixels: UInt8) -> "torch.Tensor":
 
 
 def images(run: Run, data: str | None) -> "Data":
-    """The images that the run was trained on, or those that `data` (as --data) names, as it would have taken them.
+    """The images that the run was trained on, or those at `data` (as --data), prepared in the same way.
 
     Raises UserError for whatever is wrong with them.
     """
@@ -197,7 +233,7 @@ def as_trained(data: "Data", run: Run) -> "Data":
     if data.classes != run.classes:
         raise UserError(
             f"the images have the classes {', '.join(data.classes)}, but {run.path} was trained on "
-            f"{', '.join(run.classes)}; give its own --data"
+            f"{', '.join(run.classes)}; give the --data that it was trained on"
         )
     return replace(data, mean=run.mean, std=run.std)
 
@@ -222,7 +258,6 @@ def own_accuracy(run: Run, precision: str) -> str:
 def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
     """The lines about the run that stand above a report."""
     recipe = run.recipe
-    trained = datetime.fromtimestamp((run.path / "model.safetensors").stat().st_mtime, UTC)
     epochs = f"{recipe['epochs']} epoch{'s' if recipe['epochs'] > 1 else ''}"
     lengths = f"{epochs}, global batch {recipe['global_batch_size']}, seed {recipe['seed']}"
     own = own_accuracy(run, precision)
@@ -230,7 +265,7 @@ def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, 
         "run": names.one_line(str(run.path)),
         "recipe": ", ".join(filter(None, (recipe_name(run), lengths))),
         "network": run.network,
-        "trained": f"{trained:%Y-%m-%d %H:%M} UTC, {run.step:,} steps",
+        "trained": ", ".join(filter(None, (run.end, f"{run.step:,} steps"))),
         "weights": f"sha256 {run.sha256}",
         "test images": f"{len(data.test_labels):,}"
         + ("" if data.fingerprint == run.data_fingerprint else ", not those of the run"),
@@ -256,6 +291,26 @@ def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     epochs = schedule.epochs_completed(run.step, len(data.train_labels), run.recipe["global_batch_size"])
     kept = {epoch: predictions for epoch, predictions in sorted(found.items()) if epoch <= epochs}
     return (np.array(list(kept)), np.stack(list(kept.values()))) if kept else none
+
+
+def others(run: Run, paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """Those of the paths that are runs other than `run` and each other, and a line about each of the rest.
+
+    Raises UserError for a run that is not finished.
+    """
+    known, kept, lines = [run], [], []
+    for path in paths:
+        other = open_run(path)
+        if not other.finished:
+            raise UserError(f"--compare {path} is a checkpoint; name finished runs")
+        for one in known:
+            if one.sha256 == other.sha256 or one.directory.resolve() == other.directory.resolve():
+                lines.append(f"--compare {path} is the same run as {one.path}; left out")
+                break
+        else:
+            known.append(other)
+            kept.append(path)
+    return kept, lines
 
 
 def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:

@@ -1,9 +1,9 @@
 """The vote map: how much each cell of the last stage added to the margin between two classes.
 
-Only pooling and a linear layer lie between the last stage and the logits. These are therefore a sum over cells, and
-HiResCAM (gradient times activation, Draelos and Carin, arXiv 2011.08891) gives exactly the terms of that sum: with the
-difference of two logits as its objective they add up to the margin, less the difference of the two biases. Grad-CAM
-averages the gradients over the cells first, and its map does not add up to anything.
+Only pooling and a linear layer lie between the last stage and the logits. Each logit is therefore a sum over cells plus
+a bias, and HiResCAM (gradient times activation, Draelos and Carin, arXiv 2011.08891) with the difference of two logits
+as its objective gives exactly the terms: they add up to the margin less the difference of the biases. Grad-CAM averages
+gradients over cells first, so its map does not add up to anything.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def count(network: nn.Module, layer: str, images: torch.Tensor, targets: torch.T
 
 
 def bias(network: nn.Module, layer: str, image: torch.Tensor) -> Float:
-    """The logits [C] when nothing at all is active at `layer`: what the network says before any cell has voted."""
+    """The logits [C] if every activation at `layer` is zero."""
     hook = network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
     try:
         with torch.no_grad():

@@ -36,10 +36,10 @@ def init_from_data(network: "nn.Module", images: "torch.Tensor") -> None:
 
 
 def freeze(network: "nn.Module") -> None:
-    """Freezes the early layers, where the backward pass then ends.
+    """Freezes the early layers, so that the backward pass ends above them.
 
-    Early layers converge first (A. Brock and others, FreezeOut, arXiv 1706.04983). A step of `whitened` then makes 0.81
-    of its multiply-adds.
+    Early layers converge first (A. Brock and others, FreezeOut, arXiv 1706.04983). `whitened` then needs 0.81 of the
+    multiply-adds per step.
     """
     for name in network.early_layers:  # type: ignore[union-attr]
         network.get_submodule(name).requires_grad_(False)

@@ -40,14 +40,14 @@ def conv_block(
 ) -> nn.Sequential:
     """A 3x3 convolution, batch-norm and ReLU; with `pool`, a 2x2 max-pool halves the map.
 
-    The pool stands before the ReLU, where it gives the same numbers and gradients, since neither changes an order, and
-    leaves the ReLU a quarter of the work.
+    Pooling before the ReLU gives the same values and gradients, since both are monotonic, and leaves the ReLU a quarter
+    of the work.
     """
     return nn.Sequential(
         convolution(channels_in, channels_out, kernel_size=3, padding=1),
         nn.BatchNorm2d(channels_out),
         *([nn.MaxPool2d(2)] if pool else []),
-        # In place: one activation less to allocate and to write, and no backward pass needs what it overwrites.
+        # In place: saves one activation, and no backward pass needs the overwritten values.
         nn.ReLU(inplace=True),
     )
 
@@ -75,7 +75,7 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     """Maps images [n, 3, h, w] (normalised; 16 pixels a side or more) to logits [n, classes]."""
 
-    # The places that an explanation may look at, shallow to deep, and their cells along a side.
+    # Layers for class activation maps, shallow to deep, with the cells along a side for 32x32 images, evenly spread.
     explainable_layers: ClassVar = {"prep": 32, "layer1": 16, "layer2": 8, "layer3": 4}
     early_layers: ClassVar = ("prep", "layer1")
 

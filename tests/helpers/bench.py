@@ -1,29 +1,43 @@
 """`python -m cifar.bench` on fewer and smaller: a test looks at what is measured, and not at how fast it is."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar.bench import context
+from cifar.bench import context, limit
 from cifar.bench.context import Bench
+from cifar.bench.interleave import Program
 
 BATCH = 16
+# What begins with words like these, later ones win over.
+SMALL = ("--network", "whitened", "--global-batch-size", str(BATCH))
+AUGMENTED = ("ours", "input", "plain")  # programs whose augmentation is measured; the others need not import it
+TRAINING = ("cifar.bench.probe", "cifar.bench.plain")
 
 
 def shrink() -> None:
-    """Of the images, the batch and the network that the bench measures; the recipe's others stay."""
-    arguments = Bench._arguments
+    """Of the images, the batch, the network and the limits that the bench measures; the recipe's others stay."""
+    start = Program.__init__
 
-    def smaller(bench: Bench, name: str) -> list[Any]:
-        return [*arguments(bench, name), "--network", "whitened", "--global-batch-size", BATCH]
+    def smaller(program: Program, name: str, command: Sequence[str], *others: Any) -> None:
+        words = list(command)
+        for module in TRAINING:
+            if module in words:
+                after = words.index(module) + 1
+                words[after:after] = [*SMALL, *(() if name in AUGMENTED else ("--augment", "device"))]
+        start(program, name, words, *others)
 
     context.IMAGES.update(train=2_500, test=500)
-    Bench._arguments = smaller  # type: ignore[method-assign]
+    limit.SHAPES = limit.SHAPES[:1]
+    Program.__init__ = smaller  # type: ignore[method-assign]
     Bench.batch = BATCH  # type: ignore[method-assign, assignment]
 
 
-SMALL = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from helpers.bench import shrink; shrink(); "
-    "import runpy; runpy.run_module('cifar.bench', run_name='__main__', alter_sys=True)"
-)
-BENCH = (sys.executable, "-c", SMALL)
+def command(module: str) -> list[str]:
+    """`python -m <module>` of the bench, shrunk."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from helpers.bench import shrink; "
+        f"shrink(); import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", script]

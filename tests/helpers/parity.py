@@ -35,7 +35,8 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     )
     model = accelerator.prepare(network)
     totals = loop.accumulate_gradients(accelerator, recipe, loop.OwnWork(accelerator.device), model, *batches[0])
-    (metrics,) = loop.DelayedMetrics(accelerator).add(1, totals)
+    delayed = loop.DelayedMetrics(accelerator)
+    (metrics,) = delayed.add(1, totals) + delayed.read()  # on a GPU they come later
     images = torch.from_numpy(data.test_images)
     evaluated = evaluation.evaluate(accelerator, network, images, data, tta=True)
     assert evaluated is not None

@@ -11,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 
 import train
+from cifar import models
 from cifar.data import sampler
+
+models.__path__.append(str(Path(__file__).parent / "networks"))  # `--network small`
 
 unrecorded = sampler.DistributedBatchSampler.__iter__
 

@@ -20,7 +20,7 @@ class Small(nn.Module):
     """Three convolutions; images float32 [n, 3, 32, 32] in, logits [n, classes] out."""
 
     early_layers: ClassVar = ("stages.0",)
-    explainable_layers: ClassVar = {"stages.0": 16, "stages.1": 8, "stages.2": 4}
+    explainable_layers: ClassVar = {"stages.0": (16, 0.5, 2), "stages.1": (8, 0.5, 4), "stages.2": (4, 0.5, 8)}
 
     def __init__(self, classes: int, dropout: float) -> None:
         super().__init__()
