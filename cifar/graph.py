@@ -218,6 +218,7 @@ def capture(step: Replay) -> Replay:
         with torch.cuda.stream(torch.cuda.current_stream()), _captured(graph, _pool()):
             step()
     except RuntimeError:
+        graph.reset()  # in torch 2.14 all that a failed capture needs
         _clean_up(_pool())
         raise
     return graph.replay
@@ -229,14 +230,14 @@ def _captured(graph: torch.cuda.CUDAGraph, pool: "torch.cuda._POOL_HANDLE | None
 
 
 def _clean_up(pool: "torch.cuda._POOL_HANDLE") -> None:
-    """Ends what a failed capture has left open."""
-    # The allocator would never again free a block that two streams have used: it waits for captures to end, and the
-    # capture's own end has raised before it said so. torch/_inductor/cudagraph_trees.py ends its pools like this.
+    """Ends what older versions of torch leave open after a failed capture."""
+    # The allocator of 2.11 is not told that the capture has ended (github.com/pytorch/pytorch/pull/180395), and would
+    # never again free a block that two streams have used. torch/_inductor/cudagraph_trees.py ends its pools like this.
     device = torch.cuda.current_device()
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
     except RuntimeError:
-        pass  # it has been ended
+        pass  # it was told, and this would be once too often
     else:
         torch._C._cuda_releasePool(device, pool)
     _pool.cache_clear()  # torch refuses a pool that no graph uses any more

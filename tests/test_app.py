@@ -36,7 +36,8 @@ from cifar.explain.layers import Grid
 from cifar.explain.runs import Run
 
 gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed")
-from cifar.app import handlers, server  # noqa: E402
+from cifar.app import handlers, server, views  # noqa: E402
+from cifar.app import space as space_module  # noqa: E402
 from cifar.app.__main__ import main  # noqa: E402
 from cifar.app.gate import Gate  # noqa: E402
 
@@ -240,7 +241,7 @@ def test_maps_can_be_switched_off_and_no_more_classes_are_shown_than_asked_for(
     view, answer = client.predict(picture, 2, False, PREDICTED, "gradcam", ["layer2"], api_name="/classify")
     assert (len(answer["top"]), answer["maps"], answer["votes"]) == (2, [], None)
     assert view.count("<li") == 2
-    assert "Where did it look" not in view
+    assert "What raised the score" not in view
     view, answer = client.predict(picture, 4, True, PREDICTED, "gradcam", [], api_name="/classify")
     assert (len(answer["top"]), answer["maps"], answer["votes"]) == (4, [], None)
 
@@ -554,6 +555,27 @@ def test_what_the_page_does_not_need_is_not_there(path: str, app: App) -> None:
     assert app.post(path, {})[0] == 404
 
 
+def test_the_page_does_not_say_where_the_data_lie(app: App, opened: Run) -> None:
+    status, content, _ = app.http("GET", "/config")
+    data = Path(opened.recipe["data"])
+    assert (status, data.is_absolute()) == (200, True)
+    assert data.name in content.decode()
+    assert str(data.parent) not in content.decode()
+
+
+def test_words_stay_honest(app: App, opened: Run, data: Data) -> None:
+    answering = Engine(opened)
+    text = app.http("GET", "/config")[1].decode().lower()
+    for method in maps.METHODS:
+        given = answering.answer(data.test_images[0], None, method, ["layer2"])
+        view = views.answer(given, answering, 3).lower()
+        assert ("raised the score" in view) == (method not in maps.OF_NO_CLASS)
+        text += view
+    text += space_module.README.lower() + (ROOT / "cifar" / "app" / "README.md").read_text().lower()
+    for word in ("looked", "it look", "looks at", "wrong label", "mislabel", "jet"):
+        assert not re.search(rf"\b{word}\b", text), word
+
+
 def test_uploads_are_limited_before_they_are_read(app: App) -> None:
     status, answer = upload(app, "large.png", bytes((25 << 20) + 1))
     assert status == 413, answer
@@ -686,6 +708,46 @@ for reach in (
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["here", *["this app connects to no other machine"] * 5]
+
+
+def test_the_process_reaches_the_addresses_of_its_own_name() -> None:
+    code = """
+import socket
+real = socket.getaddrinfo
+def named(host, *rest, **more):
+    return [(socket.AF_INET, 1, 6, "", ("192.0.2.1", 0))] if host == "box" else real(host, *rest, **more)
+socket.getaddrinfo = named
+from cifar.app.gate import stay_on_this_machine
+stay_on_this_machine("box")
+for place in ("192.0.2.1", "192.0.2.2"):
+    with socket.socket() as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect_ex((place, 80))
+            print("let out")
+        except PermissionError as error:
+            print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["let out", "this app connects to no other machine"]
+
+
+def test_it_listens_at_an_ipv6_address(run: Path, tmp_path: Path) -> None:
+    port = free_port()
+    try:
+        server.check_port("::1", port)
+    except UserError:
+        pytest.skip("this machine has no IPv6")
+    app = App(command("--run", run, "--host", "::1", "--port", port), port, tmp_path / "tmp", cwd=ROOT)
+    assert app.first_line == f"open http://[::1]:{port}/ (Ctrl-C ends it)\n"
+    connection = http.client.HTTPConnection("::1", port, timeout=60)
+    connection.request("GET", "/config")
+    assert connection.getresponse().status == 200
+    connection.close()
+    app.end()
+    assert app.process.returncode == 0
 
 
 def test_it_listens_where_the_environment_says_and_when_asked_to_end_leaves_nothing(
@@ -1085,11 +1147,11 @@ def test_every_control_changes_the_answer(visit: Callable[..., Visit]) -> None:
     ]
     page.get_by_label("Map for class").first.click()
     page.get_by_role("option", name="square").click()
-    page.get_by_text("Where did it look, for square?").wait_for()
+    page.get_by_text("What raised the score of square?").wait_for()
     page.get_by_label("Method").first.click()
     page.get_by_role("option", name="eigencam").click()
     page.get_by_text("the same map for every class").wait_for()
-    page.get_by_label("Show where it looked").uncheck()
+    page.get_by_label("Show maps").uncheck()
     page.wait_for_function("document.querySelectorAll('.heatmaps').length == 0")
     assert page.locator(".seen .bars li").count() == 2
 

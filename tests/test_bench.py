@@ -15,8 +15,9 @@ from conftest import ROOT
 from helpers.bench import BATCH, SMALL, command, shrink
 from torch.nn import functional as F
 
-from cifar.bench import context, interleave, limit, scaling, scaling_model, shaped
-from cifar.bench.context import Bench
+from cifar import models
+from cifar.bench import context, counts, interleave, limit, scaling, scaling_model, shaped
+from cifar.bench.context import Bench, products
 from cifar.bench.interleave import Program
 from cifar.bench.plain import TRANSFORMS, Images, Plain
 from cifar.data.augment import normalize
@@ -41,16 +42,19 @@ def bench(tmp_path: Path) -> Measure:
     return run
 
 
-def test_programs_take_turns_and_the_first_one_is_not_counted(tmp_path: Path) -> None:
+def test_programs_take_turns_and_the_first_two_are_not_counted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = (
         "import sys\n"
         "from pathlib import Path\n"
         "from cifar.bench import interleave\n"
+        "cold = 100\n"  # times as slow
         "def work(amount):\n"
+        "    global cold\n"
         "    with Path(sys.argv[1]).open('a') as file: file.write(f'{sys.argv[2]} {amount}\\n')\n"
         "    print('a line of its own')\n"
-        "    return {'amount': amount, 'seconds': 0.5 * amount / int(sys.argv[3])}\n"
+        "    seconds, cold = cold * 0.5 * amount / int(sys.argv[3]), 1\n"
+        "    return {'amount': amount, 'seconds': seconds}\n"
         "interleave.serve({'work': work})\n"
     )
     with (
@@ -59,11 +63,27 @@ def test_programs_take_turns_and_the_first_one_is_not_counted(tmp_path: Path) ->
     ):
         contestants = {"a": (a, {"do": "work"}), "b": (b, {"do": "work"})}
         answers = interleave.alternate(contestants, repeats=3, seconds=2.0, least=4)
-    # In the first turn a takes 0.5 s for 4, so that 16 fit into 2 s; b takes 2 s.
-    assert log.read_text().splitlines() == ["a 4", "b 4", *["a 16", "b 4"] * 3]
+    # The first turn only warms up. In the second one a takes 0.5 s for 4, so that 16 fit into 2 s; b takes 2 s.
+    assert log.read_text().splitlines() == ["a 4", "a 4", "b 4", "b 4", *["a 16", "b 4"] * 3]
     rates, slower = interleave.rates(answers["a"]), interleave.rates(answers["b"], each=10)
     assert (rates, slower) == ([8, 8, 8], [20, 20, 20])
     assert interleave.quotients(slower, rates) == [2.5, 2.5, 2.5]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_steps_limit_is_that_of_what_a_step_computes(name: str, tmp_path: Path) -> None:
+    from cifar.bench import probe
+
+    probe.IMPORTS.end()  # which measures from here on
+    observer = probe.Observer()
+    observer.network = network = models.build(RECIPES[name]().network, classes=10, dropout=0)
+    bench = Bench(name, 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0}, limits={products("float32"): 1e12})
+    facts = observer.facts()
+    assert network.training
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    computed = counts.multiply_adds(lambda: F.cross_entropy(network(images), labels).backward())
+    assert bench.steps_limit(facts)[1] == pytest.approx(1e12 / (computed / 2), rel=1e-9)
+    assert bench.forward_limit(facts)[1] == pytest.approx(1e12 / counts.forward_multiply_adds(network), rel=1e-9)
 
 
 def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
@@ -83,7 +103,7 @@ def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, *SMALL, "--augment", "device")
     with bench.launch("ours", *arguments, "--checkpoint-every", 1) as program:
-        trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH
+        trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH images
         restored = program.turn("restore", amount=1)
         saved = sorted((run / "checkpoints").iterdir())
     assert saved[-1].name == "step-0000006"

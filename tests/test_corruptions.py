@@ -113,6 +113,14 @@ def test_what_some_kinds_do_is_what_they_say() -> None:
     assert brighter.max(axis=3) == pytest.approx(np.minimum(picture.max(axis=3) + 25.5, 255), abs=0.51)
     paler = corrupt("contrast", 5, picture, indices[:1], 0)
     assert paler.std() < 0.2 * picture.std() + 5
+    # The published program's numbers of copies, one of which is the picture itself: from a point its light is the rest.
+    point = np.zeros((1, 33, 33, 3), np.uint8)
+    point[0, 16, 16] = 255
+    for severity, copies in enumerate((7, 12, 16, 21, 26), start=1):
+        farthest = KINDS["zoom_blur"].levels[severity - 1]
+        assert len(np.arange(1, farthest, 0.01)) == copies
+        neighbours = corrupt("zoom_blur", severity, point, indices[:1], 0)[0, 16, 17, 0] / 255
+        assert neighbours == pytest.approx(sum(1 - 1 / (1 + k / 100) for k in range(copies)) / (copies + 1), abs=0.004)
     flat = np.full((1, 32, 32, 3), 90, np.uint8)
     for kind in ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "contrast", "elastic_transform", "pixelate"):
         np.testing.assert_array_equal(corrupt(kind, 5, flat, indices[:1], 0), flat)  # nothing gets lighter or darker

@@ -1,5 +1,7 @@
 """explain.py as a user starts it: what it writes, that its numbers agree with each other, what it refuses."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -78,6 +80,12 @@ def test_the_files_of_the_contract_are_there(explained: Path) -> None:
             assert image.info["dpi"] == pytest.approx((100, 100), abs=0.1)
 
 
+def test_an_explanation_writes_the_files_that_it_may_replace(explained: Path) -> None:
+    names = {str(path.relative_to(explained)) for path in explained.rglob("*") if path.is_file()}
+    assert {name for name in names if not runs.FILES.fullmatch(name)} == {"output.txt"}
+    runs.check_output(explained)
+
+
 def test_the_accuracy_is_the_runs_own_and_every_count_agrees(run: Path, explained: Path) -> None:
     result, own = (json.loads((folder / "result.json").read_text()) for folder in (explained, run))
     lines = lines_of(explained)
@@ -139,6 +147,19 @@ def test_tensorboard_gets_the_pictures(run: Path, explained: Path) -> None:
         assert [image.step for image in events.Images(f"explain/{name}")] == [12]
 
 
+def test_pictures_for_tensorboard_replace_those_of_the_explanation_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = tmp_path / "events.out.tfevents.1.host.1.0"
+    training.write_bytes(b"")
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        output.write_events(tmp_path, {"gallery": np.zeros((8, 8, 3), np.uint8)}, 7)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in events.Images("explain/gallery")] == [7]
+    assert training.exists()
+
+
 def test_the_checks_come_with_n_and_spread(explained: Path) -> None:
     checks = json.loads((explained / "result.json").read_text())["checks"]
     figures = {name for name in checks if not name.endswith(("_sd", "_images"))}
@@ -192,7 +213,8 @@ def test_a_checkpoint_is_explained_like_the_run_that_it_became(run: Path, explai
     assert refused.stderr.endswith(f"newest complete checkpoint can be explained: --run {newest}\n")
     assert not (unfinished / "explain").exists()
 
-    done = explain("--run", newest, "--method", "hirescam", "--layer", "stage1", "--opacity", 1, "--order", "uncertain")
+    done = explain("--run", newest, "--method", "hirescam", "--layer", "stage1", "--opacity", 1, "--order", "uncertain",
+                   "--neighbours", "--compare", run)  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = unfinished / f"explain-{newest.name}"
     assert (folder / "misclassified.csv").read_bytes() == (explained / "misclassified.csv").read_bytes()
@@ -451,8 +473,28 @@ def test_one_that_is_killed_leaves_no_mixture_and_the_next_clears_up(moment: str
     assert found == ({b"old"} if moment == "writing" else {b"new"})
     assert (folder / "result.json").exists() == (moment == "writing")
     assert list(folder.glob(".explain-*.tmp"))
+    runs.check_output(folder)  # the same command may clear up
     output.publish(folder, old)
     assert names_in(folder) == {"gallery.png", "maps", "maps/00001.png", "result.json"}
+
+
+def test_one_that_cannot_rename_its_files_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [("gallery.png", b"new"), ("maps/00001.png", b"new"), ("result.json", b'{"method": "", "layer": ""}')]
+
+    def failing(path: Path, target: Path) -> None:
+        if path.name == "result.json":
+            raise OSError(5, "Input/output error", str(target))
+        path.replace(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            output.publish(tmp_path, files)
+    assert (tmp_path / "gallery.png").exists()
+    runs.check_output(tmp_path)
+    output.publish(tmp_path, files)
+    assert names_in(tmp_path) == {"gallery.png", "maps", "maps/00001.png", "result.json"}
+    runs.check_output(tmp_path)
 
 
 def test_maps_of_images_beyond_the_first_hundred_thousand_are_replaced_too(tmp_path: Path) -> None:
@@ -474,6 +516,28 @@ def test_an_explanation_does_not_replace_a_run(run: Path, tmp_path: Path) -> Non
         assert done.returncode == 2
         assert f"output folder {folder} holds a run (" in done.stderr
         assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["result.json", "confusion.png", "corruptions.png", "report.html", "maps/00042.png"])
+def test_an_explanation_does_not_replace_files_of_the_users_own(name: str, tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "mine.png").write_bytes(b"mine")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    runs.check_output(tmp_path)
+    (tmp_path / name).write_bytes(b'{"accuracy": 0.5}')
+    words = f"output folder {tmp_path} holds files that are not an explanation ({name}); choose another --output"
+    with pytest.raises(UserError) as refusal:
+        runs.check_output(tmp_path)
+    assert str(refusal.value) == words
+
+
+def test_a_folder_of_the_users_own_is_one_line_and_stays_as_it_is(run: Path, tmp_path: Path) -> None:
+    for name in ("result.json", "confusion.png"):
+        (tmp_path / name).write_bytes(b"{}")
+    done = explain("--run", run, "--output", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "holds files that are not an explanation (confusion.png); choose another --output" in done.stderr
+    assert everything(tmp_path) == {"result.json": b"{}", "confusion.png": b"{}"}
 
 
 @pytest.mark.slow
@@ -622,6 +686,28 @@ def test_only_runs_on_the_same_images_are_compared(run: Path, shapes: Path) -> N
         runs.wrong_in([run], open_data(str(shapes)))
 
 
+def test_a_run_is_compared_with_other_runs_alone(run: Path, explained: Path, tmp_path: Path) -> None:
+    link, copy, other = (tmp_path / name for name in ("link", "copy", "other"))
+    link.symlink_to(run)
+    for folder in (copy, other):
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "explain"))
+    weights = (run / "model.safetensors").read_bytes() + b" "
+    (other / "model.safetensors").write_bytes(weights)
+    config = json.loads((run / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "sha256": hashlib.sha256(weights).hexdigest()}))
+    kept, lines = runs.others(runs.open_run(run), [run, other, link, copy, other])
+    assert kept == [other]
+    same = ((run, run), (link, run), (copy, run), (other, other))
+    assert lines == [f"--compare {path} is the same run as {one}; left out" for path, one in same]
+    assert f"--compare {run} is the same run as {run}; left out\n" in (explained / "output.txt").read_text()
+
+    newest, older = checkpoint.found(run / "checkpoints")[:2]
+    assert newest != older
+    assert runs.others(runs.open_run(older), [run])[0] == []
+    with pytest.raises(UserError, match=r"--compare .* is a checkpoint; name finished runs"):
+        runs.others(runs.open_run(run), [older])
+
+
 # ---- selection
 
 
@@ -723,6 +809,23 @@ def test_neighbours_are_nearest_first_and_copies_are_found(tmp_path: Path) -> No
     assert found.nearest_labels[0, 0] == labels[5]
     assert found.near_duplicates.tolist() == [0, 1]
     assert found.accuracy_without_duplicates == 0.5
+
+
+def test_other_handwritings_are_no_near_duplicates_and_copies_are() -> None:
+    data = open_data("digits")
+    assert neighbours.near_duplicates(data, torch.device("cpu")).tolist() == []
+
+    def stored(pixels: np.ndarray) -> np.ndarray:
+        content = io.BytesIO()
+        brighter = np.clip(1.1 * pixels.astype(float), 0, 255).astype(np.uint8)
+        Image.fromarray(brighter).save(content, "JPEG", quality=75)
+        return np.asarray(Image.open(content))
+
+    copies = np.stack([stored(pixels) for pixels in data.train_images[::50]])
+    several = replace(data, test_images=copies, train_images=np.concatenate([data.train_images, *[copies] * 3]))
+    for other in (replace(data, test_images=copies), several):
+        found = neighbours.near_duplicates(other, torch.device("cpu"))
+        assert found.tolist() == list(range(len(copies)))
 
 
 def test_a_compared_run_is_wrong_where_its_predictions_were(run: Path) -> None:

@@ -1,6 +1,9 @@
 """`python -m cifar.export`: one file whose answers are the network's, or none."""
 
+import errno
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +121,34 @@ def test_what_cannot_be_meant_is_refused_in_one_line(name: str, words: str, tmp_
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"cifar.export: error: --output {tmp_path / name} {words}\n"
     assert (tmp_path / "there.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize("streams", ["> /dev/full", ">&-", "2>&-", "> /dev/full 2> /dev/full"])
+def test_output_that_cannot_be_written_does_not_matter_once_the_file_is_there(streams: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from cifar import export; export.start = lambda asked: print(asked.output, flush=True); "
+        f"sys.argv = ['x', '--output', {str(tmp_path / 'x.pt2')!r}]; export.main()"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"exec {shlex.join([sys.executable, '-c', code])} {streams}"], cwd=ROOT, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_hard_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+
+    monkeypatch.setattr(os, "link", no_link)
+    with export._under_another_name(tmp_path / "x.onnx") as temporary:
+        temporary.write_bytes(b"ours")
+    with (
+        pytest.raises(export.UserError, match=r"x.onnx cannot be written \(File exists\)"),
+        export._under_another_name(tmp_path / "x.onnx") as temporary,
+    ):
+        temporary.write_bytes(b"another")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.onnx", b"ours")]
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:

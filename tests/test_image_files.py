@@ -1,5 +1,6 @@
 """Images in folders, zips and tar archives: whatever names, files and programs that pack them can come up with."""
 
+import errno
 import io
 import os
 import shutil
@@ -10,15 +11,18 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, PngImagePlugin
 
 from cifar.data import decoding, image_files, official, pictures
@@ -243,6 +247,19 @@ def test_accents_that_are_taken_apart_make_no_other_class(tmp_path: Path) -> Non
     assert open_data(str(as_zip(tmp_path / "x.zip", content))).classes == ["b", "é"]
 
 
+def test_how_accents_are_stored_changes_neither_order_nor_fingerprint(tmp_path: Path) -> None:
+    content = {name.replace("/a/", "/é/").replace("/b/", "/f/"): file for name, file in PLAIN.items()}
+    composed, apart = (
+        open_data(
+            str(as_folder(tmp_path / form, {unicodedata.normalize(form, name): content[name] for name in content}))
+        )
+        for form in ("NFC", "NFD")
+    )
+    assert composed.files("train") == ["train/f/0.png", "train/é/0.png"]
+    assert [unicodedata.normalize("NFC", name) for name in apart.files("train")] == composed.files("train")
+    assert apart.fingerprint == composed.fingerprint
+
+
 def test_classes_that_differ_in_case_are_named(tmp_path: Path) -> None:
     content = {name.replace("train/a", "train/A"): file for name, file in PLAIN.items()}
     line = refused(as_zip(tmp_path / "x.zip", content))
@@ -318,6 +335,63 @@ def test_a_link_round_in_a_circle_is_named(tmp_path: Path) -> None:
     for name in ("x", "y"):  # two of them, followed blindly, would be walked through for years
         (root / "train" / "a" / name).symlink_to(root)
     assert "is a symbolic link to one of its parent folders; remove it" in refused(root)
+
+
+AS_NOBODY = """
+import os, sys
+from cifar.data.cache import open_data
+from cifar.errors import UserError
+os.environ["XDG_CACHE_HOME"] = ".cache/root"
+open_data(".")  # imports all: Python may lie where only root may read
+os.environ["XDG_CACHE_HOME"] = ".cache/nobody"
+os.setuid(65534)
+try:
+    print(open_data(".").files("train"))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "named"),
+    [("lost+found", ""), ("backup/train/a", ""), ("train/a", "train/a/"), ("train/a/more", "train/a/more/"),
+     ("train", "train/"), ("test", "test/")],
+)  # fmt: skip
+def test_a_folder_that_may_not_be_read_matters_within_the_splits_alone(closed: str, named: str, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    root = as_folder(tmp_path, PLAIN | {name.replace("test", "val"): PLAIN[name] for name in PLAIN if "test" in name})
+    for folder in (closed, ".cache/root", ".cache/nobody"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / ".cache/nobody").chmod(0o777)
+    (root / closed).chmod(0o700)
+    root.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY], cwd=root, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if named:
+        why = "cannot be read (Permission denied); change its permissions, or remove it"
+        assert (done.returncode, done.stderr) == (1, f".: {named} {why}\n")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        said, files = done.stdout.splitlines()[-2:]
+        assert f"outside train/ and test/ ({closed}/, val/a/0.png, val/b/0.png)" in said
+        assert files == "['train/a/0.png', 'train/b/0.png']"
+
+
+def test_a_folder_that_cannot_be_read_is_named_where_no_images_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, opened = as_folder(tmp_path / "data", {f"photos/{name}": PLAIN[name] for name in PLAIN}), os.open
+
+    def closed(path: str, flags: int, *rest: int) -> int:
+        if path == f"{root}/photos":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", closed)
+    assert "has no images under train/; photos/ cannot be read (Permission denied); change its" in refused(root)
 
 
 def test_links_to_images_and_folders_are_followed(tmp_path: Path) -> None:
@@ -480,6 +554,27 @@ def test_a_tar_of_images_is_the_same_data_as_their_folder(mode: str, tmp_path: P
     assert tar.files("test") == folder.files("test")
 
 
+def test_a_tar_whose_last_file_is_a_zip_is_that_tar(tmp_path: Path) -> None:
+    others = as_zip(tmp_path / "others.zip", {name: png(99) for name in PLAIN}).read_bytes()
+    tar = as_tar(tmp_path / "x.tar", {**PLAIN, "others.zip": others}, "w")
+    assert zipfile.is_zipfile(tar)
+    assert open_data(str(tar)).fingerprint == open_data(str(as_folder(tmp_path / "data", PLAIN))).fingerprint
+
+
+def test_photographs_in_a_tar_are_refused_without_filling_the_memory(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8)
+    photograph = encoded(Image.fromarray(noise), "JPEG")
+    assert len(photograph) > image_files.HELD
+    content = {f"{name[:-5]}{number:03}.jpg": photograph for name in PLAIN for number in range(50)}
+    path = as_tar(tmp_path / "x.tar", {**PLAIN, **content, "notes/manual.pdf": photograph}, "w")
+    tracemalloc.start()
+    line = refused(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "train/a/000.jpg cannot be used: it has 400x400 pixels; give opaque 8-bit RGB or grey images" in line
+    assert peak < 20 * len(photograph) < path.stat().st_size / 9
+
+
 def truncated(content: bytearray) -> None:
     half = len(content) // 2
     del content[half // 512 * 512 or half :]  # between two headers, where a plain tar looks whole
@@ -603,9 +698,9 @@ def animation(format_: str) -> bytes:
     return encoded(frames[0], format_, save_all=True, append_images=frames[1:])
 
 
-def with_16_bits(format_: str) -> bytes:
+def with_16_bits(format_: str, *options: int) -> bytes:
     """RGB, of which Pillow would take the upper 8 bits without a word."""
-    done, content = cv2.imencode(format_, np.zeros((32, 32, 3), np.uint16))
+    done, content = cv2.imencode(format_, np.zeros((32, 32, 3), np.uint16), options)
     assert done
     return content.tobytes()
 
@@ -626,6 +721,10 @@ def comment_of_two_gigabytes() -> bytes:
         ),
         *((lambda format_=format_: with_16_bits(format_), "has 16 bits a channel") for format_ in (".png", ".tiff")),
         (lambda: encoded(Image.fromarray(np.zeros((32, 32), np.uint16)), "TIFF"), "has 16 bits a channel"),
+        *(
+            (lambda bits=bits: with_16_bits(".avif", cv2.IMWRITE_AVIF_DEPTH, bits), f"has {bits} bits a channel")
+            for bits in (10, 12)
+        ),
         (lambda: encoded(Image.fromarray(np.zeros((32, 32), np.float32)), "TIFF"), "has 32 bits a pixel"),
         (lambda: encoded(Image.new("RGBA", (32, 32), (9, 9, 9, 254)), "TIFF"), "is partly transparent"),
         (lambda: encoded(Image.new("RGBA", (32, 32), (9, 9, 9, 254)), "WEBP", lossless=True), "is partly transparent"),
@@ -638,6 +737,21 @@ def comment_of_two_gigabytes() -> bytes:
 def test_images_that_are_more_than_an_image_are_refused(content: Callable[[], bytes], wrong: str) -> None:
     with pytest.raises(UserError, match=wrong):
         image_files.decode_image(content(), "x")
+
+
+@pytest.mark.parametrize("end", ["zeros", "a changed byte", "missing checksum"])
+def test_a_png_whose_pixels_are_damaged_is_refused(end: str) -> None:
+    content = bytearray(encoded(Image.fromarray(ORIENTED), compress_level=0))
+    if end == "zeros":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    elif end == "a changed byte":
+        content[-20] ^= 1
+    else:
+        del content[-14:]
+    with pytest.raises(UserError, match=r"x is damaged \(wrong checksum of its pixels\); repair or remove it"):
+        image_files.decode_image(bytes(content), "x")
+    with pytest.raises(UserError, match=r"the picture is damaged \(wrong checksum of its pixels\); save it again"):
+        pictures.read(bytes(content))
 
 
 # ---- being asked to stop
@@ -697,7 +811,7 @@ def test_a_stop_request_is_heard_while_a_download_waits(silent: bool, tmp_path: 
 
         def answer() -> None:
             connection, _ = server.accept()
-            with connection:
+            with connection, suppress(ConnectionError):  # the other side has ended
                 connection.recv(1 << 16)
                 if not silent:
                     connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n")

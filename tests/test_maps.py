@@ -268,6 +268,24 @@ def test_cells_that_a_mirror_does_not_bring_onto_others_are_not_compared() -> No
     assert Grid(4, 4, 8).mirrored().tolist() == [3, 2, 1, 0]
 
 
+@pytest.mark.parametrize("layer", ["layer1", "layer2", "layer3"])
+def test_a_map_of_no_class_is_high_where_the_layer_is_active(
+    layer: str, resnet: nn.Module, images: torch.Tensor
+) -> None:
+    found, _ = maps.compute(resnet, layer, "eigencam", images, of_class(0, len(images)))
+    norms = np.linalg.norm(activations_of(resnet, layer, images).detach().numpy(), axis=1)
+    assert checks._correlations(found[:, 0], norms).min() > 0
+    noise = 1e-3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    again, _ = maps.compute(resnet, layer, "eigencam", images + noise, of_class(0, len(images)))
+    assert checks._correlations(found[:, 0], again[:, 0]).min() > 0
+
+
+def test_methods_of_no_class_are_those_whose_maps_do_not_depend_on_it(resnet: nn.Module, images: torch.Tensor) -> None:
+    objectives = maps.scores(torch.tensor([[0, 1]] * len(images)), CLASSES)
+    found = {name: maps.compute(resnet, "layer2", name, images, objectives)[0] for name in METHODS}
+    assert tuple(name for name, both in found.items() if (both[:, 0] == both[:, 1]).all()) == maps.OF_NO_CLASS
+
+
 def test_a_map_keeps_its_own_cells_and_zero_is_neutral() -> None:
     values = np.zeros((8, 8), np.float32)
     values[2, 5] = 1

@@ -110,6 +110,21 @@ def test_a_grey_may_be_what_is_transparent(bits: int, value: int) -> None:
         decode_image(grey_png(bits, value), "a.png")
 
 
+@pytest.mark.parametrize(
+    ("colour", "transparent", "expected"),
+    [(0x1234, 0x1234, 255), (0x1234, 0x1233, 0x12), (0x1200, 0x0012, 0x12), (0x1200, 0x1200, 255)],
+)
+def test_a_colour_of_16_bits_may_be_what_is_transparent(colour: int, transparent: int, expected: int) -> None:
+    """All 16 of them count, not the lower 8, as Pillow has it."""
+    rows = (b"\0" + struct.pack(">H", colour) * 96) * 32
+    content = (
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0))
+        + _chunk(b"tRNS", struct.pack(">HHH", *[transparent] * 3)) + _chunk(b"IDAT", zlib.compress(rows))
+        + _chunk(b"IEND", b"")
+    )  # fmt: skip
+    assert (pictures.read(content) == expected).all()
+
+
 @pytest.mark.parametrize(("bits", "white_is_zero"), [(8, False), (8, True), (12, False), (16, False), (16, True)])
 def test_a_grey_tiff_is_as_light_as_it_says(bits: int, white_is_zero: bool) -> None:
     white = bytes(128 * bits) if white_is_zero else b"\xff" * (128 * bits)

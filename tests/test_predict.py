@@ -7,7 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +20,11 @@ from conftest import ROOT, Train
 from helpers.explained import assert_predicted_alike, explain
 from PIL import Image
 
-from cifar import predict
+from cifar import cores, predict
+from cifar.app import content
 from cifar.app.engine import Engine
 from cifar.data import pictures
+from cifar.data.cache import open_data
 from cifar.explain import runs
 
 
@@ -150,6 +156,147 @@ def test_a_zip_or_folder_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
     first, second = err.splitlines()
     assert first.startswith(f"cifar.predict: {tmp_path}/b.zip: entry '../out.png' leaves the archive")
     assert second.startswith(f"cifar.predict: {tmp_path}/c/back is a symbolic link to one of its parent folders")
+
+
+def test_a_line_of_stdin_is_taken_as_an_argument_is(
+    run: Path, shapes: Path, shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole, odd = next((shapes / "test").rglob("*.png")), tmp_path / "odd.png\r"
+    shutil.copy(whole, odd)
+    paths = (shapes / "test", shapes_zip, whole, odd)
+    named = predicted(run, *paths, capsys=capsys, monkeypatch=monkeypatch)
+    assert named[0] == 0
+    given = "".join(f"{path}\n" for path in paths)
+    assert predicted(run, "-", stdin=given, capsys=capsys, monkeypatch=monkeypatch) == named
+    from_windows = "".join(f"{path}\r\n" for path in (*paths, ""))
+    assert predicted(run, "-", stdin=from_windows, capsys=capsys, monkeypatch=monkeypatch) == named
+
+
+def test_what_is_no_file_is_named_and_never_waited_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    line = f"{tmp_path}/pipe.png: it is a pipe, socket or device, not a file; name another"
+    assert predicted(run, tmp_path / "pipe.png", capsys=capsys, monkeypatch=monkeypatch) == (
+        1, "", f"cifar.predict: {line}\n",
+    )  # fmt: skip
+
+
+def test_a_tar_is_no_picture_even_if_it_ends_in_a_zip(
+    run: Path, shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(shapes_zip, "shapes.zip")
+    status, out, err = predicted(run, tmp_path / "x.tar", capsys=capsys, monkeypatch=monkeypatch)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"cifar.predict: {tmp_path}/x.tar: the file is not a picture that can be read")
+
+
+def test_a_folder_that_may_not_be_read_is_a_line_and_the_rest_goes_on(shapes: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    shutil.copytree(shapes / "test", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "lost+found").mkdir(mode=0o700)
+    tmp_path.chmod(0o755)
+    code = (
+        "import os; from PIL import Image; from cifar import predict; Image.init(); os.setuid(65534)\n"
+        "for item in predict.items(['.'], [], print):\n"
+        "    try: item.read()\n"
+        "    except predict.UserError as error: print(f'{item.name}: {error}')\n"
+        "    else: print('read')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines.count("read") == len(lines) - 1 == 22
+    assert "./lost+found/: cannot be read (Permission denied); change its permissions, or remove it" in lines
+
+
+def answers(run: Path, wanted: Iterator[predict.Item]) -> AbstractContextManager[Iterator[predict.Prediction]]:
+    return closing(predict.predictions(runs.open_run(run), wanted, 1, pytest.fail))
+
+
+def test_pictures_that_nobody_waits_for_are_not_read(run: Path) -> None:
+    read = []
+
+    def slowly() -> pictures.UInt8:
+        time.sleep(0.05)
+        read.append(None)
+        return np.zeros((32, 32, 3), np.uint8)
+
+    with answers(run, iter([predict.Item("x", slowly)] * 1000)) as found:
+        for _ in range(300):
+            next(found)
+        asked = len(read)
+    assert len(read) - asked <= cores.of_job()
+
+
+def test_a_list_that_is_still_being_made_gets_answers(run: Path) -> None:
+    given = []
+
+    def live() -> Iterator[predict.Item]:
+        for number in range(1000):
+            given.append(number)
+            yield predict.Item(f"{number}", lambda: np.zeros((32, 32, 3), np.uint8))
+
+    with answers(run, live()) as found:
+        assert next(found).name == "0"
+    assert len(given) < 10
+
+
+def in_shell(run: Path, arguments: str) -> tuple[int, str, str]:
+    command = f"exec {sys.executable} -m cifar.predict --run {run} {arguments}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    err = [line for line in done.stderr.splitlines() if not line.startswith("classifying: ")]
+    return done.returncode, done.stdout, "".join(err)
+
+
+FULL = "cifar.predict: error: stdout cannot be written (No space left on device); make room, or write it to another"
+CLOSED = "cifar.predict: error: - takes paths from stdin, which is closed; name the paths, or write them to stdin"
+
+
+@pytest.mark.parametrize(
+    ("streams", "expected"),
+    [
+        ("{picture} > /dev/full", (2, "", FULL)),
+        ("{picture} > /dev/full 2> /dev/full", (2, "", "")),
+        ("--format csv nothing.png > /dev/full", (2, "", "cifar.predict: error: nothing.png does not exist; name a ")),
+        ("- <&-", (2, "", CLOSED)),
+        ("{picture} >&-", (0, "", "")),
+        ("nothing.png 2>&-", (2, "", "")),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_one_line(
+    streams: str, expected: tuple[int, str, str], run: Path, shapes: Path
+) -> None:
+    status, out, err = in_shell(run, streams.format(picture=next(shapes.rglob("*.png"))))
+    assert (status, out) == expected[:2]
+    assert err.startswith(expected[2])
+    assert err or not expected[2]
+    assert "Traceback" not in err
+
+
+def test_a_run_ended_when_it_says_whatever_happens_to_its_files(run: Path, shapes: Path, tmp_path: Path) -> None:
+    data = open_data(str(shapes))
+
+    def told(path: Path) -> tuple[str, str | None]:
+        opened = runs.open_run(path)
+        return runs.facts(opened, data, 1, "no")["trained"], content.of_run(opened, str(shapes)).facts.get("finished")
+
+    ended = runs.open_run(run).ended
+    assert ended is not None
+    assert abs(ended.timestamp() - (run / "result.json").stat().st_mtime) < 60
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    os.utime(copy / "model.safetensors", (0, 0))
+    assert told(copy) == told(run) == (f"{ended:%Y-%m-%d %H:%M} UTC, 8 steps", f"{ended:%Y-%m-%d %H:%M} UTC")
+    config = json.loads((copy / "config.json").read_text())
+    del config["ended"]  # as an earlier version wrote it
+    (copy / "config.json").write_text(json.dumps(config))
+    assert told(copy) == ("8 steps", None)
 
 
 def test_names_on_stdin_may_be_in_any_encoding(run: Path, shapes: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from helpers.contrast import LEAST_CONTRAST
 from PIL import Image
 
 from cifar import names
-from cifar.explain import label_quality, report
+from cifar.explain import label_quality, report, wording
 from cifar.explain.corruptions import KINDS
 from cifar.explain.findings import ExplainedImages, Findings, Flip, Neighbours, Robustness
 from cifar.explain.layers import Grid
@@ -266,6 +266,27 @@ def test_figures_of_the_maps_stand_with_their_spread_above_their_baseline() -> N
         ("flip rate shuffled", "not defined", ""),
         ("deletion area", "0.500 \u00b1 0.250", ""),
     ]
+
+
+def test_numbers_and_words_agree() -> None:
+    assert "<title>1 mistake of 61 test images</title>" in report.render(findings(1))
+    assert "<title>2 mistakes of 62 test images</title>" in report.render(findings(2))
+    assert "2 test images have a near-duplicate among the training images (their pixels" in report.render(findings(2))
+    assert "1 test image has a near-duplicate among the training images (their pixels" in report.render(findings(1))
+
+
+def test_what_is_short_of_certain_never_looks_certain() -> None:
+    shares = (1.0, 0.9997, 0.9994, 0.5, 0.0)
+    assert [wording.percent(share) for share in shares] == ["100.0 %", "> 99.9 %", "99.9 %", "50.0 %", "0.0 %"]
+    assert wording.percent(0.99999, 2) == "> 99.99 %"
+
+
+def test_the_curves_of_16_runs_can_be_told_apart() -> None:
+    page = report.render(corrupted(findings(3), runs=16))
+    legend = re.findall(r'<line class="curve ([^"]*)"', page)
+    assert len(set(legend)) == len(legend) == 16
+    assert re.findall(r'<polyline class="curve ([^"]*)"', page) == legend * len(KINDS)
+    assert all(f".{name} {{" in page for look in legend for name in look.split() if name != "stroke-0")
 
 
 def test_words_stay_honest() -> None:
@@ -581,6 +602,44 @@ def test_an_open_mistake_shows_what_was_found(opened: Open) -> None:
         assert page.locator("#nearest figure").count() == 4
         assert ("near-duplicate among" in page.locator("#nearest-line").inner_text()) == (row == 0)
         assert ("There is no right answer" in text) == (found.companion_of[row] < 0)
+
+
+def test_a_method_of_no_class_says_nothing_of_classes(opened: Open) -> None:
+    found = replace(findings(6), method="eigencam")
+    page = opened(found, f"#open={found.mistakes.indices[np.flatnonzero(found.companion_of >= 0)[0]]}").page
+    text = page.locator("#maps").inner_text()
+    assert "Raised the score" not in page.locator("#view").inner_text()
+    assert "Where the layer was most active. Raw maximum " in text
+    assert "does not depend on the class" in text
+    for canvas in ("map-true", "map-difference", "companion-other"):
+        assert page.locator(f"#{canvas}").is_hidden()
+    assert page.locator("#map-predicted").is_visible()
+    assert page.locator("#companion-predicted").is_visible()
+
+
+def test_maps_and_votes_lie_where_the_cells_do(opened: Open) -> None:
+    found = findings(4)
+    grids = {"map_grid": Grid(7, 2.5, 4), "vote_grid": Grid(3, 4.5, 8)}
+    shown, companions = (
+        replace(images, maps=images.maps[..., :7, :7], votes=images.votes[..., :3, :3], **grids)
+        for images in (found.mistakes, found.companions)
+    )
+    page = opened(replace(found, mistakes=shown, companions=companions), f"#open={shown.indices[0]}").page
+    page.evaluate(OPACITY, 1)
+    drawn = pixels(page, "map-predicted")[..., :3]
+    cells = drawn[:28:4, :28:4].reshape(7, 1, 7, 1, 3)
+    assert (drawn[:28, :28].reshape(7, 4, 7, 4, 3) == cells).all()
+    assert (drawn[28:] == shown.pictures[0][28:]).all()
+    assert (drawn[:, 28:] == shown.pictures[0][:, 28:]).all()
+    assert "No cell lies over the part without colour" in page.locator("#map-line").inner_text()
+    names = (".vote-square", "#votes", "#votes td >> nth=8")
+    square, table, last = (page.locator(name).bounding_box() for name in names)
+    assert square is not None
+    assert table is not None
+    assert last is not None
+    assert (table["x"], table["y"]) == pytest.approx((square["x"], square["y"]), abs=1)
+    assert (table["width"], table["height"]) == pytest.approx((0.75 * square["width"], 0.75 * square["height"]), abs=1)
+    assert (last["x"] - square["x"], last["width"]) == pytest.approx((square["width"] / 2, square["width"] / 4), abs=1)
 
 
 def test_what_was_not_asked_for_is_not_on_the_page(opened: Open) -> None:

@@ -219,6 +219,34 @@ def test_hidden_files_are_skipped(shapes: Path, tmp_path: Path) -> None:
     assert open_data(str(root)).fingerprint == open_data(str(shapes)).fingerprint
 
 
+def test_files_that_are_no_images_may_change(shapes: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(shapes, root)
+    before = sources.find(str(root)).key
+    for name in ("log.txt", "log", "runs/mine/status.json", "val/disc/0.png", "train/notes.txt", "test/disc/about.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+        assert sources.find(str(root)).key == before, name
+    (root / "train" / "disc" / "00.png").touch()
+    assert sources.find(str(root)).key != before
+
+
+def test_a_run_may_write_its_log_into_the_folder_of_its_images(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(shapes, root)
+    decode = image_files.decode_image
+
+    def logged(content: bytes, name: str) -> object:
+        with (root / "log.txt").open("a") as log:
+            log.write(f"{name}\n")
+        return decode(content, name)
+
+    monkeypatch.setattr(image_files, "decode_image", logged)
+    assert open_data(str(root)).fingerprint == open_data(str(shapes)).fingerprint
+
+
 @pytest.mark.parametrize("how", ["another folder", "two files exchanged"])
 def test_other_bitmaps_of_the_same_size_and_time_are_other_images(how: str, tmp_path: Path) -> None:
     def written(root: Path, colours: str) -> Path:
@@ -371,6 +399,14 @@ def test_the_official_archive_and_its_folder_are_the_same_data(made: Made) -> No
     assert archive.files("test")[2] == f"{file}_2.png"
     row = pickle.loads((made.folder / file).read_bytes())["data"][0]
     assert archive.test_images[0, 5, 7].tolist() == [row[5 * 32 + 7], row[1024 + 5 * 32 + 7], row[2048 + 5 * 32 + 7]]
+
+
+def test_other_files_in_the_official_folder_may_change(made: Made) -> None:
+    before = sources.find(str(made.folder)).key
+    (made.folder / "log.txt").write_bytes(b"x")
+    assert sources.find(str(made.folder)).key == before
+    (next(iter(made.folder.glob("*ta*")))).touch()
+    assert sources.find(str(made.folder)).key != before
 
 
 def test_a_changed_archive_is_refused_before_it_is_unpickled(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

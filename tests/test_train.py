@@ -299,7 +299,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
     copied_project: Path, variants: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:
     script, directory, slowly = copied_project / "train.py", tmp_path / "run", tmp_path / "slowly"
-    all_arguments = arguments(shapes, directory, *VARIANTS["small"])
+    all_arguments = arguments(shapes, directory, *VARIANTS["small"], "--checkpoint-every", 2)
     slowly.touch()
     last = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -426,7 +426,7 @@ def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(what: str, shapes
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert said == [
-        "train.py: error: the/disk: No space left on device; make room there and start the same command again"
+        "train.py: error: the/disk (No space left on device); make room there and start the same command again"
     ]
     state = json.loads((tmp_path / "run/status.json").read_text())
     assert (state["state"], state["reason"]) == ("failed", said[0].removeprefix("train.py: error: "))
@@ -442,7 +442,7 @@ def test_a_run_that_waits_for_images_says_what_would_help(
         "from cifar.data import loading\n"
         "for kind, makes in ((loading.WorkerDataset, '__getitems__'), (loading.DeviceDataset, '_batch')):\n"
         "    def late(self, *arguments, real=getattr(kind, makes)):\n"
-        "        time.sleep(1)\n"
+        "        time.sleep(4)\n"  # four batches, of which some are made before the first step
         "        return real(self, *arguments)\n"
         "    setattr(kind, makes, late)"
     )

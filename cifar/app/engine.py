@@ -20,7 +20,7 @@ BUSY_SECONDS = 120  # to wait for the previous request, or for grad-cam's import
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Where the network looked, at one layer of h x w cells."""
+    """A class activation map at one layer of h x w cells."""
 
     layer: str
     grid: Grid  # where the cells lie on the picture

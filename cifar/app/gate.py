@@ -117,6 +117,9 @@ def stay_on_this_machine(host: str | None) -> None:
     This cannot be undone: audit hooks are permanent.
     """
     own = {"localhost", "", host}
+    if host:  # a name may be that of an address that is not loopback: Gradio asks its own server there
+        with suppress(OSError):
+            own |= {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
 
     def is_here(name: Any) -> bool:
         name = name.decode() if isinstance(name, bytes) else name

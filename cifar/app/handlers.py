@@ -57,7 +57,7 @@ class Handlers:
         return distinct(PREDICTED, self.engine.run.classes)
 
     def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Response:
-        """Classes of a picture with their probabilities, and where the network looked."""
+        """Classes of a picture with their probabilities, maps and votes."""
         if picture is None:
             return views.hint(HINT), None
         classes, known = self.engine.run.classes, list(self.engine.layers)
@@ -105,7 +105,7 @@ class Handlers:
                 f" Maps: {method} at {layer}, {cells[layer]}x{cells[layer]} cells, each on its own scale from 0 to "
             )
             sentence += "its raw maximum."
-        return views.mistakes(shown, classes, sentence), views.mistake_numbers(shown, classes)
+        return views.mistakes(shown, classes, sentence, method), views.mistake_numbers(shown, classes)
 
     def test_image(self, index: Any) -> UInt8:
         """A clicked test image, enlarged by a whole factor: sharp, and the same again once downscaled."""

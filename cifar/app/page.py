@@ -76,7 +76,7 @@ def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
                         numbers = gr.JSON(show_label=False)
                 with gr.Column(elem_id="controls"):
                     top = gr.Slider(1, len(classes), min(TOP, len(classes)), step=1, label="Top classes")
-                    maps = gr.Checkbox(True, label="Show where it looked")
+                    maps = gr.Checkbox(True, label="Show maps")
                     opacity = gr.Slider(0, 1, OPACITY, step=0.01, label="Map opacity")
                     at = gr.CheckboxGroup(layers, value=[engine.default_layer], label="Layers, side by side")
                     its_own = handlers.predicted_class

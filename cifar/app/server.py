@@ -87,7 +87,7 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         gate = Middleware(Gate, uploads=Path(uploads), largest=largest, room=room, kept=sum(page.KEPT))
         fonts = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]  # what the visitor's machine has
         _, address, _ = page.build(engine, shown, Path(uploads)).launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # as an IPv6 address is written in a URL
             server_port=port,
             share=False,
             prevent_thread_lock=True,

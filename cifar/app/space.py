@@ -56,13 +56,13 @@ sdk: gradio
 sdk_version: {gradio}
 python_version: "{python}"
 app_file: app.py
-short_description: Classify a picture and see where the network looked
+short_description: Classify a picture and see what raised the score
 pinned: false
 ---
 
 # {title}
 
-Upload a picture: the network says which of its classes it shows, and where it looked. {accuracy}.
+Upload a picture: the network says which of its classes it shows; maps show what raised a class's score. {accuracy}.
 
 The classes: {classes}.
 

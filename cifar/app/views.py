@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cifar.app.engine import Answer, Engine, Heatmap, Votes
 from cifar.explain import figures, wording
 from cifar.explain.findings import Float, UInt8
 from cifar.explain.layers import SIDE
+from cifar.explain.maps import OF_NO_CLASS
 from cifar.figures import png
 
 DIGITS = 6  # decimals of the numbers; float32 has about as many
@@ -77,6 +79,7 @@ _environment.filters["percent"] = wording.percent
 _environment.globals |= {
     "uri": _uri,
     "overlay": figures.overlay,
+    "of_no_class": OF_NO_CLASS,
     "vote_style": _vote_style,
     "votes_style": _votes_style,
     "vote_text": _vote_text,
@@ -111,9 +114,9 @@ def answer(given: Answer, engine: Engine, top: int) -> str:
     return str(_macros.answer(given, names.on_pages(engine.run.classes), top, engine.layers))
 
 
-def mistakes(rows: list[Mistake], classes: list[str], sentence: str) -> str:
+def mistakes(rows: list[Mistake], classes: list[str], sentence: str, method: str) -> str:
     """A button with each mistake, its map over it, true and predicted class."""
-    return str(_macros.mistakes(rows, names.on_pages(classes), sentence))
+    return str(_macros.mistakes(rows, names.on_pages(classes), sentence, method not in OF_NO_CLASS))
 
 
 def about(content: AppContent, engine: Engine) -> str:
@@ -122,7 +125,8 @@ def about(content: AppContent, engine: Engine) -> str:
     described = {name: field.description for name, field in recipes.Recipe.model_fields.items()}
     rows = summary.rows(engine.network)
     classes = names.on_pages(run.classes)
-    return str(_macros.about(content.facts, classes, content.right, rows, run.recipe, described))
+    recipe = {**run.recipe, "data": Path(run.recipe["data"]).name}  # visitors need not know where it lies
+    return str(_macros.about(content.facts, classes, content.right, rows, recipe, described))
 
 
 def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:

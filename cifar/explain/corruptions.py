@@ -130,7 +130,7 @@ def motion_blur(pictures: Float, level: tuple[int, float], random: Random) -> Fl
 def zoom_blur(pictures: Float, farthest: float, _random: Random) -> Float:
     """The mean of the picture and of ever larger parts of what it shows, in steps of a hundredth."""
     middle = (pictures.shape[1] - 1) / 2
-    factors = 1 + np.arange(round(100 * (farthest - 1))) / 100
+    factors = np.arange(1, farthest, 0.01)  # as the published program; rounding may add one beyond the last
     maps = [cv2.getRotationMatrix2D((middle, middle), 0, factor) for factor in factors]
 
     def zoomed(picture: Float) -> Float:
@@ -323,6 +323,7 @@ KINDS = {
     # The same five in another order, since blur hides some of the rest, and 0.3 for a 0.25 that does nothing.
     "glass_blur": Kind(glass_blur, ((0.4, 1), (0.3, 1), (0.05, 1), (0.4, 2), (0.25, 2))),
     "motion_blur": Kind(motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2.25), (9, 2.5))),  # (8, 2) is (6, 2) again
+    # The published parts begin at whole pixels, and so move the picture by up to one; these keep its middle.
     "zoom_blur": Kind(zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
     "snow": Kind(
         snow,

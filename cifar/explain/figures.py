@@ -13,6 +13,7 @@ from cifar import figures, lettering, plotting
 from cifar.explain import calibration, wording
 from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, Robustness, UInt8
 from cifar.explain.layers import NONE, Grid
+from cifar.explain.maps import OF_NO_CLASS
 from cifar.explain.options import Options
 from cifar.figures import below, beside, enlarged, panel
 from cifar.lettering import LINE, Labels, Line
@@ -122,17 +123,20 @@ def _map_strip(findings: Findings, row: int, opacity: float, labels: Labels) -> 
     shown, near, other = findings.mistakes, findings.companions, int(findings.companion_of[row])
     limit = max(float(shown.maps[row].max()), float(near.maps[other, 0].max()) if other >= 0 else 0.0)
     predicted, true = shown.targets[row]
+    names = [_line(labels, "for ", predicted, " (predicted)"), _line(labels, "for ", true, " (true)")]
+    name = _line(labels, "for ", true, " (correct)")
+    if findings.method in OF_NO_CLASS:
+        names = [name := lettering.of("the layer's activity")]
     panels = [
         _named_panel(findings, shown, row, ("true", "predicted"), labels),
-        _map_panel(shown, row, 0, limit, opacity, _line(labels, "for ", predicted, " (predicted)")),
-        _map_panel(shown, row, 1, limit, opacity, _line(labels, "for ", true, " (true)")),
+        *(_map_panel(shown, row, target, limit, opacity, line) for target, line in enumerate(names)),
         _bar(limit, ENLARGED * shown.pictures.shape[1]),
         _vote_panel(shown, row),
     ]
     if other >= 0:
         panels += [
             _named_panel(findings, near, other, ("correct", "runner-up"), labels),
-            _map_panel(near, other, 0, limit, opacity, _line(labels, "for ", true, " (correct)")),
+            _map_panel(near, other, 0, limit, opacity, name),
         ]
     return beside(panels)
 
@@ -178,12 +182,13 @@ def map_title(findings: Findings, opacity: float) -> Line:
     if not len(maps):
         return lettering.of("no mistakes")
     cells, voters = (f"{array.shape[-1]}x{array.shape[-1]} cells" for array in (maps, findings.mistakes.votes))
+    shown = "what raised the score of a class"
+    if findings.method in OF_NO_CLASS:
+        shown = "where the layer was most active, the same for every class"
     title = (
-        f"{findings.method} at {findings.layer} ({cells}): what raised the score of a class, opacity {opacity:g}; "
+        f"{findings.method} at {findings.layer} ({cells}): {shown}, opacity {opacity:g}; "
         f"votes at the last stage ({voters}): + for the predicted class, - for the true one"
     )
-    if np.array_equal(maps[:, 0], maps[:, 1]):
-        title += "; this method's map is the same for every class"
     return lettering.of(title)
 
 

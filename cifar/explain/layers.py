@@ -52,7 +52,8 @@ class Grid(NamedTuple):
         return np.where(abs(place - found) < 0.5, self._known(found), NONE)
 
     def _places(self) -> npt.NDArray[np.int64]:
-        return np.floor((np.arange(SIDE) + 0.5 - self.first) / self.stride + 0.5).astype(np.int64)
+        places: npt.NDArray[np.int64] = np.floor((np.arange(SIDE) + 0.5 - self.first) / self.stride + 0.5).astype(int)
+        return places
 
     def _known(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.where((places >= 0) & (places < self.cells), places, NONE)

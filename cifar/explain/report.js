@@ -771,6 +771,12 @@ function peakWords(row, target) {
   return peak > 0 ? `Raw maximum ${significant(peak)}.` : `No positive evidence for ${name} (raw maximum ${significant(peak)}).`;
 }
 
+/** What a map shows: of a method that does not depend on the class, nothing of any class. */
+function mapWords(row, target, part = "") {
+  if (page.ofNoClass) return `Where the layer was most active. Raw maximum ${significant(array("peaks")[2 * row])}.`;
+  return `Raised the score of ${named[array("targets")[2 * row + target]]}${part}. ${peakWords(row, target)}`;
+}
+
 let mapLine; // what the template says of the maps
 
 function drawMaps() {
@@ -789,8 +795,8 @@ function drawMaps() {
   const reach = pageWide ? page.pageDifference : Math.max(...difference.map(Math.abs));
   const names = [0, 1].map((target) => named[array("targets")[2 * row + target]]);
   const panels = [
-    ["map-predicted", { table: "unsigned", values: maps[0].values, limit }, `Raised the score of ${names[0]} (predicted). ${peakWords(row, 0)}`, ["0", significant(limit)]],
-    ["map-true", { table: "unsigned", values: maps[1].values, limit }, `Raised the score of ${names[1]} (true). ${peakWords(row, 1)}`, ["0", significant(limit)]],
+    ["map-predicted", { table: "unsigned", values: maps[0].values, limit }, mapWords(row, 0, " (predicted)"), ["0", significant(limit)]],
+    ["map-true", { table: "unsigned", values: maps[1].values, limit }, mapWords(row, 1, " (true)"), ["0", significant(limit)]],
     ["map-difference", { table: "signed", values: difference, limit: reach }, `Difference. Red: raised ${names[0]} more. Blue: raised ${names[1]} more.`, [`−${significant(reach)}`, "0", significant(reach)]],
   ];
   paint(byId("map-none"), row);
@@ -813,11 +819,10 @@ function drawCompanion(row, opacity, pageWide) {
     return;
   }
   const other = mistakes + companion;
-  const names = [0, 1].map((target) => named[array("targets")[2 * other + target]]);
   const maps = mapsOf(other);
   const limit = pageWide ? page.pageTop : Math.max(maps[0].top, maps[1].top);
   byId("companion-line").textContent = `Image ${indices[other]} is ${named[truth(other)]}, and the network says ${named[said(other)]} (${percent(sure(other))}). If its maps look like those above, they explain little. Colours go from 0 to ${significant(limit)}.`;
-  const words = ["The picture.", ...[0, 1].map((target) => `Raised the score of ${names[target]}. ${peakWords(other, target)}`)];
+  const words = ["The picture.", mapWords(other, 0), mapWords(other, 1)];
   ["companion-picture", "companion-predicted", "companion-other"].forEach((id, at) => {
     const map = at ? { table: "unsigned", values: maps[at - 1].values, limit } : null;
     paint(byId(id), other, map, opacity);
@@ -1052,7 +1057,8 @@ function prepareView() {
   byId("next").addEventListener("click", () => walk(1));
   byId("opacity").addEventListener("input", drawMaps);
   for (const choice of document.querySelectorAll("input[name=scale]")) choice.addEventListener("change", drawMaps);
-  if (page.sameForBoth) byId("map-line").append(" This method does not depend on the class: both maps are the same.");
+  // One map is all that there is to see of a method that does not depend on the class.
+  for (const id of ["map-true", "map-difference", "companion-other"]) byId(id).parentElement.hidden = page.ofNoClass;
   drawLegends();
 }
 

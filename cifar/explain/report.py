@@ -33,6 +33,7 @@ from cifar.explain.findings import (
     Robustness,
     UInt8,
 )
+from cifar.explain.maps import OF_NO_CLASS
 
 MATRIX_CLASSES = 30  # a larger confusion matrix cannot be read; the rest is reached through the filters
 
@@ -74,6 +75,7 @@ def render(findings: Findings) -> str:
         pairs=_pairs(findings),
         expected_error=reliability.error,
         bins=BINS,
+        of_no_class=findings.method in OF_NO_CLASS,
         most_classes=MATRIX_CLASSES,
         correlations={"equal": EQUAL, "alike": ALIKE, "part": round(1 / STANDS_OUT)},
         doubtful=label_quality.LEAST,
@@ -146,7 +148,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "voteShape": list(shown.votes.shape[1:]),
         "pageTop": float(tops[:mapped].max(initial=0)),  # of the mistakes; a companion above it shows the last colour
         "pageDifference": float(np.abs(maps[:mapped, 0] - maps[:mapped, 1]).max(initial=0)),
-        "sameForBoth": bool(mapped) and bool(np.allclose(maps[:, 0], maps[:, 1])),
+        "ofNoClass": findings.method in OF_NO_CLASS,
         "bins": _bin_figures(reliability),
         "identity": _identity(findings, shown),
         "arrays": arrays,
@@ -290,8 +292,8 @@ def _corruption(findings: Findings, found: Robustness) -> dict[str, Any]:
         {
             "name": kind.replace("_", " "),
             "lines": [
-                _corruption_line(run, clean, values, places)
-                for run, clean, values in zip(runs, found.clean, of_runs, strict=True)
+                {**_corruption_line(run, clean, values, places), "look": _look(number)}
+                for number, (run, clean, values) in enumerate(zip(runs, found.clean, of_runs, strict=True))
             ],
             "flips": [_caption(findings, number, flip) for number, flip in enumerate(found.flips) if flip.kind == kind],
         }
@@ -304,14 +306,19 @@ def _corruption(findings: Findings, found: Robustness) -> dict[str, Any]:
         "clean": _tenths(found.clean[0]),
         "worst": f"{kinds[worst]['name']}, {_tenths(means[0, worst])} %",
         "runs": [
-            {"name": run, "mean": _tenths(mean), "clean": _tenths(clean)}
-            for run, mean, clean in zip(runs, means.mean(axis=1), found.clean, strict=True)
+            {"name": run, "mean": _tenths(mean), "clean": _tenths(clean), "look": _look(number)}
+            for number, (run, mean, clean) in enumerate(zip(runs, means.mean(axis=1), found.clean, strict=True))
         ],
         "severities": range(1, len(places)),
         "grid": [(level, _height(level / 100)) for level in (0, 50, 100)],
         "places": places,
         "most": FLIPS,
     }
+
+
+def _look(number: int) -> str:
+    """The classes of a run's curve: its colour and its stroke, four of each. The first 16 runs all look different."""
+    return f"colour-{number % 4} stroke-{(number + number // 4) % 4}"
 
 
 def _corruption_line(run: str, clean: float, values: Array, places: list[float]) -> dict[str, Any]:

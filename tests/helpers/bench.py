@@ -10,21 +10,20 @@ from cifar.bench.context import Bench
 from cifar.bench.interleave import Program
 
 BATCH = 16
-# What begins with words like these, later ones win over.
 SMALL = ("--network", "whitened", "--global-batch-size", str(BATCH))
-AUGMENTED = ("ours", "input", "plain")  # programs whose augmentation is measured; the others need not import it
+AUGMENTED = ("ours", "input", "plain")  # augmentation is measured in these; the others skip Albumentations' import
 TRAINING = ("cifar.bench.probe", "cifar.bench.plain")
 
 
 def shrink() -> None:
-    """Of the images, the batch, the network and the limits that the bench measures; the recipe's others stay."""
+    """Fewer images, a smaller batch and network, and one shape of matrix products; the rest of the recipe stays."""
     start = Program.__init__
 
     def smaller(program: Program, name: str, command: Sequence[str], *others: Any) -> None:
         words = list(command)
         for module in TRAINING:
             if module in words:
-                after = words.index(module) + 1
+                after = words.index(module) + 1  # first, so that the bench's own flags win
                 words[after:after] = [*SMALL, *(() if name in AUGMENTED else ("--augment", "device"))]
         start(program, name, words, *others)
 
