@@ -6,6 +6,7 @@ predictions.log, which each attempt starts as new files (see History), and Tenso
 purges what earlier attempts logged beyond the step that it resumes from.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -101,7 +102,7 @@ def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
-            raise PermissionError(13, "not writable")
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         attempt = attempts.claim(directory, world_size)
         if not before:
             metadata = {

@@ -525,7 +525,7 @@ def test_other_images_in_the_same_run_are_refused(finished: Path, tmp_path: Path
     with pytest.raises(UserError, match="holds a run on other images than --data"):
         run.start(options(finished), recipe, "another fingerprint", 1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"run directory .*: Not a directory; choose another --run"):
+    with pytest.raises(UserError, match=r"cannot be written to \(Not a directory\); choose another --run"):
         run.start(options(tmp_path / "file" / "run"), recipe, "fingerprint", 1)
 
 
@@ -534,8 +534,8 @@ def test_a_run_directory_that_is_not_writable_is_refused(finished: Path, disk: D
     (disk.path / "run").mkdir()
     shutil.copy(finished / "recipe.json", disk.path / "run")
     disk.remount("ro")
-    for name, words in (("new", "Read-only file system"), ("run", "not writable")):
-        with pytest.raises(UserError, match=f"run directory .*/{name}: {words}; choose another --run"):
+    for name, words in (("new", "Read-only file system"), ("run", "Permission denied")):
+        with pytest.raises(UserError, match=rf"/{name} cannot be written to \({words}\); choose another --run"):
             run.start(options(disk.path / name), Recipe(**recipe["recipe"]), recipe["data_fingerprint"], 1)
 
 
