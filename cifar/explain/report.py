@@ -98,11 +98,8 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
     mapped = min(mistakes, MAP_BYTES // (2 * max(1, cells)))
     maps = _joined(shown.maps[:mapped], companions.maps)
     tops = maps.max(axis=(2, 3), initial=0)
-    # One byte per cell, scaled by each map's maximum: as fine as the 256 colours that show it.
     levels = np.rint(255 * maps / np.where(tops > 0, tops, 1)[:, :, None, None])
     doubts = label_quality.measure(findings)
-    matrix = _confusion(findings)
-    involved = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     wrong = np.array([findings.wrong_in[run][shown.indices] for run in findings.wrong_in], dtype=np.uint8)
     arrays = {
         "labels": _packed(findings.labels, "uint8"),
@@ -117,7 +114,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "doubt": _packed(doubts.doubt, "float32"),
         "doubtRank": _packed(doubts.rank, "int32"),
         "doubtParts": _packed(np.stack(list(doubts.parts.values())), "float32"),
-        "levels": _packed(levels, "uint8"),
+        "levels": _packed(levels, "uint8"),  # of each map's maximum: as fine as the 256 colours that show it
         "tops": _packed(tops, "float32"),
         **{
             name: _packed(_joined(getattr(shown, name), getattr(companions, name)), kind)
@@ -130,7 +127,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
     return {
         "classes": findings.classes,
         "names": names.on_pages(findings.classes),
-        "matrixClasses": sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist()),
+        "matrixClasses": _most_confused(findings),
         "mistakes": mistakes,
         "mapped": mapped,
         "files": shown.files,
@@ -229,6 +226,13 @@ def _packed(values: Array, kind: str) -> dict[str, str]:
 def _colours(name: str, count: int) -> UInt8:
     """[count, 3] colours of a matplotlib scale."""
     return plotting.colours(name, np.linspace(0, 1, count, dtype=np.float32))
+
+
+def _most_confused(findings: Findings) -> list[int]:
+    """The classes that the matrix shows: those with most mistakes, in their order."""
+    matrix = _confusion(findings)
+    involved = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
+    return sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist())
 
 
 def _confusion(findings: Findings) -> npt.NDArray[np.int64]:
