@@ -14,19 +14,44 @@ from cifar.recipes import Recipe
 class Greedy(nn.Module):
     """Wants more memory than there is."""
 
-    def forward(self, _images: torch.Tensor) -> torch.Tensor:
-        """As CUDA's allocator does."""
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
-        )
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """As CUDA's allocator does, and as the CPU's."""
+        if self.device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+        return images.new_empty(1 << 50)
 
 
-def test_too_little_memory_is_one_line_with_the_number_of_images() -> None:
-    recipe, accelerator = Recipe(gradient_accumulation_steps=2), Accelerator(cpu=True)
-    images, labels = torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
-    words = r"rank 0 on \S+ is out of memory with 32 images at a time; give --gradient-accumulation-steps 4, in a new"
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(("images", "parts", "smaller"), [(64, 2, 4), (125, 5, 25)])
+def test_too_little_memory_is_one_line_that_names_a_split_that_works(
+    images: int, parts: int, smaller: int, device: str
+) -> None:
+    words = (
+        rf"rank 0 on \S+ is out of memory with {images // parts} images at a time; "
+        f"give --gradient-accumulation-steps {smaller}, in a new"
+    )
     with pytest.raises(UserError, match=words):
-        loop.accumulate_gradients(accelerator, recipe, loop.OwnWork(accelerator.device), Greedy(), images, labels)
+        accumulate(Greedy(device), images, parts)
+
+
+def test_one_value_for_batch_norm_is_one_line() -> None:
+    with pytest.raises(UserError, match="has one image at a time, of which batch-norm has no statistics"):
+        accumulate(nn.Sequential(nn.AvgPool2d(32), nn.BatchNorm2d(3), nn.Flatten()), 2, 2)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        accumulate(nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), 2, 1)
+
+
+def accumulate(model: nn.Module, images: int, parts: int) -> None:
+    recipe, accelerator = Recipe(gradient_accumulation_steps=parts), Accelerator(cpu=True)
+    batch = torch.zeros(images, 3, 32, 32), torch.zeros(images, dtype=torch.int64)
+    loop.accumulate_gradients(accelerator, recipe, loop.OwnWork(accelerator.device), model, *batch)
 
 
 def test_metrics_are_read_after_so_many_further_steps_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Recipes and the command line made from them."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_a_wrong_argument_is_one_line_and_exit_status_2(arguments: list[str], na
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: error: ")
     assert named in done.stderr
+
+
+def test_a_process_that_is_alone_speaks_whatever_its_rank(train: Train) -> None:
+    done = train("--nonsense", env={"RANK": "1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: ")
+
+
+def test_closed_streams_are_no_fault() -> None:
+    script = f"exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} --nonsense >&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 def test_differences_name_fields_and_values() -> None:

@@ -480,7 +480,7 @@ def test_bad_input_is_one_line_exit_2_and_leaves_no_checkpoint(
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()  # not even an attempt, which would end one that is training there
 
 
 def test_a_precision_that_this_machine_lacks_is_refused(shapes: Path, train: Train, tmp_path: Path) -> None:
