@@ -1,12 +1,12 @@
 """Attempts at a run: of several jobs that each believe the run to be theirs, only the newest may write (fencing).
 
-A node presumed dead may keep training while its job runs elsewhere; a job may be submitted twice. So each attempt
-creates `attempts/NNNN.json`, and stops once it sees a higher number than its own. Everything in the run directory is
-written under a temporary name that contains the attempt's number, then renamed after a check for newer attempts. A new
-attempt first deletes the temporary files of older ones, so an old attempt that was frozen between check and rename has
-nothing left to rename. An attempt moves and deletes only what it wrote itself, or what was marked by such a rename
-(`mark`). This relies on POSIX semantics of the shared file system; with NFS's directory caching, an old attempt may
-notice some seconds late.
+A node presumed dead may keep training while its job runs elsewhere; a job may be submitted twice; somebody may delete
+the directory and begin anew. So each attempt creates `attempts/NNNN.json` with a random token, and stops once it sees a
+higher number than its own, or another token there. Everything in the run directory is written under a temporary name
+that contains the attempt's token and number, then renamed after that check. A new attempt first deletes the temporary
+files of older ones, so an old attempt that was frozen between check and rename has nothing left to rename. An attempt
+moves and deletes only what it wrote itself, or what was marked by such a rename (`mark`). This relies on POSIX
+semantics of the shared file system; with NFS's directory caching, an old attempt may notice some seconds late.
 """
 
 import json
