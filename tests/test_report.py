@@ -649,7 +649,7 @@ def test_what_was_not_asked_for_is_not_on_the_page(opened: Open) -> None:
     assert page.locator("#neighbours").is_hidden()
     assert page.locator("#doubt-parts li").count() == 1
     assert page.locator("#runs").count() == page.locator("#learned").count() == page.locator("#checks").count() == 0
-    assert "kept no predictions" in page.locator("#history-line").inner_text()
+    assert "has no predictions by epoch" in page.locator("#history-line").inner_text()
 
 
 # ---- corrupted images ------------------------------------------------------------------------------------------------
