@@ -1,5 +1,6 @@
 """Loader workers: they need nothing but processes and sockets, and whatever becomes of one is told in a line."""
 
+import gc
 import hashlib
 import json
 import os
@@ -239,11 +240,13 @@ def python_instructions(work: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # it would end what earlier tests have left, in Python, too
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 
