@@ -527,14 +527,15 @@ def _say_and_exit(line: str, status: int) -> NoReturn:
 
 
 def _tell_the_job(status: int) -> None:
-    """Prevents a useless restart: leaves a file for the job script, and ends torch's launcher.
+    """Prevents a useless restart: writes into the job script's file, and ends torch's launcher.
 
     The launcher restarts ranks whatever their exit status was (--max_restarts), and hears nothing else.
     """
     path = os.environ.get("CIFAR_USER_ERROR_FILE")
     if path and status == USER_ERROR:
-        with suppress(OSError):
-            Path(path).touch()
+        # It is not created: a rank that ends after the job script has read and removed it would leave one behind.
+        with suppress(OSError), Path(path).open("r+") as file:
+            file.write("user error\n")
     restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if restarts < most and os.environ.get("LOCAL_RANK") == "0":
         os.kill(os.getppid(), signal.SIGTERM)
