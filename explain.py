@@ -12,11 +12,11 @@ import sys
 
 from cifar import failure
 from cifar.explain import layers, options, runs
-from cifar.explain.options import Options
+from cifar.explain.options import ExplainOptions
 from cifar.explain.runs import Run
 
 
-def explain(run: Run, asked: Options) -> None:
+def explain(run: Run, asked: ExplainOptions) -> None:
     """Predicts with all processes; rank 0 writes figures, tables and the report."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import numpy as np

@@ -15,10 +15,10 @@ import sys  # noqa: E402
 import time  # noqa: E402
 
 from cifar import failure  # noqa: E402
-from cifar.recipes import Options, Recipe, parse_command_line  # noqa: E402
+from cifar.recipes import Recipe, RunOptions, parse_command_line  # noqa: E402
 
 
-def train(recipe: Recipe, options: Options) -> None:
+def train(recipe: Recipe, options: RunOptions) -> None:
     """Trains, resuming from the newest checkpoint if there is one, and writes the run directory."""
     # Imported here so that --help and a wrong flag are answered before torch has loaded.
     import torch

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +107,12 @@ def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
         if epochs:
             accuracy.set_title(f"accuracy, % (test {100 * epochs[-1].test_accuracy:.2f} at the end)")
         return plotting.pixels(figure)
+
+
+def confusion_matrix(labels: npt.NDArray[Any], predicted: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+    """[C, C] counts by true (rows) and predicted class (columns)."""
+    pairs = labels.astype(np.int64) * classes + predicted
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:

@@ -224,7 +224,7 @@ def digits() -> Recipe:
     )
 
 
-class Options(NamedTuple):
+class RunOptions(NamedTuple):
     """A run's options that are not hyper-parameters: directory, resuming, saving, determinism, CUDA graph, profile."""
 
     run: Path
@@ -236,7 +236,7 @@ class Options(NamedTuple):
     profile: int  # steps
 
 
-def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
+def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, RunOptions]:
     """The recipe and the options that `train.py`'s arguments ask for.
 
     Raises UserError for an unknown recipe or flag and for values outside their range; `--help` prints the values of
@@ -272,7 +272,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, Options]:
         raise UserError(f"--checkpoint-every {every} is not a number of steps; give a whole number of at least 1")
     if arguments["profile"] < 0:
         raise UserError(f"--profile {arguments['profile']} is not a number of steps; give e.g. 10")
-    options = Options(
+    options = RunOptions(
         arguments["run"] or Path("runs", name),
         arguments["resume"],
         int(every),
@@ -322,7 +322,7 @@ def _add_options(parser: Parser, name: str) -> None:
     )
 
 
-def _moved_peak(defaults: Recipe, epochs: str, options: Options) -> float:
+def _moved_peak(defaults: Recipe, epochs: str, options: RunOptions) -> float:
     """The recipe's peak epoch, scaled to another number of epochs, so that the schedule keeps its shape.
 
     A run or checkpoint of a version that did not scale it keeps its own.

@@ -30,7 +30,7 @@ from cifar.errors import UserError
 from cifar.evaluation import Evaluation
 from cifar.loop import StepMetrics
 from cifar.ranks import raise_on_all_ranks, require_equal
-from cifar.recipes import Options, Recipe
+from cifar.recipes import Recipe, RunOptions
 from cifar.run import EpochMetrics, History
 from cifar.schedule import Schedule
 
@@ -46,7 +46,7 @@ SLOW = 1.5  # a rank is reported as slow above so many times the others' own wor
 LAST_SAVE_SECONDS = 3  # how long a failed job waits for a save in progress
 
 
-def finished_before(accelerator: Accelerator, options: Options, recipe: Recipe) -> bool:
+def finished_before(accelerator: Accelerator, options: RunOptions, recipe: Recipe) -> bool:
     """Whether the run is finished; rank 0 then says so. Raises UserError where the directory holds another one."""
     line = ""
     with raise_on_all_ranks(accelerator):
@@ -63,7 +63,13 @@ class RunRecord:
     """The record of one attempt at a run, from the checkpoint that it resumes to its result."""
 
     def __init__(
-        self, accelerator: Accelerator, options: Options, recipe: Recipe, data: Data, schedule: Schedule, clock: Clock
+        self,
+        accelerator: Accelerator,
+        options: RunOptions,
+        recipe: Recipe,
+        data: Data,
+        schedule: Schedule,
+        clock: Clock,
     ) -> None:
         self.accelerator, self.options, self.recipe = accelerator, options, recipe
         self.data, self.schedule, self.clock = data, schedule, clock

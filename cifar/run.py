@@ -25,7 +25,7 @@ from cifar import attempt as attempts
 from cifar import recipes
 from cifar.attempt import Attempt
 from cifar.errors import FULL, LOST, UserError, disk_error
-from cifar.recipes import Options, Recipe
+from cifar.recipes import Recipe, RunOptions
 
 # Restart counters of the launcher and of Slurm: `--resume never` only applies to the first start.
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -89,7 +89,7 @@ def finished(directory: Path) -> str:
     return f"{directory} is finished: test accuracy {result['test_accuracy']:.2%}; choose a new --run to train again"
 
 
-def start(options: Options, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
+def start(options: RunOptions, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
     """Creates the directory and recipe.json, or checks the data against the run's, and starts an attempt.
 
     Raises UserError where the directory is not writable or its run was trained on other images.

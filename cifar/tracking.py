@@ -128,8 +128,11 @@ class Tracker:
         for split in ("train", "test"):
             for kind in ("loss", "accuracy"):
                 self.writer.add_scalar(f"epoch/{split}_{kind}", getattr(metrics, f"{split}_{kind}"), metrics.step)
-        confusion = self._confusion(evaluation)
-        for number, (name, row) in enumerate(zip(names.readable(self.data.classes), confusion, strict=True)):
+        classes = self.data.classes
+        confusion = figures.confusion_matrix(
+            self.data.test_labels, evaluation.probabilities.argmax(axis=1), len(classes)
+        )
+        for number, (name, row) in enumerate(zip(names.readable(classes), confusion, strict=True)):
             self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), metrics.step)
         self.writer.flush()
         if metrics.epoch % -(-self.recipe.epochs // PICTURES_SHOWN) == 0 or metrics.epoch == self.recipe.epochs:
@@ -144,11 +147,6 @@ class Tracker:
         curves = figures.curves(epochs, self.recipe.label_smoothing)
         self.attempt.replace(self.attempt.run / "curves.png", figures.png(curves))
         self.writer.flush()
-
-    def _confusion(self, evaluation: Evaluation) -> npt.NDArray[np.int64]:
-        classes = len(self.data.classes)
-        pairs = self.data.test_labels.astype(np.int64) * classes + evaluation.probabilities.argmax(axis=1)
-        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The hyper-parameters with the accuracy that they reached (add_hparams would open a second run for it)."""

@@ -28,7 +28,7 @@ from cifar.errors import UserError
 from cifar.explain import calibration, checks, mistakes, neighbours, output, runs
 from cifar.explain.findings import ExplainedImages, Findings
 from cifar.explain.layers import Grid
-from cifar.explain.options import Options, parse_command_line
+from cifar.explain.options import ExplainOptions, parse_command_line
 
 ONE = ("--num_processes", "1")
 
@@ -850,7 +850,7 @@ def test_a_class_may_have_one_training_image_and_every_test_image_a_copy(tmp_pat
 
 
 def test_without_flags_the_ten_most_confident_mistakes_of_the_first_run_are_explained() -> None:
-    assert parse_command_line([]) == Options(
+    assert parse_command_line([]) == ExplainOptions(
         run=Path("runs/resnet"), data=None, output=None, count=None, order="confident", seed=0, true=None,
         predicted=None, method="gradcam", layer=None, opacity=0.5, check=False, neighbours=False, corruptions=False,
         compare=[],

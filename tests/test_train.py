@@ -26,7 +26,7 @@ from cifar import checkpoint, launch, models, record, run
 from cifar.data.augment import normalize
 from cifar.data.cache import open_data
 from cifar.errors import UserError
-from cifar.recipes import Options, Recipe, parse_command_line
+from cifar.recipes import Recipe, RunOptions, parse_command_line
 
 STEPS = 12  # 3 epochs of 64 images in batches of 16
 # bf16 where the processor has it. Elsewhere torch emulates it, many times slower: test_muon.py has it on small banks.
@@ -489,7 +489,7 @@ def test_a_precision_that_this_machine_lacks_is_refused(shapes: Path, train: Tra
     assert "precision fp16 needs a GPU, and there is none" in done.stderr
 
 
-def options(directory: Path) -> Options:
+def options(directory: Path) -> RunOptions:
     return parse_command_line(["--run", str(directory)])[1]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from cifar.bench import interleave  # noqa: E402
 from cifar.bench.interleave import Answer  # noqa: E402
-from cifar.recipes import Options, Recipe  # noqa: E402
+from cifar.recipes import Recipe, RunOptions  # noqa: E402
 
 if TYPE_CHECKING:  # train.py decides when torch is imported, which is measured
     from accelerate import Accelerator
@@ -48,10 +48,10 @@ class Observer:
 
     # ---- what train.py calls
 
-    def observe(self, train: Callable[[Recipe, Options], None]) -> Callable[[Recipe, Options], None]:
+    def observe(self, train: Callable[[Recipe, RunOptions], None]) -> Callable[[Recipe, RunOptions], None]:
         """`train`, watched."""
 
-        def watched(recipe: Recipe, options: Options) -> None:
+        def watched(recipe: Recipe, options: RunOptions) -> None:
             from cifar import evaluation, launch, models  # as `train` does, a moment later
             from cifar.data import loading
             from cifar.record import RunRecord

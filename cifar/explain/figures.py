@@ -14,7 +14,7 @@ from cifar.explain import calibration, wording
 from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, Robustness, UInt8
 from cifar.explain.layers import NONE, Grid
 from cifar.explain.maps import OF_NO_CLASS
-from cifar.explain.options import Options
+from cifar.explain.options import ExplainOptions
 from cifar.figures import below, beside, enlarged, panel
 from cifar.lettering import LINE, Labels, Line
 
@@ -62,7 +62,9 @@ def _bar(limit: float, height: int) -> UInt8:
 # ---- pictures
 
 
-def draw(findings: Findings, rows: Int64, options: Options) -> tuple[dict[str, UInt8], Iterator[tuple[int, UInt8]]]:
+def draw(
+    findings: Findings, rows: Int64, options: ExplainOptions
+) -> tuple[dict[str, UInt8], Iterator[tuple[int, UInt8]]]:
     """The pictures of an explanation by name, and for each mistake of `rows` its test image and its maps."""
     strips, title = map_strips(findings, rows, options.opacity), map_title(findings, options.opacity)
     pictures = {
@@ -76,7 +78,7 @@ def draw(findings: Findings, rows: Int64, options: Options) -> tuple[dict[str, U
     return pictures, ((image, below(title, [strip])) for image, strip in zip(images, strips, strict=True))
 
 
-def gallery(findings: Findings, rows: Int64, options: Options) -> UInt8:
+def gallery(findings: Findings, rows: Int64, options: ExplainOptions) -> UInt8:
     """The mistakes `rows` with their true and predicted class and the confidence in it."""
     shown, labels = findings.mistakes, Labels(findings.classes)
     panels = []
@@ -99,7 +101,7 @@ def _line(labels: Labels, before: str, number: int, after: str = "", width: int 
     return lettering.of(before, labels.fitted(room)[number], after)
 
 
-def _gallery_title(findings: Findings, count: int, options: Options, labels: Labels) -> Line:
+def _gallery_title(findings: Findings, count: int, options: ExplainOptions, labels: Labels) -> Line:
     images = f"of {len(findings.labels):,} test images"
     if not len(findings.mistakes.indices):
         return lettering.of(f"no mistakes: every one {images} is classified correctly")
@@ -194,10 +196,12 @@ def map_title(findings: Findings, opacity: float) -> Line:
 
 def confusion(findings: Findings) -> UInt8:
     """Counts by true and predicted class."""
-    classes = len(findings.classes)
-    pairs = findings.labels.astype(np.int64) * classes + findings.predictions
-    matrix = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    return figures.confusion(matrix, findings.classes)
+    return figures.confusion(confusion_matrix(findings), findings.classes)
+
+
+def confusion_matrix(findings: Findings) -> Int64:
+    """[C, C] counts of test images by true (rows) and predicted class (columns)."""
+    return figures.confusion_matrix(findings.labels, findings.predictions, len(findings.classes))
 
 
 def reliability(findings: Findings) -> UInt8:

@@ -9,7 +9,7 @@ import numpy as np
 from cifar.errors import UserError
 from cifar.explain import label_quality
 from cifar.explain.findings import DECIMALS, Findings, Float, Int64, UInt8
-from cifar.explain.options import COUNT, Options
+from cifar.explain.options import COUNT, ExplainOptions
 
 FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are the first four, as wide letters
 
@@ -26,7 +26,7 @@ def find(probabilities: Float, labels: UInt8) -> Int64:
     return wrong[np.lexsort((wrong, -confidence))]
 
 
-def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], options: Options) -> Int64:
+def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], options: ExplainOptions) -> Int64:
     """The rows of `wrong` (most confident first) that the pictures show, in the order that was asked for.
 
     Raises UserError where --count asks for more than there are.

@@ -15,7 +15,7 @@ COUNT = 10
 
 
 @dataclass(frozen=True)
-class Options:
+class ExplainOptions:
     """The options of explain.py; None is the run's own value."""
 
     run: Path
@@ -35,7 +35,7 @@ class Options:
     compare: list[Path]
 
 
-def parse_command_line(argv: Sequence[str]) -> Options:
+def parse_command_line(argv: Sequence[str]) -> ExplainOptions:
     """Raises UserError for an unknown flag or a value outside its range; `--help` prints and exits."""
     places = "; ".join(f"{name}: {layers.listed(layers.of(name))}" for name in models.names())
     parser = Parser(
@@ -78,7 +78,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     add("--compare", type=Path, nargs="+", default=[], metavar="RUN",
         help="other runs on the same images: how many misclassify an image too; with --corruptions, side by side",
     )  # fmt: skip
-    options = Options(**vars(parser.parse_args(argv)))
+    options = ExplainOptions(**vars(parser.parse_args(argv)))
     if options.count is not None and options.count < 1:
         raise UserError(f"--count {options.count} shows nothing; give at least 1")
     if not 0 <= options.seed < 2**63:
@@ -91,7 +91,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     return options
 
 
-def check(options: Options, run: Run) -> None:
+def check(options: ExplainOptions, run: Run) -> None:
     """Raises UserError for a class or a layer that the run's network does not know."""
     for flag, name in (("--true", options.true), ("--predicted", options.predicted)):
         if name is not None and name not in run.classes:

@@ -21,6 +21,7 @@ from PIL import Image
 from cifar import names, plotting
 from cifar.explain import calibration, label_quality, wording
 from cifar.explain.calibration import BINS, Reliability
+from cifar.explain.figures import confusion_matrix
 from cifar.explain.findings import (
     ALIKE,
     EQUAL,
@@ -230,21 +231,14 @@ def _colours(name: str, count: int) -> UInt8:
 
 def _most_confused(findings: Findings) -> list[int]:
     """The classes that the matrix shows: those with most mistakes, in their order."""
-    matrix = _confusion(findings)
+    matrix = confusion_matrix(findings)
     involved = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     return sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist())
 
 
-def _confusion(findings: Findings) -> npt.NDArray[np.int64]:
-    """[C, C] counts by true (rows) and predicted class."""
-    classes = len(findings.classes)
-    pairs = findings.labels.astype(np.int64) * classes + findings.predictions
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
 def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
     """The most frequent confusions (true, predicted, count), for readers without JavaScript."""
-    matrix = _confusion(findings)
+    matrix = confusion_matrix(findings)
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:most]
     cells = [(int(cell) // len(matrix), int(cell) % len(matrix)) for cell in order]
