@@ -31,7 +31,7 @@ def explain(run: Run, asked: ExplainOptions) -> None:
 
     accelerator = launch.start()
     folder = asked.output or run.output
-    cells = layers.of(run.network)
+    cells = layers.resolutions(run.network)
     layer, last_stage = asked.layer or layers.default(cells), list(cells)[-1]
 
     # Predictions, in the launcher's precision: every process evaluates its part, and all of them get all results.
@@ -56,7 +56,7 @@ def explain(run: Run, asked: ExplainOptions) -> None:
     # With --corruptions: the same on corrupted images, also for the compared runs' networks.
     corrupted = None
     if asked.corruptions:
-        first = robustness.Competitor(str(run.path), network, data)
+        first = robustness.ComparedNetwork(str(run.path), network, data)
         others = robustness.load(accelerator, compared, data)
         corrupted = robustness.measure(accelerator, first, evaluated, others, asked.seed)
     launch.end(accelerator)
@@ -113,7 +113,7 @@ def main() -> None:
         run = runs.open_run(asked.run)
         options.check(asked, run)
         runs.check_output(asked.output or run.output)
-        with failure.shared():
+        with failure.fail_together():
             explain(run, asked)
 
 

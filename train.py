@@ -101,7 +101,7 @@ def train(recipe: Recipe, options: RunOptions) -> None:
             metrics = delayed.add(progress.step, totals, norm)
             if schedule.saves(progress.step) or any(each.stop for each in metrics):
                 metrics += delayed.read()
-            stopping = record.count(metrics, time.perf_counter() - own_work.began.made)
+            stopping = record.log_steps(metrics, time.perf_counter() - own_work.began.made)
             if stopping or schedule.saves(progress.step):
                 record.save(network, optimizer)
             profiler.step()
@@ -114,7 +114,7 @@ def main() -> None:
     """Reads the command line and trains."""
     with failure.command_line("train.py"):
         recipe, options = parse_command_line(sys.argv[1:])
-        with failure.shared():
+        with failure.fail_together():
             train(recipe, options)
         stop.ignore()
 

@@ -28,22 +28,22 @@ VISIBLE_SECONDS = 10  # NFS clients may keep a directory's listing for that long
 
 
 class Attempt:
-    """One attempt at the run in directory `run`. All writing there goes through it, on rank 0."""
+    """One attempt at the run in directory `run_dir`. All writing there goes through it, on rank 0."""
 
-    def __init__(self, run: Path, number: int, token: str) -> None:
-        self.run, self.number, self.token = run, number, token
+    def __init__(self, run_dir: Path, number: int, token: str) -> None:
+        self.run_dir, self.number, self.token = run_dir, number, token
 
     def check(self) -> None:
         """Raises UserError if a newer attempt has taken the run over."""
-        newest = max(_numbers(self.run), default=0)
+        newest = max(_numbers(self.run_dir), default=0)
         if newest > self.number:
             raise UserError(
-                f"{self.run} was taken over by {described(self.run, newest)}; "
+                f"{self.run_dir} was taken over by {described(self.run_dir, newest)}; "
                 f"this one, attempt {self.number}, ends and has written nothing since"
             )
-        if _read(self.run, self.number).get("token") != self.token:  # numbers begin anew in a new directory
+        if _read(self.run_dir, self.number).get("token") != self.token:  # numbers begin anew in a new directory
             raise UserError(
-                f"{self.run} was deleted or replaced while attempt {self.number} (process {os.getpid()} on "
+                f"{self.run_dir} was deleted or replaced while attempt {self.number} (process {os.getpid()} on "
                 f"{socket.gethostname()}) trained there; it ends and has written nothing since"
             )
 
@@ -105,59 +105,59 @@ class Attempt:
         return file
 
 
-def claim(run: Path, world_size: int) -> Attempt:
+def claim(run_dir: Path, world_size: int) -> Attempt:
     """Starts a new attempt; earlier ones end at their next write. Raises OSError."""
-    (run / "attempts").mkdir(parents=True, exist_ok=True)
-    number, token = max(_numbers(run), default=0) + 1, secrets.token_hex(4)
-    while not _register(run, number, token, world_size):
+    (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
+    number, token = max(_numbers(run_dir), default=0) + 1, secrets.token_hex(4)
+    while not _register(run_dir, number, token, world_size):
         number += 1  # another one began in the same moment
-    _clear_before(run, number)
-    return Attempt(run, number, token)
+    _clear_before(run_dir, number)
+    return Attempt(run_dir, number, token)
 
 
-def claim_after(run: Path, number: int, token: str) -> Attempt | None:
+def claim_after(run_dir: Path, number: int, token: str) -> Attempt | None:
     """Takes over from an attempt to record how it ended; None if another one has started since."""
     new = secrets.token_hex(4)
-    newest = max(_numbers(run), default=0) == number and _read(run, number).get("token") == token
-    if not newest or not _register(run, number + 1, new, 0):
+    newest = max(_numbers(run_dir), default=0) == number and _read(run_dir, number).get("token") == token
+    if not newest or not _register(run_dir, number + 1, new, 0):
         return None
-    _clear_before(run, number + 1)
-    return Attempt(run, number + 1, new)
+    _clear_before(run_dir, number + 1)
+    return Attempt(run_dir, number + 1, new)
 
 
-def _register(run: Path, number: int, token: str, world_size: int) -> bool:
+def _register(run_dir: Path, number: int, token: str, world_size: int) -> bool:
     try:
-        with _file(run, number).open("x") as file:
+        with _file(run_dir, number).open("x") as file:
             json.dump(_metadata(token, world_size), file, indent=1)
     except FileExistsError:
         return False
     return True
 
 
-def wait_until_visible(run: Path, number: int) -> None:
+def wait_until_visible(run_dir: Path, number: int) -> None:
     """Raises UserError if this machine does not see, within some seconds, the attempt that rank 0 has just begun."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while number not in _numbers(run):
+    while number not in _numbers(run_dir):
         if time.monotonic() > deadline:
             raise UserError(
-                f"{socket.gethostname()} does not see {_file(run, number).absolute()}, which rank 0 has just written; "
-                "give a --run on a file system that all nodes share"
+                f"{socket.gethostname()} does not see {_file(run_dir, number).absolute()}, "
+                "which rank 0 has just written; give a --run on a file system that all nodes share"
             )
         time.sleep(0.2)
 
 
-def described(run: Path, number: int) -> str:
+def described(run_dir: Path, number: int) -> str:
     """Describes an attempt for messages."""
     found: dict[str, Any] = {}
     with suppress(OSError):
-        found = _read(run, number)
+        found = _read(run_dir, number)
     job = f", Slurm job {found['job']}" if found.get("job") else ""
     return f"attempt {number} (process {found.get('pid', '?')} on {found.get('host', '?')}{job})"
 
 
-def _read(run: Path, number: int) -> dict[str, Any]:
+def _read(run_dir: Path, number: int) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(_file(run, number).read_bytes())
+        found: dict[str, Any] = json.loads(_file(run_dir, number).read_bytes())
     except (FileNotFoundError, ValueError):  # it is being written
         return {}
     return found
@@ -176,21 +176,21 @@ def _metadata(token: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def _file(run: Path, number: int) -> Path:
-    return run / "attempts" / f"{number:04d}.json"
+def _file(run_dir: Path, number: int) -> Path:
+    return run_dir / "attempts" / f"{number:04d}.json"
 
 
-def _numbers(run: Path) -> list[int]:
+def _numbers(run_dir: Path) -> list[int]:
     try:
-        names = os.listdir(run / "attempts")  # noqa: PTH208 -- Path.iterdir would make an object of each
+        names = os.listdir(run_dir / "attempts")  # noqa: PTH208 -- Path.iterdir would make an object of each
     except FileNotFoundError:
         return []
     return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()]
 
 
-def _clear_before(run: Path, number: int) -> None:
+def _clear_before(run_dir: Path, number: int) -> None:
     """Deletes the temporary files of attempts before `number`."""
-    for folder in (run, run / "checkpoints"):
+    for folder in (run_dir, run_dir / "checkpoints"):
         for leftover in folder.glob(".*.tmp*"):
             writer = re.search(r"\.(\d+)\.tmp(-cleared-by-\d+)?$", leftover.name)
             if writer and int(writer[1]) < number:

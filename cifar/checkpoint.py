@@ -98,7 +98,7 @@ def write(attempt: Attempt, snapshot: Snapshot, metadata: dict[str, Any]) -> Pat
     UserError where a weight or the optimizer's state is not finite, the disk is full or not writable, or a newer
     attempt has taken the run over; earlier checkpoints are then as they were.
     """
-    directory = attempt.run / "checkpoints"
+    directory = attempt.run_dir / "checkpoints"
     path = directory / f"step-{snapshot.progress.step:07d}"
     tensors = snapshot.tensors()
     # A finite loss does not imply a finite update, and no run could resume from such a checkpoint.
@@ -356,7 +356,7 @@ def export(attempt: Attempt, network: nn.Module, config: dict[str, Any]) -> None
     weights = safetensors.torch.save(_contiguous(network.state_dict()))
     config = {"format": FORMAT, **config, "sha256": hashlib.sha256(weights).hexdigest()}
     for name, content in ((WEIGHTS, weights), ("config.json", json.dumps(config, indent=1).encode())):
-        attempt.replace(attempt.run / name, content)
+        attempt.replace(attempt.run_dir / name, content)
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -373,11 +373,11 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    failure.beat()
+    failure.step_progressed()
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        failure.beat()
+        failure.step_progressed()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 def command_line(program: str) -> Iterator[None]:
     """Wraps a program: a UserError becomes one line and its exit status, Ctrl-C exits with 130, as in a shell.
 
-    So does a disk without room for stdout. A reader who has seen enough, as `head`, is no error: status 141, no line.
+    So does a disk without room for stdout. A closed pipe (`| head`) is no error: exit status 141, no message.
     """
     before = sys.stdout, sys.stderr
     _prepare_streams()

@@ -76,14 +76,14 @@ def evaluate(
 
 
 def evaluate_whole(accelerator: Accelerator, network: nn.Module, images: torch.Tensor, data: Data) -> Evaluation:
-    """Like `evaluate`, but never None: for programs that do not catch stop requests, which end them at once."""
+    """Like `evaluate`, but never None: for programs that a stop signal ends at once, as explain.py."""
     evaluated = evaluate(accelerator, network, images, data)
     if evaluated is None:
         raise AssertionError("an evaluation ends early only where stop requests are caught")
     return evaluated
 
 
-def share(accelerator: Accelerator, count: int) -> npt.NDArray[np.int64]:
+def rank_indices(accelerator: Accelerator, count: int) -> npt.NDArray[np.int64]:
     """The indices, out of `count`, of the images that this rank evaluates."""
     return np.arange(accelerator.process_index, count, accelerator.num_processes)
 
@@ -103,7 +103,7 @@ def _predict(
     """
     for buffer in network.buffers():
         broadcast(buffer)
-    count, own = len(chosen), share(accelerator, len(chosen))
+    count, own = len(chosen), rank_indices(accelerator, len(chosen))
     # Padded with -1 to the same length on all ranks.
     mine = np.full(-(-count // accelerator.num_processes), -1)
     mine[: len(own)] = own
@@ -119,7 +119,7 @@ def _predict(
                 with torch.no_grad():
                     logits = [network(apply_view(normalized, view)).float() for view in views]
                 rows[begin : begin + len(part)] = torch.stack(logits).mean(dim=0).log_softmax(dim=1)
-            failure.beat()
+            failure.step_progressed()
             look = number % STOP_EVERY[accelerator.device.type] == 0 or number == len(batches)
             if look and ranks.any_rank(accelerator, bool(stop.requested())):
                 return None

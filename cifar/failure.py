@@ -197,7 +197,7 @@ class _Peers:
     def __init__(self, watch: _Watch, rank: int, ranks: int) -> None:
         machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on each
         self.watch, self.rank, self.next = watch, rank, (rank + 1) % ranks
-        self.hosts = [f"machine {other // machine}" for other in range(ranks)]  # until `introduce` tells their names
+        self.hosts = [f"machine {other // machine}" for other in range(ranks)]  # until `name_hosts`
         self.heartbeat = ""  # the next rank's
         self.heard = self.told = time.monotonic()  # when that last changed, when the store last answered
         self.first: End | None = None  # what the rank said that failed first
@@ -332,7 +332,7 @@ def computes_on_cpu() -> None:
         _watch.on_cpu = True
 
 
-def introduce(hosts: list[str]) -> None:
+def name_hosts(hosts: list[str]) -> None:
     """Sets the ranks' host names, once they are known."""
     if _watch and _watch.peers:
         _watch.peers.hosts = hosts
@@ -355,21 +355,21 @@ def exchange(what: str, value: str) -> list[str]:
     return [_get(peers.store, key) for key in keys]
 
 
-def ready() -> None:
+def shorten_hang_timeout() -> None:
     """Marks that all ranks have opened their data: until the first step the hang timeout is at least HANG_SECONDS."""
     if _watch:
         _move(_watch)
         _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
 
 
-def beat() -> None:
+def step_progressed() -> None:
     """Reports progress: call it after every step, evaluation batch and checkpoint file."""
     if _watch:
         _move(_watch)
         _watch.limit, _watch.training = _watch.hang_seconds, True
 
 
-def working() -> None:
+def report_progress() -> None:
     """Reports progress of a long operation, e.g. a download; the timeout stays the same."""
     if _watch:
         _move(_watch)
@@ -408,7 +408,7 @@ def command_line(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if _speaks():
+        if _prints_shared_messages():
             print(f"{program}: {error.prefix}{error}", file=sys.stderr)
         leave(error.status)
     except KeyboardInterrupt:
@@ -416,8 +416,8 @@ def command_line(program: str) -> Iterator[None]:
     leave(0)
 
 
-def _speaks() -> bool:
-    """Whether this process says what all ranks know: rank 0 does, or one that is alone, whatever its RANK."""
+def _prints_shared_messages() -> bool:
+    """Whether this process prints what all ranks know: rank 0, or a process that is alone, whatever its RANK."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1")
 
 
@@ -474,7 +474,7 @@ def in_place_of_rank_0() -> bool:
 
 
 @contextmanager
-def shared() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Wraps everything that ranks do together: an error on one ends all of them, with that error as the last line.
 
     The rank with the error prints its traceback first. A user error leaves the block as UserError.
@@ -516,7 +516,7 @@ def _say_and_exit(line: str, status: int) -> NoReturn:
     # by rank 0 only.
     with suppress(OSError, ValueError):
         if status in (0, USER_ERROR):
-            if _speaks():
+            if _prints_shared_messages():
                 sys.stderr.write(f"{program}: {'error: ' if status else ''}{line}\n")
         else:
             sys.stderr.write(f"{program}: error: {line}\n")

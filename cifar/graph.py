@@ -73,7 +73,7 @@ class GraphedGradients:
             if not self.trusted:
                 self.graphs.clear()
                 if self.accelerator.is_main_process:
-                    print(f"no CUDA graph ({problem or 'another rank has none'}): training goes on without", flush=True)
+                    print(f"no CUDA graph ({problem or 'another rank has none'}): continuing in eager mode", flush=True)
         if not self.trusted:
             return self.eager(model, images, labels, write_failed)
         graph = self.graphs[key]
@@ -81,7 +81,7 @@ class GraphedGradients:
         self.own_work.ends()
         graph.average_gradients()
         self.replayed += 1
-        failure.beat()
+        failure.step_progressed()
         return loop.reduced_totals(self.accelerator, graph.totals, write_failed)
 
 

@@ -43,7 +43,7 @@ NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"
 
 
 def start(gradient_compression: str = "none", deterministic: bool = False) -> Accelerator:
-    """The Accelerator of this process, after the checks that keep a misconfigured launch from running on.
+    """Creates the Accelerator of this process, after checks that refuse a misconfigured launch.
 
     With `gradient_compression` "bf16" DDP sends gradients in that precision, whatever they were computed in.
     Mixed precision is set by the launcher alone, the device by device.py. On CPUs every core is in use. `deterministic`
@@ -82,13 +82,13 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if accelerator.num_processes > 1 and gradient_compression != "none" and not is_nccl_available():
         raise UserError(
-            f"--gradient-compression {gradient_compression} is refused by a torch without NCCL, as one for CPUs is; "
+            f"--gradient-compression {gradient_compression} needs a torch build with NCCL, which builds for CPUs lack; "
             "leave it out, in a new --run, or install a torch for GPUs, which runs on CPUs as well"
         )
     launched = os.environ.get("WORLD_SIZE", "1")
     if launched != str(accelerator.num_processes):  # each would believe itself to be alone, and all would write
         raise AssertionError(f"{launched} processes were launched, but this one knows of {accelerator.num_processes}")
-    failure.introduce(ranks.gathered(accelerator, socket.gethostname()))
+    failure.name_hosts(ranks.gathered(accelerator, socket.gethostname()))
     # The launcher leaves a process on a machine with GPUs one thread, however many cores there are.
     torch.set_num_threads(cores.asked_for() or max(1, cores.available() // local_processes()))
     if on_cpu:

@@ -53,7 +53,7 @@ class DelayedMetrics:
         return self.read(len(self._pending) - self.delay)
 
     def read(self, steps: int | None = None) -> list[StepMetrics]:
-        """Waits for the metrics of so many of the steps that have not been read; of all by default."""
+        """Waits for and returns the metrics of the next `steps` unread steps; of all by default."""
         found = []
         for _ in range(len(self._pending) if steps is None else steps):
             step, copy, mark = self._pending.popleft()
@@ -120,12 +120,12 @@ def accumulate_gradients(
                 if explained is None:
                     raise
                 raise explained from None
-        failure.beat()
+        failure.step_progressed()
     return reduced_totals(accelerator, totals, write_failed)
 
 
 def _explained(error: Exception, accelerator: Accelerator, images: int, share: int) -> UserError | None:
-    """The UserError for what a micro-batch of so many images failed of; None for a fault of the program."""
+    """Translates an out-of-memory or batch-norm error into a UserError; None for a bug."""
     who = f"rank {accelerator.process_index} on {socket.gethostname()}"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # on a GPU; on a CPU
         smaller = next((parts for parts in range(share // images + 1, share + 1) if share % parts == 0), None)

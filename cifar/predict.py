@@ -171,7 +171,7 @@ def _read_within(listing: Listing, reader: Reader, name: str) -> pictures.UInt8:
 def predictions(
     run: runs.Run, wanted: Iterator[Item], top: int, broken: Callable[[str], None]
 ) -> Generator[Prediction, None, None]:
-    """What the network says of each picture, in order; one that cannot be read is told to `broken` in a line."""
+    """Yields predictions in the order of the pictures; calls `broken` with a message for each that cannot be read."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # the same results on GPU and CPU
@@ -200,7 +200,7 @@ def _decoded_ahead(
 ) -> Iterator[list[tuple[str, "Future[pictures.UInt8]"]]]:
     """Batches of pictures that are decoded while the network is busy with the ones before.
 
-    Each is twice the one before, up to BATCH: the first answers come at once, even if stdin tells of more only later.
+    Each is twice the one before, up to BATCH: so the first predictions appear before stdin ends.
     """
     waiting: deque[list[tuple[str, Future[pictures.UInt8]]]] = deque()
     size = 1

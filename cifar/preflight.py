@@ -61,7 +61,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
         except RuntimeError as failed:
             error = str(failed).splitlines()[0].partition(". ")[0]
 
-    # In a thread: NCCL may wait for ever for a communicator that one node cannot make.
+    # In a thread: NCCL may wait forever for a communicator that one node cannot make.
     adding = threading.Thread(target=add_up, daemon=True)
     adding.start()
     adding.join(seconds)

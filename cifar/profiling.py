@@ -90,7 +90,7 @@ class StepProfiler:
             files.replace(Path(f"{self.stem}.txt"), "\n".join(lines) + "\n")
             lines.append(f"the trace is {trace}; https://ui.perfetto.dev shows it")
         except OSError as error:
-            lines.append(f"{trace} cannot be written ({error.strerror}); training goes on without it")
+            lines.append(f"{trace} cannot be written ({error.strerror}); training continues without it")
         if self.accelerator.is_main_process:
             print("\n".join(lines), flush=True)
 

@@ -42,7 +42,7 @@ PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a seco
 CHECK_SECONDS = 5  # between checks for a newer attempt, in addition to the one before each write
 WAITING, TRAINING = "waiting for images", "training"  # on the clock
 LATE = 0.1  # fraction of training spent waiting for images above which the run says so
-SLOW = 1.5  # a rank is reported as slow above so many times the others' own work in a step
+SLOW = 1.5  # a rank is slow if its own work in a step exceeds this multiple of the others' median
 LAST_SAVE_SECONDS = 3  # how long a failed job waits for a save in progress
 
 
@@ -110,7 +110,7 @@ class RunRecord:
     # ---- the beginning
 
     def _command(self) -> dict[str, object]:
-        """What must be equal on all ranks. The path of the images may differ, the images may not."""
+        """Returns the settings that must be equal on all ranks. Paths of images may differ, images may not."""
         names = ("checkpoint_every", "deterministic", "cuda_graph", "profile")
         return {
             **{name: value for name, value in self.recipe.model_dump().items() if name != "data"},
@@ -164,7 +164,7 @@ class RunRecord:
             self.history.close()
 
     def profiled_steps(self) -> AbstractContextManager[profiling.StepProfiler]:
-        """What traces some steps for --profile, on each rank."""
+        """Returns this rank's profiler for --profile."""
         done, total = self.progress.step, self.schedule.total_steps
         return profiling.of_steps(self.options.profile, self.accelerator, self.options.run, self.number, done, total)
 
@@ -202,7 +202,7 @@ class RunRecord:
         self.logged = time.monotonic()
         return True
 
-    def count(self, arrived: list[StepMetrics], seconds: float) -> bool:
+    def log_steps(self, arrived: list[StepMetrics], seconds: float) -> bool:
         """Records the metrics that have arrived, and the duration of the newest step on this rank.
 
         Returns whether a rank was asked to stop. Raises UserError, on all ranks, for a loss that is not finite, and for

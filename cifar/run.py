@@ -55,7 +55,7 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 def write_status(attempt: Attempt, state: str, step: int, reason: str = "") -> None:
     """`state` is running, finished, preempted or failed; `reason` says why in words. Raises UserError, OSError."""
-    attempt.replace(attempt.run / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
+    attempt.replace(attempt.run_dir / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
 
 
 def check(directory: Path, recipe: Recipe, resume: str) -> None:
@@ -131,20 +131,20 @@ class History:
 
     def __init__(self, attempt: Attempt, step: int, labels: npt.NDArray[np.uint8]) -> None:
         self.attempt, self.labels = attempt, labels
-        rows, exported = read_predictions(attempt.run, len(labels))
+        rows, exported = read_predictions(attempt.run_dir, len(labels))
         # Probabilities are in predictions.safetensors alone: an evaluation that can be made again must be there, too.
         self.epochs = [
             metrics
-            for metrics in _read_metrics(attempt.run)
+            for metrics in _read_metrics(attempt.run_dir)
             if metrics.epoch in rows and (metrics.step < step or (metrics.step == step and metrics.epoch in exported))
         ]
         self.predictions = {metrics.epoch: rows[metrics.epoch] for metrics in self.epochs}
         self.probabilities: npt.NDArray[np.float32] | None = None  # of the last epoch that this attempt evaluated
         kept = {metrics.epoch for metrics in self.epochs}
         self.exported = len(kept) if exported == kept else 0  # epochs in predictions.safetensors
-        self._metrics = attempt.begin(attempt.run / "metrics.jsonl", "".join(map(_line, self.epochs)).encode())
+        self._metrics = attempt.begin(attempt.run_dir / "metrics.jsonl", "".join(map(_line, self.epochs)).encode())
         log = b"".join(_row(*entry) for entry in self.predictions.items())
-        self._log = attempt.begin(attempt.run / "predictions.log", log)
+        self._log = attempt.begin(attempt.run_dir / "predictions.log", log)
 
     def last_epoch(self) -> int:
         """The last epoch whose evaluation is recorded, 0 where there is none."""
@@ -181,7 +181,7 @@ class History:
             "labels": np.array(self.labels),
             "probabilities": self.probabilities.astype(np.float16),
         }
-        self.attempt.replace(self.attempt.run / "predictions.safetensors", save(tensors))
+        self.attempt.replace(self.attempt.run_dir / "predictions.safetensors", save(tensors))
         self.exported = len(self.epochs)
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 def write_result(attempt: Attempt, result: dict[str, Any]) -> None:
     """Writes result.json. Raises UserError, OSError."""
-    attempt.replace(attempt.run / "result.json", json.dumps(result, indent=1))
+    attempt.replace(attempt.run_dir / "result.json", json.dumps(result, indent=1))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Tracker:
         self.first_step, self.total_steps = step, total_steps
         # Purges what earlier attempts logged beyond this step, so that curves do not overlap; even one that still logs,
         # since its file sorts before this one.
-        self.writer = SummaryWriter(str(attempt.run), purge_step=step + 1 if step else 0)
+        self.writer = SummaryWriter(str(attempt.run_dir), purge_step=step + 1 if step else 0)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not has_room_for_a_bar(sys.stderr))
         self.said = time.monotonic()
         self.warm = False  # after the first step of this attempt
@@ -64,7 +64,7 @@ class Tracker:
         self.writer.add_text("network", f"```\n{table}\n```")
         self.writer.add_custom_scalars(CHARTS)
         samples = self._samples(training_images)
-        self.attempt.replace(self.attempt.run / "samples.png", figures.png(samples))
+        self.attempt.replace(self.attempt.run_dir / "samples.png", figures.png(samples))
         self.writer.add_image("samples", samples, dataformats="HWC")
 
     def _samples(self, training_images: TrainingImages) -> npt.NDArray[np.uint8]:
@@ -145,7 +145,7 @@ class Tracker:
             picture = figures.confusion(confusion, self.data.classes)
             self.writer.add_image("confusion", picture, step, dataformats="HWC")
         curves = figures.curves(epochs, self.recipe.label_smoothing)
-        self.attempt.replace(self.attempt.run / "curves.png", figures.png(curves))
+        self.attempt.replace(self.attempt.run_dir / "curves.png", figures.png(curves))
         self.writer.flush()
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ class Tracker:
         most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s "
-            f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run}"
+            f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run_dir}"
         )
 
     def say(self, text: str) -> None:

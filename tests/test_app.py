@@ -207,7 +207,7 @@ def test_an_answer_is_that_of_the_explanation_pass(
         assert (answer["map for"], answer["method"]) == (CLASSES[target], method)
         assert [(row["layer"], row["cells"]) for row in answer["maps"]] == [("prep", 32), ("layer3", 4)]
         for row in answer["maps"]:
-            raw, _ = maps.compute(network, row["layer"], method, images, maps.scores(torch.tensor([[target]]), 4))
+            raw, _ = maps.compute(network, row["layer"], method, images, maps.one_hot(torch.tensor([[target]]), 4))
             assert np.allclose(row["map"], np.maximum(raw[0, 0], 0), atol=2e-6)
             assert row["raw maximum"] == pytest.approx(raw.max(), abs=2e-6)
         shown = evidence.attributions(

@@ -92,7 +92,7 @@ def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
     bench = Bench("resnet", 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0})
     with (
         bench.launch("ours", "--data", tmp_path / "missing", "--run", tmp_path / "run") as program,
-        pytest.raises(UserError, match="ours ended with exit status 1; what it said stands above"),
+        pytest.raises(UserError, match="ours ended with exit status 1; its stderr is above"),
     ):
         program.turn("train", amount=1)
     assert f"train.py: error: --data {tmp_path / 'missing'} does not exist" in capfd.readouterr().err

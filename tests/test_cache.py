@@ -258,7 +258,7 @@ def test_a_cache_that_its_owner_keeps_private_is_one_line_for_others(everybodys:
     assert as_user(NOBODY, everybodys / "shapes", "077", XDG_CACHE_HOME=str(shared)).returncode == 0
     second = as_user(NOBODY - 1, everybodys / "shapes", XDG_CACHE_HOME=str(shared))
     assert second.returncode == 1
-    assert "the image cache may not be read; change its permissions, or set XDG_CACHE_HOME" in second.stderr
+    assert "no permission to read the image cache; change its permissions, or set XDG_CACHE_HOME" in second.stderr
     assert second.stderr.count("\n") == 1
 
 

@@ -61,9 +61,9 @@ def test_training_a_whitened_network_costs_303_million_multiply_adds_an_image() 
     images = torch.randn(1, 3, 32, 32).repeat(2, 1, 1, 1)
     with FlopCounterMode(display=False) as counter:
         network(images).sum().backward()
-    # On the way back each product has two, but the whitening none, and the first filters only that for their weights.
+    # Backward, each product has two, but the whitening none, and the first filters only that for their weights.
     assert counter.get_total_flops() == 2 * 2 * (whitening + 2 * first + 3 * rest) == 4 * 303_085_344
-    # With frozen early layers the way back ends at the second stage's first filters: 0.81 of that.
+    # With frozen early layers the backward pass ends at the second stage's first filters: 0.81 of that.
     models.freeze(network)
     with FlopCounterMode(display=False) as counter:
         network(images).sum().backward()

@@ -160,7 +160,7 @@ def test_ranks_wait_for_images_as_long_as_one_of_them_gets_on_with_them(
         "failure.SETUP_SECONDS, real_open = 8, cache.open_data\n"
         "def open_data(*data, **how):\n"
         "    if os.environ['RANK'] == '0':\n"
-        "        for _ in range(50): time.sleep(0.5); failure.working()\n"
+        "        for _ in range(50): time.sleep(0.5); failure.report_progress()\n"
         "    return real_open(*data, **how)\n"
         "cache.open_data = open_data"
     )

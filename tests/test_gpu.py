@@ -39,7 +39,7 @@ HALF = PRECISIONS[-1]
 # On CPUs the default network would take a minute for each of some forty runs.
 NETWORK = ("--network", "whitened") if REHEARSAL else ()
 DIGITS = ("--recipe", "digits", "--epochs", 2, "--checkpoint-every", 5, *NETWORK)
-# The other network, optimizer and augmentation: whitening, Muon, images that grow, test-time augmentation.
+# The other network, optimizer and augmentation: whitening, Muon, progressive resizing, test-time augmentation.
 SPEEDRUN = ("--recipe", "speedrun", "--data", "digits", "--epochs", 2, "--global-batch-size", 64, "--freeze-at", 0.5)
 ONE = ("--num_processes", "1")  # also where there are more GPUs
 STEPS = 45  # 2 epochs of 1,437 images in batches of 64
@@ -232,7 +232,8 @@ def test_maps_and_votes_are_those_of_a_cpu_and_of_the_app(run_of: Callable[[str]
         "import sys\nfrom pathlib import Path\nimport numpy as np, torch\nfrom cifar import launch\n"
         "from cifar.app.engine import Engine\nfrom cifar.explain import evidence, layers, maps, runs\n"
         "run = runs.open_run(Path(sys.argv[1]))\n"
-        "data, cells, engine = runs.images(run, None), layers.of(run.network), Engine(run)\nlast = list(cells)[-1]\n"
+        "data, cells, engine = runs.images(run, None), layers.resolutions(run.network), Engine(run)\n"
+        "last = list(cells)[-1]\n"
         "networks = [runs.load(run, device) for device in (torch.device('cpu'), launch.start().device)]\n"
         "images, labels = np.arange(8), np.array(data.test_labels[:8])\n"
         "targets = np.stack((labels, (labels + 1) % 10), axis=1).astype(np.uint8)\n"

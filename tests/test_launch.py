@@ -151,7 +151,7 @@ def main():
     model = launch.start("bf16").prepare(torch.nn.Linear(3, 1))
     print("prepared")
 try:
-    with failure.shared(): main()
+    with failure.fail_together(): main()
 except UserError as error: print(error)
 """
 

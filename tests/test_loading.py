@@ -126,7 +126,7 @@ def running(shapes: Path) -> Iterator[Iterator[loading.Batch]]:
 
 def test_a_worker_that_was_killed_is_named(running: Iterator[loading.Batch]) -> None:
     workers()[0].kill()
-    with pytest.raises(LostError, match=f"^{NAME} was ended by SIGKILL, most likely for want of memory"):
+    with pytest.raises(LostError, match=f"^{NAME} was ended by SIGKILL, most likely out of memory"):
         list(running)
 
 

@@ -52,7 +52,7 @@ def resnet() -> nn.Module:
 
 
 def of_class(number: int, count: int) -> torch.Tensor:
-    return maps.scores(torch.full((count, 1), number), CLASSES)
+    return maps.one_hot(torch.full((count, 1), number), CLASSES)
 
 
 def closed_form(method: str, network: Patches, images: torch.Tensor, number: int) -> torch.Tensor:
@@ -87,11 +87,11 @@ def test_maps_are_signed_and_not_rescaled(patches: Patches, images: torch.Tensor
 def test_a_batch_gives_the_maps_of_its_images_one_by_one(
     method: str, layer: str, resnet: nn.Module, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objectives = maps.scores(torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]]), CLASSES)
+    objectives = maps.one_hot(torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]]), CLASSES)
     monkeypatch.setattr(maps, "BATCH", 3)  # so that the five images are a batch and a smaller one
     together, logits = maps.compute(resnet, layer, method, images, objectives)
     single = [maps.compute(resnet, layer, method, images[k : k + 1], objectives[k : k + 1]) for k in range(5)]
-    cells = layers.of("resnet")[layer]
+    cells = layers.resolutions("resnet")[layer]
     assert together.shape == (5, 2, cells, cells)
     scale = np.abs(together).max()
     np.testing.assert_allclose(together, np.concatenate([found for found, _ in single]), atol=1e-4 * scale)
@@ -145,18 +145,20 @@ def test_the_network_is_left_as_it_was(method: str, images: torch.Tensor) -> Non
 @pytest.mark.parametrize("name", models.names())
 def test_resolutions_in_the_help_are_those_of_the_network(name: str, images: torch.Tensor) -> None:
     network = models.build(name, CLASSES, 0.0).eval()
-    for layer, cells in layers.of(name).items():
+    for layer, cells in layers.resolutions(name).items():
         found, _ = maps.compute(network, layer, "hirescam", images[:1], of_class(0, 1))
         assert found.shape == (1, 1, cells, cells)
-    assert {layer: layers.grid(network, layer).cells for layer in network.explainable_layers} == layers.of(name)
-    assert layers.of(name)[layers.default(layers.of(name))] >= 7
+    assert {layer: layers.grid(network, layer).cells for layer in network.explainable_layers} == layers.resolutions(
+        name
+    )
+    assert layers.resolutions(name)[layers.default(layers.resolutions(name))] >= 7
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_votes_add_up_to_the_margin(name: str, images: torch.Tensor) -> None:
     network = models.build(name, CLASSES, 0.0).eval()
     targets = torch.tensor([[0, 1], [1, 0], [2, 0], [0, 2], [1, 2]])
-    counted, biases, margins = votes.count(network, list(layers.of(name))[-1], images, targets)
+    counted, biases, margins = votes.compute(network, list(layers.resolutions(name))[-1], images, targets)
     logits = network(images).detach()
     expected = (logits.gather(1, targets[:, :1]) - logits.gather(1, targets[:, 1:]))[:, 0]
     np.testing.assert_allclose(margins, expected, atol=1e-5)
@@ -281,7 +283,7 @@ def test_a_map_of_no_class_is_high_where_the_layer_is_active(
 
 
 def test_methods_of_no_class_are_those_whose_maps_do_not_depend_on_it(resnet: nn.Module, images: torch.Tensor) -> None:
-    objectives = maps.scores(torch.tensor([[0, 1]] * len(images)), CLASSES)
+    objectives = maps.one_hot(torch.tensor([[0, 1]] * len(images)), CLASSES)
     found = {name: maps.compute(resnet, "layer2", name, images, objectives)[0] for name in METHODS}
     assert tuple(name for name, both in found.items() if (both[:, 0] == both[:, 1]).all()) == maps.OF_NO_CLASS
 

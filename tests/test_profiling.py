@@ -142,7 +142,7 @@ def test_an_attempt_with_few_steps_left_and_one_without_room_train_on(
     assert "profile" not in said
     shutil.rmtree(run / "checkpoints")
     (run / "profile").write_text("where a folder should be")
-    cannot = f"{run}/profile/attempt-3.rank-0.pt.trace.json.gz cannot be written (File exists); training goes on"
+    cannot = f"{run}/profile/attempt-3.rank-0.pt.trace.json.gz cannot be written (File exists); training continues"
     assert cannot in again()
 
 

@@ -61,7 +61,7 @@ class Engine:
         """Raises UserError for weights that are not the network's."""
         self.run = run
         self.network = runs.load(run, torch.device("cpu"))
-        self.layers = layers.of(run.network)
+        self.layers = layers.resolutions(run.network)
         self._lock = Lock()
 
     def warm_up(self) -> None:
@@ -89,12 +89,12 @@ class Engine:
             target = first if target is None else target
             heatmaps, counted = [], None
             for layer in at:
-                objectives = maps.scores(torch.tensor([[target]]), len(ranking))
+                objectives = maps.one_hot(torch.tensor([[target]]), len(ranking))
                 raw, _ = maps.compute(self.network, layer, method, images, objectives)
                 heatmaps.append(self._heatmap(layer, raw[0, 0]))
             if at:
                 against, last_stage = second if target == first else first, list(self.layers)[-1]
-                cells, bias, margin = votes.count(self.network, last_stage, images, torch.tensor([[target, against]]))
+                cells, bias, margin = votes.compute(self.network, last_stage, images, torch.tensor([[target, against]]))
                 grid = layers.grid(self.network, last_stage)
                 counted = Votes(last_stage, grid, target, against, cells[0], float(bias[0]), float(margin[0]))
         return Answer(pixels, logits.softmax(dim=0).numpy(), ranking, target, method, heatmaps, counted)
@@ -102,7 +102,7 @@ class Engine:
     def heatmaps(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Heatmap], Float]:
         """The map of each picture [n, 32, 32, 3] for its class of `targets` [n], and the probabilities [n, C]."""
         with self._alone():
-            objectives = maps.scores(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
+            objectives = maps.one_hot(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
             raw, logits = maps.compute(self.network, layer, method, self._tensor(pixels), objectives)
         return [self._heatmap(layer, values) for values in raw[:, 0]], torch.from_numpy(logits).softmax(dim=1).numpy()
 

@@ -67,14 +67,7 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, end)
     with _folder_for_uploads() as uploads:
-        # Before importing Gradio: variables meant for other apps must not expose this one, and in a Space Gradio
-        # would start a second server, which accepts code.
-        for name in [name for name in os.environ if name.startswith(("GRADIO_", "SPACE_")) and name not in OF_A_SPACE]:
-            del os.environ[name]
-        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        # Gradio's check of its own server must not go through a proxy.
-        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(["127.0.0.1", "localhost", host])
-
+        _set_gradio_environment(uploads, host)
         import gradio as gr
         from starlette.middleware import Middleware
 
@@ -119,6 +112,17 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         warming_up.join(ENDS_WITHIN)  # imports fail during interpreter shutdown
         if warming_up.is_alive():
             print(f"cifar.app: ended, though grad-cam has not been imported after {ENDS_WITHIN} s", file=sys.stderr)
+
+
+def _set_gradio_environment(uploads: str, host: str) -> None:
+    """Must come before importing Gradio."""
+    # Variables meant for other apps must not expose this one, and in a Space Gradio would start a second server, which
+    # accepts code.
+    for name in [name for name in os.environ if name.startswith(("GRADIO_", "SPACE_")) and name not in OF_A_SPACE]:
+        del os.environ[name]
+    os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    # Gradio's check of its own server must not go through a proxy.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(["127.0.0.1", "localhost", host])
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Measure
     from gradio_client import handle_file
 
     opened = runs.open_run(run)
-    cells, top = layers.of(opened.network), min(5, len(opened.classes))
+    cells, top = layers.resolutions(opened.network), min(5, len(opened.classes))
     seconds = []
     for _ in range(starts - 1):
         app = App(run)

@@ -23,7 +23,7 @@ COPY = "memory copy"  # name of the memory-bandwidth limit, in bytes per second
 
 def products(precision: str) -> str:
     """Name of the matmul limit in a precision, in multiply-adds per second."""
-    return f"{precision} matrix products"
+    return f"{precision} matmul"
 
 
 @dataclass

@@ -38,14 +38,14 @@ def main() -> None:
 
     accelerator = launch.start()
     name = recipes.RECIPES[sys.argv[1]]().network
-    layer = layers.default(layers.of(name))
+    layer = layers.default(layers.resolutions(name))
     torch.manual_seed(0)
     network = models.build(name, 10, 0.0).eval()
     network.to(device=accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(maps.BATCH, 3, 32, 32, device=accelerator.device)
     images = images.contiguous(memory_format=torch.channels_last)
     classes = torch.tensor([[0, 1]] * maps.BATCH, device=accelerator.device)
-    objectives = maps.scores(classes, 10)
+    objectives = maps.one_hot(classes, 10)
 
     def explained(start: int, end: int) -> None:
         maps.compute(network, layer, "gradcam", images[start:end], objectives[start:end])

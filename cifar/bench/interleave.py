@@ -56,7 +56,7 @@ class Program:
         self.process.wait()
         self.errors.seek(0)
         sys.stderr.write(self.errors.read().decode(errors="replace"))
-        raise UserError(f"{self.name} ended with exit status {self.process.returncode}; what it said stands above")
+        raise UserError(f"{self.name} ended with exit status {self.process.returncode}; its stderr is above")
 
     def close(self) -> None:
         """Ends it."""

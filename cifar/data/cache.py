@@ -76,7 +76,7 @@ def open_data(data: str, *, fit: bool = False) -> Data:
         fault = _fault(path)
     except PermissionError as error:
         fix = f"change its permissions, or {OWN_FOLDER}"
-        raise UserError(f"{error.filename}: the image cache may not be read; {fix}") from None
+        raise UserError(f"{error.filename}: no permission to read the image cache; {fix}") from None
     if fault is not None:
         if fault:
             print(f"image cache {path}: {fault}; rebuilding it", flush=True)

@@ -287,12 +287,12 @@ class _Process:
         self.end()
         code = self.process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
-        why = ", most likely for want of memory: give the job more" if code == -signal.SIGKILL else ""
+        why = ", most likely out of memory: request more for the job" if code == -signal.SIGKILL else ""
         which = f"the process that decoded {part.names[0]} to {part.names[-1]}"
         return LostError(f"{part.where}: {which} {how}{why}; start the same command again")
 
     def end(self) -> None:
-        """Waits for the process to exit, but not for ever: a disk may not let it go."""
+        """Waits for the process to exit, but not forever: a disk may not let it go."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
 

@@ -134,7 +134,7 @@ def _list_one(listing: Listing, folder: str, descriptor: int) -> list[str]:
                 listing.wrong[name] = _unreadable(f"{listing.where}/{name}", error)
                 continue
             sizes[name], changed[name] = status.st_size, (status.st_mtime_ns, status.st_ctime_ns)
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block for ever
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 listing.wrong[name] = "is a pipe, socket or device, not a file; remove it"
     listing.folders.update(inner)
     return inner

@@ -108,7 +108,7 @@ def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, T
         images = training_images(recipe, data, accelerator.device)
     # The slow part is done: from here on a hang is noticed sooner, unless the first step has to compile.
     if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
-        failure.ready()
+        failure.shorten_hang_timeout()
     return data, images
 
 
@@ -233,7 +233,7 @@ class _Worker:
                 self.process.join(1)
                 code = self.process.exitcode
                 how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
-                why = ", most likely for want of memory: give the job more" if code == -signal.SIGKILL else ""
+                why = ", most likely out of memory: request more for the job" if code == -signal.SIGKILL else ""
                 raise LostError(
                     f"{self.name} {how}{why}; the same command resumes from the last checkpoint, and --augment device, "
                     "in a new --run, needs no dataloader workers"

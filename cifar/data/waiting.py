@@ -43,7 +43,7 @@ class ProgressBar:
         raise_if_stopped(self.doing)
         if self.done > self._moved_to:
             self._moved_to = self.done
-            failure.working()
+            failure.report_progress()
         if time.monotonic() >= self._show_at and os.environ.get("LOCAL_RANK", "0") == "0":
             self._show()
 

@@ -71,7 +71,7 @@ def examine(
     classes = _probabilities(network, images[:1]).shape[1]
 
     def maps_of(other: nn.Module, pictures: torch.Tensor) -> Float:
-        return maps.compute(other, layer, method, pictures, maps.scores(targets[:, None], classes))[0][:, 0]
+        return maps.compute(other, layer, method, pictures, maps.one_hot(targets[:, None], classes))[0][:, 0]
 
     true_maps, grid = maps_of(network, images), layers.grid(network, layer)
     count = len(true_maps)

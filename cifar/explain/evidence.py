@@ -24,8 +24,8 @@ def attributions(
     """
     images = tensor(data, indices, next(network.parameters()).device)
     classes = torch.from_numpy(targets.astype(np.int64)).to(images.device)
-    raw, _ = maps.compute(network, layer, method, images, maps.scores(classes, len(data.classes)))
-    counted, biases, margins = votes.count(network, last_stage, images, classes)
+    raw, _ = maps.compute(network, layer, method, images, maps.one_hot(classes, len(data.classes)))
+    counted, biases, margins = votes.compute(network, last_stage, images, classes)
     names = data.files("test")
     return ExplainedImages(
         indices=indices,

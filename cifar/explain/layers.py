@@ -71,7 +71,7 @@ def _grid(declared: int | tuple[int, float, float]) -> Grid:
     return Grid(*declared)
 
 
-def of(network: str) -> dict[str, int]:
+def resolutions(network: str) -> dict[str, int]:
     """Name and cells along a side of each layer, shallow to deep: the network class's `explainable_layers`.
 
     They are read from its source, since importing it would take the seconds that torch takes, and `explain.py --help`

@@ -28,7 +28,7 @@ OF_NO_CLASS = ("eigencam",)  # the methods whose map is the same for every class
 BATCH = 128  # images; more is not faster
 
 
-def scores(targets: "torch.Tensor", classes: int) -> "torch.Tensor":
+def one_hot(targets: "torch.Tensor", classes: int) -> "torch.Tensor":
     """The objectives that are the logits of classes: int64 [n, k] to float32 [n, k, classes]."""
     from torch.nn import functional as F
 

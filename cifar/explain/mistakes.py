@@ -41,7 +41,7 @@ def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], 
 def select(labels: UInt8, predictions: UInt8, true: int | None, predicted: int | None, order: str, seed: int) -> Int64:
     """The rows of mistakes (labels, predictions [m], most confident first) of a true and a predicted class, if given.
 
-    `order` is one of ORDERS; `seed` belongs to random.
+    `order` is one of ORDERS; `seed` is used by `random` alone.
     """
     keep = np.ones(len(labels), bool)
     if true is not None:

@@ -37,7 +37,7 @@ class ExplainOptions:
 
 def parse_command_line(argv: Sequence[str]) -> ExplainOptions:
     """Raises UserError for an unknown flag or a value outside its range; `--help` prints and exits."""
-    places = "; ".join(f"{name}: {layers.listed(layers.of(name))}" for name in models.names())
+    places = "; ".join(f"{name}: {layers.listed(layers.resolutions(name))}" for name in models.names())
     parser = Parser(
         prog="explain.py",
         allow_abbrev=False,
@@ -96,6 +96,6 @@ def check(options: ExplainOptions, run: Run) -> None:
     for flag, name in (("--true", options.true), ("--predicted", options.predicted)):
         if name is not None and name not in run.classes:
             raise UserError(f"{flag} {name!r} is not a class of {run.path}; choose one of: {', '.join(run.classes)}")
-    known = layers.of(run.network)
+    known = layers.resolutions(run.network)
     if options.layer is not None and options.layer not in known:
         raise UserError(f"--layer {options.layer!r} is unknown; choose one of: {layers.listed(known)}")

@@ -27,7 +27,7 @@ PART = 250  # images that a thread corrupts at a time
 AHEAD = 1  # corrupted sets that are prepared while the networks see the one before
 
 
-class Competitor(NamedTuple):
+class ComparedNetwork(NamedTuple):
     """A network, in the launcher's precision, and the images with its normalisation."""
 
     name: str
@@ -35,12 +35,13 @@ class Competitor(NamedTuple):
     data: Data
 
 
-def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[Competitor]:
+def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[ComparedNetwork]:
     """The networks of other runs. Raises UserError where they were trained on other classes, or cannot be loaded."""
     with raise_on_all_ranks(accelerator):
         opened = [runs.open_run(path) for path in others]
         loaded = [
-            Competitor(str(run.path), runs.load(run, accelerator.device), runs.as_trained(data, run)) for run in opened
+            ComparedNetwork(str(run.path), runs.load(run, accelerator.device), runs.as_trained(data, run))
+            for run in opened
         ]
     for one in loaded:
         accelerator.prepare_model(one.network, evaluation_mode=True)
@@ -48,7 +49,11 @@ def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[Compe
 
 
 def measure(
-    accelerator: Accelerator, explained: Competitor, uncorrupted: Evaluation, others: list[Competitor], seed: int
+    accelerator: Accelerator,
+    explained: ComparedNetwork,
+    uncorrupted: Evaluation,
+    others: list[ComparedNetwork],
+    seed: int,
 ) -> Robustness:
     """Evaluates the explained run's network, and others, on the test images with each corruption.
 
@@ -111,7 +116,7 @@ def flips(
 
 
 def _evaluate(
-    accelerator: Accelerator, one: Competitor, images: torch.Tensor, progress: ProgressBar | None = None
+    accelerator: Accelerator, one: ComparedNetwork, images: torch.Tensor, progress: ProgressBar | None = None
 ) -> Evaluation:
     evaluated = evaluation.evaluate_whole(accelerator, one.network, images, one.data)
     if progress:
@@ -122,7 +127,7 @@ def _evaluate(
 
 def _corrupted(accelerator: Accelerator, data: Data, seed: int) -> Generator[tuple[str, int, torch.Tensor], None, None]:
     """For each kind and severity the test images, corrupted only where this rank evaluates them."""
-    own = evaluation.share(accelerator, len(data.test_labels))
+    own = evaluation.rank_indices(accelerator, len(data.test_labels))
     parts = [own[begin : begin + PART] for begin in range(0, len(own), PART)]
     threads = ThreadPoolExecutor(max(1, cores.of_job() // cores.local_processes()), "corruption")
     waiting: deque[tuple[str, int, list[Future[UInt8]]]] = deque()

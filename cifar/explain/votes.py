@@ -14,13 +14,13 @@ from cifar.explain import maps
 from cifar.explain.findings import Float
 
 
-def count(network: nn.Module, layer: str, images: torch.Tensor, targets: torch.Tensor) -> tuple[Float, Float, Float]:
+def compute(network: nn.Module, layer: str, images: torch.Tensor, targets: torch.Tensor) -> tuple[Float, Float, Float]:
     """Votes [n, h, w] at the last stage `layer`, biases [n] and margins [n].
 
     A margin is the logit of class `targets[:, 0]` less that of `targets[:, 1]`, and the sum of votes and bias.
     """
     classes = bias(network, layer, images.new_zeros(1, *images.shape[1:]))
-    objective = maps.scores(targets[:, :1], len(classes)) - maps.scores(targets[:, 1:], len(classes))
+    objective = maps.one_hot(targets[:, :1], len(classes)) - maps.one_hot(targets[:, 1:], len(classes))
     votes, logits = maps.compute(network, layer, "hirescam", images, objective)
     numbers = targets.cpu().numpy()
     rows = np.arange(len(numbers))

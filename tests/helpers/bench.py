@@ -16,7 +16,7 @@ TRAINING = ("cifar.bench.probe", "cifar.bench.plain")
 
 
 def shrink() -> None:
-    """Fewer images, a smaller batch and network, and one shape of matrix products; the rest of the recipe stays."""
+    """Fewer images, a smaller batch and network, and one shape of matmul; the rest of the recipe stays."""
     start = Program.__init__
 
     def smaller(program: Program, name: str, command: Sequence[str], *others: Any) -> None:
