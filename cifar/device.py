@@ -9,7 +9,7 @@ launch.py compares the ranks' choices.
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ def decide(processes: int) -> Device:
     asked, host = os.environ.get(VARIABLE, ""), socket.gethostname()
     if asked not in ("", "cpu", "cuda"):
         raise UserError(f"{VARIABLE}={asked} is unknown; set cpu or cuda, or leave it unset")
-    if asked == "cpu" or (not asked and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")):
+    by_launcher = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+    if asked == "cuda" and by_launcher:  # accelerate would take the CPU
+        raise UserError(f"{VARIABLE}=cuda asks for a GPU, and the launch for the CPU (--cpu, use_cpu); drop one")
+    if asked == "cpu" or by_launcher:
         return Device("cpu")
     if torch.cuda.is_available():
         if torch.version.hip and not asked:
@@ -63,14 +66,28 @@ def decide(processes: int) -> Device:
     return Device("cpu")
 
 
-def compare(kinds: Mapping[str, str]) -> None:
-    """Raises UserError, naming them, where some of the machines (by name) train on GPUs and others on CPUs."""
-    without = sorted({machine for machine, kind in kinds.items() if kind == "cpu"})
-    if without and len(without) < len(set(kinds)):
+def compare(kinds: Iterable[tuple[str, str]]) -> None:
+    """Raises UserError, naming the machines, where some of (machine, kind) train on GPUs and others on CPUs.
+
+    Two of the machines may have the same name.
+    """
+    kinds = set(kinds)
+    if len({kind for _, kind in kinds}) > 1:
+        without = sorted(machine for machine, kind in kinds if kind == "cpu")
         raise UserError(
             f"{', '.join(without)} has no GPU that torch can use, but the other machines have one; look at "
             f"nvidia-smi there and exclude it, or set {VARIABLE}=cpu for all"
         )
+
+
+def quiet_nccl() -> None:
+    """Lets failure.py or preflight.py say why a job ends: NCCL's watchdog would end the process first.
+
+    It writes 30 lines that name no rank. Call it before torch is imported, for the level of its log.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # torch's launcher has set 1
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 
 
 class Mark:

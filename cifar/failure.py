@@ -31,7 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from cifar import background, stop
+from cifar import background, device, stop
 from cifar.errors import UserError, outlive_readers
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
@@ -39,6 +39,7 @@ HANG_SECONDS = 120
 SETUP_SECONDS = 900  # hang timeout until all ranks have opened their data: imports from a slow disk, a download
 GRACE_SECONDS = 4  # to wait for heartbeats in a roll call, and for the main thread to end by itself
 SILENT_SECONDS = 5  # without a heartbeat before a roll call
+SETUP_SILENT_SECONDS = 30  # the same until the first step: imports and a device's start stop all threads for seconds
 PATIENCE_SECONDS = 10  # without progress before a repeated stop request ends the process
 TICK_SECONDS = 1.0
 LAST_SECONDS = 2  # how much later than the others rank 0 exits: see `leave`
@@ -51,10 +52,11 @@ Record = Callable[[str, str, bool], None]  # state and reason for status.json, a
 
 
 class End(NamedTuple):
-    """Why the job ends, and with which exit status."""
+    """Why the job ends, and with which exit status; if rank 0 is gone, `successor` records it in its place."""
 
     line: str
     status: int
+    successor: int = 0
 
     @property
     def state(self) -> str:
@@ -68,7 +70,7 @@ class _Watch:
     def __init__(self) -> None:
         self.hang_seconds = hang_seconds()
         self.tick = min(TICK_SECONDS, self.hang_seconds / 10)
-        self.limit, self.training = float(SETUP_SECONDS), False
+        self.limit, self.training, self.saving = float(SETUP_SECONDS), False, False
         self.moved, self.computed = time.monotonic(), time.process_time()  # at the last progress
         self.on_cpu = False
         self.peers: _Peers | None = None
@@ -101,14 +103,12 @@ class _Watch:
         unheard = now - max(self.moved, self.asked) if self.asked else 0.0  # of a stop request
         if repeated:
             self.end(lambda: self._stopped_again(repeated, still))
-        elif unheard > PATIENCE_SECONDS and not self.training:
-            self.end(lambda: End("stopped on request before the first step", 0))
-        elif unheard > PATIENCE_SECONDS and peers and os.getppid() != self.launcher:
-            self.end(lambda: self._silent("a launcher has gone"))
         elif peers and peers.first:
             self.end(lambda: peers.first)
-        elif peers and self.training and peers.silent(now, still):
-            self.end(lambda: peers.roll_call(f"no heartbeat for {SILENT_SECONDS} s"))
+        elif unheard > PATIENCE_SECONDS and not self.training:
+            self.end(self._stopped_before_the_first_step)
+        elif peers and (silence := peers.silence(now, still)):
+            self.end(lambda: peers.roll_call(f"no heartbeat for {silence} s"))
         elif still > self.limit and not self._computes(still):
             self.end(self._hang)
 
@@ -116,6 +116,12 @@ class _Watch:
         """Whether this is a single process that is still computing on its CPU: a slow step, not a hang."""
         busy = time.process_time() - self.computed > still / 10
         return self.on_cpu and self.peers is None and busy
+
+    def _stopped_before_the_first_step(self) -> End:
+        """A rank that died is why the launcher asks the others to stop."""
+        by_launcher = os.getppid() == self.launcher
+        gone = self.peers.roll_call("asked to stop") if self.peers and by_launcher else None
+        return gone or End("stopped on request before the first step", 0)
 
     def _stopped_again(self, number: int, still: float) -> End:
         line = (
@@ -127,18 +133,13 @@ class _Watch:
     def _hang(self) -> End | None:
         reason, peers = f"no step for {self.limit:.0f} s", self.peers
         if peers is None:
-            return self._silent(reason)
+            return End(f"this process is in {self.position()} ({reason})", 1)
         found = peers.roll_call(reason)
         if found is None and (still := peers.still()) < self.limit:
             # Another rank makes progress, e.g. in a download, and the others wait for it.
             self.moved = max(self.moved, time.monotonic() - still)
             return None
         return found or peers.where_all_are(reason)
-
-    def _silent(self, reason: str) -> End:
-        if self.peers is None:
-            return End(f"this process is in {self.position()} ({reason})", 1)
-        return self.peers.roll_call(reason) or self.peers.where_all_are(reason)
 
     def end(self, why: Callable[[], End | None]) -> None:
         """Ends this process, unless `why` finds that nothing has failed."""
@@ -153,7 +154,7 @@ class _Watch:
             else:
                 time.sleep(GRACE_SECONDS)  # the main thread knows, and is on its way out
             self._write(self.failed)
-            _say_and_exit(*self.failed)
+            _say_and_exit(self.failed)
         finally:
             self.lock.release()
 
@@ -167,7 +168,7 @@ class _Watch:
 
     def succeeds_first(self) -> bool:
         """Whether this rank records the failure in place of rank 0."""
-        return self.peers is not None and self.peers.succeeds_first
+        return self.peers is not None and self.failed is not None and self.failed.successor == self.peers.rank > 0
 
     def position(self) -> str:
         """Where the main thread is, or the thread that it waits for: the innermost line of this project's code."""
@@ -202,8 +203,8 @@ class _Peers:
         self.heard = self.told = time.monotonic()  # when that last changed, when the store last answered
         self.first: End | None = None  # what the rank said that failed first
         self.said: list[str] = []  # what the ranks said at the last roll call that all have answered
-        self.succeeds_first = False  # rank 0 does not answer, and this is the lowest rank that does
         self.leaving = threading.Event()
+        self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection serves one thread at a time.
         self.store, own_store = self._connect(), self._connect()
         self.teller = threading.Thread(target=self._tell, args=(own_store,), name="heartbeat", daemon=True)
@@ -212,11 +213,11 @@ class _Peers:
     def _connect(self) -> Any:
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
 
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = self.address
         try:
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
         except RuntimeError:
-            _say_and_exit(f"rank {self.rank} on {socket.gethostname()} does not reach {address}, port {port}", 1)
+            _say_and_exit(End(f"rank {self.rank} on {socket.gethostname()} does not reach {address}, port {port}", 1))
         # The launcher's store outlives a restart in place, and what the attempt before said must not count again.
         own = PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         own.set_timeout(timedelta(seconds=GRACE_SECONDS))
@@ -242,13 +243,32 @@ class _Peers:
                 self.leaving.wait(self.watch.tick)
             store.set(f"alive/{self.rank}", LEFT)
 
-    def silent(self, now: float, still: float) -> bool:
-        """Whether the next rank's heartbeat has stopped; if the store is gone too, only after PATIENCE_SECONDS idle.
+    def silence(self, now: float, still: float) -> int:
+        """The seconds without a heartbeat of the next rank that are too long, or 0 while they have not passed.
 
-        A killed launcher takes the store with it, and then the ranks are to save and stop.
+        If the store is gone as well, only once this rank makes no progress either: a killed launcher takes the store
+        with it, and then the ranks are to save and stop, which takes as long as a slow disk or a step on a CPU does.
         """
-        store_answers = now - self.told < SILENT_SECONDS
-        return now - self.heard > SILENT_SECONDS and (store_answers or still > PATIENCE_SECONDS)
+        watch = self.watch
+        seconds = SILENT_SECONDS if watch.training or watch.asked else SETUP_SILENT_SECONDS
+        if not self.heartbeat or now - self.heard <= seconds:
+            return 0
+        if now - self.told >= SILENT_SECONDS:
+            if still <= PATIENCE_SECONDS:
+                return 0
+            if (watch.saving or watch.on_cpu) and still <= watch.limit and self._launcher_was_killed():
+                return 0
+        return seconds
+
+    def _launcher_was_killed(self) -> bool:
+        """Whether the first node answers, but not its launcher's store."""
+        try:
+            socket.create_connection(self.address, TICK_SECONDS).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def ask(self, question: Callable[[], End | None], otherwise: End) -> End | None:
         """What the store answers, or `otherwise` if it does not: it is on the first node, which may be cut off."""
@@ -269,12 +289,10 @@ class _Peers:
 
     def roll_call(self, reason: str) -> End | None:
         """Names the ranks that have no heartbeat within GRACE_SECONDS; None if all have one."""
-        unreachable = End(f"{self.name(0)}: its node does not answer ({reason})", 1)
+        unreachable = End(f"{self.name(0)}: its node does not answer ({reason})", 1, self.rank)
         found = self.ask(lambda: self._roll_call(reason), unreachable)
         if found is None:
             self.heard = time.monotonic()
-        elif found is unreachable:
-            self.succeeds_first = self.rank > 0
         return found
 
     def _roll_call(self, reason: str) -> End | None:
@@ -292,9 +310,9 @@ class _Peers:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        self.succeeds_first = absent[0] == 0 and self.rank == min(rank for rank in ranks if rank not in absent)
         who = ", ".join(self.name(rank) for rank in absent)
-        return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1)
+        successor = min(set(ranks) - set(absent)) if absent[0] == 0 else 0
+        return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1, successor)
 
     def still(self) -> float:
         """After a roll call that all ranks have answered: seconds since any of them made progress."""
@@ -366,7 +384,13 @@ def step_progressed() -> None:
     """Reports progress: call it after every step, evaluation batch and checkpoint file."""
     if _watch:
         _move(_watch)
-        _watch.limit, _watch.training = _watch.hang_seconds, True
+        _watch.limit, _watch.training, _watch.saving = _watch.hang_seconds, True, False
+
+
+def save_begins() -> None:
+    """Until the next step a rank may wait for as long as the hang timeout, even if a launcher is gone."""
+    if _watch:
+        _watch.saving = True
 
 
 def report_progress() -> None:
@@ -403,8 +427,7 @@ def command_line(program: str) -> Iterator[None]:
     An uncaught Ctrl-C exits with 130, as in a shell.
     """
     outlive_readers()
-    # Before torch is imported: when a rank dies, NCCL's watchdog writes 30 lines in each other one, and names none.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    device.quiet_nccl()
     try:
         yield
     except UserError as error:
@@ -439,14 +462,19 @@ def leave(status: int) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == 0 and os.environ["RANK"] == "0" and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
-        time.sleep(LAST_SECONDS)
+    _outlive_the_others()
     os._exit(status)
+
+
+def _outlive_the_others() -> None:
+    """With several machines, waits on rank 0 until the others have read the reason: its launcher has the store."""
+    if os.environ.get("RANK") == "0" and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        time.sleep(LAST_SECONDS)
 
 
 def cause(error: BaseException) -> End:
     """Why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
-    own, status = f"{type(error).__name__}: {error}", 1
+    own, status = " ".join(f"{type(error).__name__}: {error}".split()), 1
     if isinstance(error, UserError):
         own, status = str(error), error.status
     watch = _watch
@@ -457,15 +485,26 @@ def cause(error: BaseException) -> End:
         if watch.failed is None and peers is None:
             watch.failed = End(own, status)
         elif watch.failed is None and peers is not None:
-            if _caused_by_a_peer(error):
-                # gloo adds its source file and advice
-                reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
-                end = peers.roll_call(reason) or peers.where_all_are(reason)
-            else:
-                end = End(own if isinstance(error, UserError) else f"{peers.name(peers.rank)}: {own}", status)
-            watch.failed = peers.first_failure(end)
+            watch.failed = peers.first_failure(_own_end(peers, error, own, status))
         assert watch.failed is not None
         return watch.failed
+
+
+def _own_end(peers: _Peers, error: BaseException, own: str, status: int) -> End:
+    """What this rank says of its error, unless another rank is the cause."""
+    if isinstance(error, UserError):
+        # A rank that died is why the launcher asks the others to stop.
+        return (peers.roll_call("asked to stop") if status == 0 else None) or End(own, status)
+    if not _caused_by_a_peer(error):
+        return End(f"{peers.name(peers.rank)}: {own}", status)
+    text = str(error)
+    if "Duplicate GPU detected" in text:
+        return End("two processes share one GPU; set --num_processes to the number of GPUs", USER_ERROR)
+    if "NCCL" in text:  # the last of its lines says most
+        reason = " ".join(text.rpartition("Last error:")[2].split())
+        return peers.roll_call(reason) or End(f"{peers.name(peers.rank)}: {reason}", 1)
+    reason = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # gloo adds its source file and advice
+    return peers.roll_call(reason) or peers.where_all_are(reason)
 
 
 def in_place_of_rank_0() -> bool:
@@ -486,10 +525,10 @@ def fail_together() -> Iterator[None]:
             raise
         if not _caused_by_a_peer(error) and not isinstance(error, UserError):
             traceback.print_exception(error)  # at once: the watch may end this process meanwhile
-        line, status = cause(error)
-        if status == USER_ERROR:
-            raise UserError(line) from None
-        _say_and_exit(line, status)
+        end = cause(error)
+        if end.status == USER_ERROR:
+            raise UserError(end.line) from None
+        _say_and_exit(end)
 
 
 def _caused_by_a_peer(error: BaseException) -> bool:
@@ -507,8 +546,9 @@ def hang_seconds() -> int:
     return int(value)
 
 
-def _say_and_exit(line: str, status: int) -> NoReturn:
+def _say_and_exit(end: End) -> NoReturn:
     """Exits at once: a normal interpreter exit would wait for threads that never end."""
+    line, status, _ = end
     program = Path(sys.argv[0]).name
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -523,6 +563,7 @@ def _say_and_exit(line: str, status: int) -> NoReturn:
         sys.stderr.flush()
     if status not in (0, 1):
         _tell_the_job(status)
+    _outlive_the_others()
     os._exit(status)
 
 

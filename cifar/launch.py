@@ -58,13 +58,9 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
         failure.computes_on_cpu()
     _check_settings(on_cpu)
     machines = failure.exchange("device", f"{socket.gethostname()} {decided.kind}")
-    device.compare(dict(words.split() for words in machines))
+    device.compare((host, kind) for host, kind in map(str.split, machines))
     if deterministic:
         _make_deterministic()
-    # NCCL's watchdog would end the process before failure.py can say why, with 30 lines that name no rank. (torch's
-    # launcher has set the first to 1.)
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     # Longer than failure.py's timeouts, which name the missing rank (this one would not), and long enough for one rank
     # to download and decode.
     limit = timedelta(seconds=min(4 * max(failure.SETUP_SECONDS, DOWNLOAD_SECONDS, failure.hang_seconds()), LONGEST))
@@ -131,6 +127,8 @@ def _check_settings(on_cpu: bool) -> None:
                 f"the launch asks for {what} (a flag, a --config_file, or a default_config.yaml that is left under "
                 f"~/.cache/huggingface/accelerate), and this job does not use it; {instead}"
             )
+    if place := os.environ.get("ACCELERATE_TORCH_DEVICE"):  # accelerate would take it, whatever was decided
+        raise UserError(f"ACCELERATE_TORCH_DEVICE={place} is not supported; unset it, and set {device.VARIABLE}")
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16", "fp16"):
         raise UserError(f"precision {wanted} is not supported; {instead}")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 from cifar import device
 from cifar.errors import Parser, UserError
@@ -22,14 +23,15 @@ SECONDS = 60  # for all nodes to begin, and again for the all-reduce
 
 def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, seconds: int) -> None:
     """Returns when an all-reduce over the nodes has succeeded. Raises UserError, naming nodes that did not answer."""
+    device.quiet_nccl()
     import torch
     from torch import distributed
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    limit = timedelta(seconds=seconds)
+    wait, limit = timedelta(seconds=seconds), timedelta(seconds=4 * seconds)  # `meet`, which names nodes, waits less
     decided = device.decide(processes_per_node)
     try:
-        store = TCPStore(nodes[0], port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        store = TCPStore(nodes[0], port, is_master=rank == 0, timeout=wait, wait_for_workers=False)
     except RuntimeError as refused:
         reason = str(refused).splitlines()[0].partition(". ")[0]
         raise UserError(f"{nodes[rank]} does not reach {nodes[0]}, port {port}: {reason}; check the network") from None
@@ -46,7 +48,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
 
     meet("began", decided.kind)
     kinds = [store.get(f"began/{r}").decode() for r in range(len(nodes))]
-    device.compare(dict(zip(nodes, kinds, strict=True)))
+    device.compare(zip(nodes, kinds, strict=True))
     error = "they have not done so in time"
 
     def add_up() -> None:
@@ -66,19 +68,24 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
     adding.start()
     adding.join(seconds)
     meet("added up")  # also after a failure: a frozen node is named here, not those that waited for it
+    if not error:
+        distributed.destroy_process_group()
+    _leave(store, rank, len(nodes), seconds)
     if error:
         raise UserError(
             f"{nodes[rank]}: the nodes answer but their all-reduce fails ({error}); set the interface that "
             "connects them (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         )
-    distributed.destroy_process_group()
-    if rank == 0:  # the store is in this process, and the others are still reading it
-        others = [f"left/{other}" for other in range(1, len(nodes))]
-        deadline = time.monotonic() + seconds
-        while not store.check(others) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    else:
+
+
+def _leave(store: Any, rank: int, ranks: int, seconds: int) -> None:
+    """Returns on rank 0 last: the store is in its process, and the others are still reading it."""
+    if rank:
         store.set(f"left/{rank}", "")
+        return
+    deadline = time.monotonic() + seconds
+    while not store.check([f"left/{other}" for other in range(1, ranks)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def parse_command_line() -> argparse.Namespace:

@@ -244,6 +244,7 @@ class RunRecord:
 
         Call it once the metrics of all steps have been counted.
         """
+        failure.save_begins()
         if self.attempt is None:
             return
         self.progress.seconds = self._seconds()

@@ -110,7 +110,7 @@ def start(options: RunOptions, recipe: Recipe, fingerprint: str, world_size: int
                 "recipe": recipe.model_dump(),
                 "data_fingerprint": fingerprint,
                 "argv": sys.argv,
-                "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF},
+                "versions": {name: _version(name) for name in VERSIONS_OF},
                 "python": sys.version.split()[0],
                 "git_revision": _git_revision(),
             }
@@ -262,6 +262,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):  # torchvision, which training does not import
+        return importlib.metadata.version(package)
+    return None
 
 
 def _git_revision() -> str | None:

@@ -25,8 +25,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, *, hip: str | None = Non
 @pytest.mark.parametrize(
     ("asked", "gpus", "kind"),
     [({}, 0, "cpu"), ({}, 2, "cuda"), ({"CIFAR_DEVICE": "cpu"}, 2, "cpu"), ({"CIFAR_DEVICE": "cuda"}, 2, "cuda"),
-     ({"ACCELERATE_USE_CPU": "True"}, 2, "cpu"), ({"ACCELERATE_USE_CPU": "False"}, 2, "cuda"),
-     ({"ACCELERATE_USE_CPU": "True", "CIFAR_DEVICE": "cuda"}, 2, "cuda")],
+     ({"ACCELERATE_USE_CPU": "True"}, 2, "cpu"), ({"ACCELERATE_USE_CPU": "False"}, 2, "cuda")],
 )  # fmt: skip
 def test_the_device_is_what_was_asked_for_or_what_there_is(
     asked: dict[str, str], gpus: int, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -60,7 +59,17 @@ def test_what_a_machine_lacks_is_an_error_that_names_it(
 
 
 def test_a_machine_that_lost_its_gpus_is_named_among_those_that_have_some() -> None:
-    device.compare({"node1": "cuda", "node2": "cuda"})
-    device.compare({"node1": "cpu", "node2": "cpu"})
+    device.compare([("node1", "cuda"), ("node2", "cuda")])
+    device.compare([("node1", "cpu"), ("node2", "cpu")])
     with pytest.raises(UserError, match="node2 has no GPU that torch can use, but the other machines have one"):
-        device.compare({"node1": "cuda", "node2": "cpu", "node3": "cuda"})
+        device.compare([("node1", "cuda"), ("node2", "cpu"), ("node3", "cuda")])
+    with pytest.raises(UserError, match="localhost has no GPU that torch can use"):
+        device.compare([("localhost", "cuda"), ("localhost", "cpu")])
+
+
+def test_a_gpu_and_the_cpu_are_not_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 2)
+    monkeypatch.setenv("CIFAR_DEVICE", "cuda")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match=r"asks for a GPU, and the launch for the CPU .* drop one"):
+        device.decide(1)

@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT, command, poisoned
 from helpers.launching import THREE, TWO, project
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed import DistBackendError
 
-from cifar import checkpoint
+from cifar import checkpoint, failure
 
 pytestmark = pytest.mark.slow
 
@@ -218,13 +219,16 @@ def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
     assert status(tmp_path / "run")["state"] == "running"  # it is the newer attempt's to change
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    ("rank", "number"), [(2, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGKILL)],
+    ids=["killed", "frozen", "first killed"],
+)  # fmt: skip
 def test_a_rank_that_is_gone_is_named(
-    number: signal.Signals, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+    rank: int, number: signal.Signals, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     processes.append(started(ROOT / "train.py", shapes, tmp_path / "run", THREE, hang_seconds=8))
     wait_for(tmp_path / "run/checkpoints/step-0000003", processes[0])
-    victim = ranks(processes[0])[2]
+    victim = ranks(processes[0])[rank]
     victim.send_signal(number)
     deadline = time.monotonic() + 300
     while status(tmp_path / "run")["state"] != "failed":
@@ -233,9 +237,55 @@ def test_a_rank_that_is_gone_is_named(
     if number == signal.SIGSTOP:
         victim.kill()  # the launcher would give it half a minute
     output = processes[0].communicate(timeout=900)[0]
-    words = f"train.py: error: rank 2 on {HOST}: no answer, so killed, frozen or cut off ("
+    words = f"train.py: error: rank {rank} on {HOST}: no answer, so killed, frozen or cut off ("
     assert [line.startswith(words) for line in lines(output)] == [True, True], output
     assert len(set(lines(output))) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whoever_is_killed_where_no_rank_gets_an_error_the_lowest_that_is_left_records_it(
+    rank: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    # As over NCCL, where the main thread waits inside the device.
+    patch = (
+        "import signal\n"
+        "def step(rank, number):\n"
+        "    if number < 5: return\n"
+        f"    if rank == {rank}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    time.sleep(600)"
+    )
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE)
+    words = f"train.py: error: rank {rank} on {HOST}: no answer, so killed, frozen or cut off ("
+    assert [line.startswith(words) for line in lines(output)] == [True, True], output
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert status(tmp_path / "run")["reason"] == lines(output)[0].removeprefix("train.py: error: ")
+    assert attempts(tmp_path / "run") == (2 if rank == 0 else 1)  # the record in place of rank 0 is one of its own
+
+
+@pytest.mark.parametrize("waiting", ["asleep", "decoding"])
+def test_a_rank_that_is_killed_before_the_first_step_is_named(
+    waiting: str, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    # torch's launcher sends the others SIGTERM: that is no user's request to stop.
+    how = {"asleep": "time.sleep(600)", "decoding": "waiting.raise_if_stopped('decoding the images'); time.sleep(0.1)"}
+    patch = (
+        "import signal, threading\nfrom pathlib import Path\nfrom cifar.data import cache, waiting\n"
+        f"begun = Path({str(tmp_path / 'begun')!r})\n"
+        "def open_data(*data, **how):\n"  # rank 0 does it first
+        "    begun.touch()\n"
+        f"    while True: {how[waiting]}\n"
+        "cache.open_data = open_data\n"
+        "def die():\n"
+        "    while not begun.exists(): time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ['RANK'] == '1': threading.Thread(target=die, daemon=True).start()"
+    )
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE)
+    words = f"train.py: error: rank 1 on {HOST}: no answer, so killed, frozen or cut off ("
+    assert lines(output), output
+    assert all(line.startswith(words) for line in lines(output)), output
+    assert "received while" not in output
+    assert "stopped on request" not in output
 
 
 def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(
@@ -332,6 +382,39 @@ def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
     assert newest is not None
     assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
     assert f"stopped on request after step {status(run)['step']}; the same command resumes from there" in output
+
+
+@pytest.mark.parametrize("what", ["save", "step"])
+def test_a_launcher_that_is_killed_costs_no_slow_save_and_no_slow_step(
+    what: str, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    """Its store is gone, which must not be taken for a node that does not answer."""
+    slow_save = (
+        "from cifar import files, stop\nreal_write, slow = files.write, True\n"
+        "def write(path, content):\n"
+        "    global slow\n"
+        "    if stop.requested() and 'step-' in str(path) and slow: slow = False; time.sleep(20)\n"
+        "    real_write(path, content)\n"
+        "files.write = write\n"
+        "def step(rank, number): time.sleep(0.2)"
+    )
+    slow_step = (
+        "from cifar import stop\nslow = True\n"
+        "def step(rank, number):\n"
+        "    global slow\n"
+        "    time.sleep(0.2)\n"
+        "    if stop.requested() and slow: slow = False; time.sleep(20)"
+    )
+    run = tmp_path / "run"
+    patch = {"save": slow_save, "step": slow_step}[what]
+    processes.append(started(project(tmp_path, patch), shapes, run, TWO, hang_seconds=120))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    processes[0].kill()
+    output = processes[0].communicate(timeout=900)[0]
+    assert status(run)["state"] == "preempted", output
+    newest, broken = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
 
 
 IN_A_STEP = "def step(rank, number):\n    if (rank, number) == (1, 5): os.kill(os.getpid(), signal.SIGTERM)"
@@ -692,6 +775,66 @@ def test_a_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[
     for process in processes:
         assert "preflight: error: no answer from second within 10 s; check or exclude it" in process.communicate()[1]
         assert process.returncode == 2
+
+
+def test_nodes_that_cannot_make_a_group_end_in_time(processes: list["subprocess.Popen[str]"]) -> None:
+    # NCCL may wait for a communicator without an end.
+    script = (
+        "import sys, time\nfrom torch import distributed\nfrom cifar import preflight\n"
+        "distributed.init_process_group = lambda *_, **__: time.sleep(600)\n"
+        "preflight.main()"
+    )
+    port = free_port()
+    for rank in (0, 1):
+        arguments = ["--port", str(port), "--processes-per-node", "1", "--seconds", "5", "localhost", "second"]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, *arguments], cwd=ROOT, env={**os.environ, "SLURM_PROCID": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    for process, node in zip(processes, ("localhost", "second"), strict=True):
+        assert process.communicate(timeout=300)[1] == (
+            f"preflight: error: {node}: the nodes answer but their all-reduce fails (they have not done so in time); "
+            "set the interface that connects them (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)\n"
+        )
+        assert process.returncode == 2
+
+
+NCCL = "NCCL error in: /pytorch/NCCLUtils.cpp:94, {0}, NCCL version 2.28.9\n{1}: {2}\nLast error:\n{3}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "code"),
+    [
+        (NCCL.format("invalid usage (run with NCCL_DEBUG=WARN for details)", "ncclInvalidUsage", "This is a bug.",
+                     "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device a1000"),
+         "two processes share one GPU; set --num_processes to the number of GPUs", 2),
+        (NCCL.format("unhandled cuda error", "ncclUnhandledCudaError", "Call to CUDA function failed.",
+                     "Cuda failure 2\n'out of memory'"),
+         "rank 1 on node1: Cuda failure 2 'out of memory'", 1),
+        ("[/pytorch/gloo/pair.cc:534] Connection closed by peer [10.0.0.1]:41. This may indicate a remote failure",
+         "all ranks are in train.py:1 (train) (Connection closed by peer [10.0.0.1]:41)", 1),
+    ],
+    ids=["duplicate GPU", "out of memory", "gloo"],
+)  # fmt: skip
+def test_what_a_backend_says_is_one_line(text: str, line: str, code: int) -> None:
+    class Peers:
+        """Ranks that all answer."""
+
+        rank = 1
+
+        def name(self, rank: int) -> str:
+            return f"rank {rank} on node{rank}"
+
+        def roll_call(self, reason: str) -> None:
+            pass
+
+        def where_all_are(self, reason: str) -> failure.End:
+            return failure.End(f"all ranks are in train.py:1 (train) ({reason})", 1)
+
+    peers: Any = Peers()
+    assert failure._own_end(peers, DistBackendError(text), "", 1)[:2] == (line, code)
 
 
 def test_the_first_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[str]"]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cifar import failure
 from cifar.data.augment import AUGMENTATIONS
 from cifar.data.cache import Data
 from cifar.explain import layers, maps
@@ -101,6 +102,7 @@ def examine(
 
 
 def _probabilities(network: nn.Module, images: torch.Tensor) -> Float:
+    failure.report_progress()
     with torch.no_grad():
         return np.concatenate([network(batch).softmax(dim=1).cpu().numpy() for batch in torch.split(images, BATCH)])
 

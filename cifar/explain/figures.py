@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from cifar import figures, lettering, plotting
+from cifar import failure, figures, lettering, plotting
 from cifar.explain import calibration, wording
 from cifar.explain.findings import ExplainedImages, Findings, Float, Int64, Robustness, UInt8
 from cifar.explain.layers import NONE, Grid
@@ -122,6 +122,7 @@ def map_strips(findings: Findings, rows: Int64, opacity: float) -> list[UInt8]:
 
 
 def _map_strip(findings: Findings, row: int, opacity: float, labels: Labels) -> UInt8:
+    failure.report_progress()
     shown, near, other = findings.mistakes, findings.companions, int(findings.companion_of[row])
     limit = max(float(shown.maps[row].max()), float(near.maps[other, 0].max()) if other >= 0 else 0.0)
     predicted, true = shown.targets[row]

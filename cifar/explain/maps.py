@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cifar import failure
 from cifar.explain.findings import Float
 
 if TYPE_CHECKING:  # the command line lists the methods before torch has loaded
@@ -41,7 +42,7 @@ def compute(
     """Maps [n, k, h, w] and logits [n, C] of normalised images [n, 3, 32, 32] at a layer with h x w cells.
 
     Map j of an image says what raised or lowered the sum of its logits weighted by `objectives` [n, k, C]: see
-    `scores`. The network has to be float32, not compiled and without autocast; it is left as it was: modes, gradients,
+    `one_hot`. The network has to be float32, not compiled and without autocast; it is left as it was: modes, gradients,
     hooks. Two threads must not share one network.
     """
     import pytorch_grad_cam  # takes seconds, and loads scikit-learn and OpenCV
@@ -67,6 +68,7 @@ def compute(
                     made.append(_oriented(signed, activations) if method in OF_NO_CLASS else signed)
                 maps.append(np.stack(made, axis=1).repeat(objective.shape[1] // len(made), axis=1))
                 logits.append(output.detach().cpu().numpy())
+                failure.report_progress()
         finally:
             recorder.release()
     return np.concatenate(maps).astype(np.float32), np.concatenate(logits)
