@@ -63,7 +63,7 @@ def train(recipe: Recipe, options: RunOptions) -> None:
     batches = loading.training_batches(training_images, sampler, launch.loader_workers(), device)
     record.start(network, training_images)
     own_work, delayed, stopping = loop.OwnWork(device), loop.DelayedMetrics(accelerator), False
-    compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network)
+    compute_gradients = graph.gradient_function(options.cuda_graph, accelerator, recipe, own_work, network, clock)
     with record.running(), record.profiled_steps() as profiler:
         while not stopping:
             # End of an epoch. Its checkpoint is already queued: an interrupted evaluation is repeated on resume.

@@ -380,6 +380,12 @@ def shorten_hang_timeout() -> None:
         _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
 
 
+def allow_compilation() -> None:
+    """Makes the hang timeout at least SETUP_SECONDS for good: each image size may be compiled again, for minutes."""
+    if _watch:
+        _watch.hang_seconds = max(_watch.hang_seconds, SETUP_SECONDS)
+
+
 def step_progressed() -> None:
     """Reports progress: call it after every step, evaluation batch and checkpoint file."""
     if _watch:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.func import functional_call
 
 from cifar import failure, loop, ranks
+from cifar.clock import Clock
 from cifar.recipes import Recipe
 
 WARM_UP = 3  # eager steps before a capture, for autotuning and allocation
@@ -38,10 +39,11 @@ def gradient_function(
     recipe: Recipe,
     own_work: loop.OwnWork,
     network: nn.Module,
+    clock: Clock,
 ) -> GradientFunction:
     """Returns what computes a step's gradients: a CUDA graph if wanted and supported, else the eager step."""
     if wanted == "auto" and accelerator.device.type in KINDS:
-        return GraphedGradients(accelerator, recipe, own_work, network)
+        return GraphedGradients(accelerator, recipe, own_work, network, clock)
     return partial(loop.accumulate_gradients, accelerator, recipe, own_work)
 
 
@@ -53,8 +55,11 @@ class GraphedGradients:
     one message says so, and all ranks continue eagerly.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, own_work: loop.OwnWork, network: nn.Module) -> None:
+    def __init__(
+        self, accelerator: Accelerator, recipe: Recipe, own_work: loop.OwnWork, network: nn.Module, clock: Clock
+    ) -> None:
         self.accelerator, self.recipe, self.own_work, self.network = accelerator, recipe, own_work, network
+        self.clock = clock
         self.eager = partial(loop.accumulate_gradients, accelerator, recipe, own_work)
         self.graphs: dict[tuple[object, ...], _Graph] = {}
         self.trusted = True
@@ -67,13 +72,9 @@ class GraphedGradients:
         parameters = {name: each for name, each in self.network.named_parameters() if each.requires_grad}
         key = (images.shape, len(parameters))
         if self.trusted and key not in self.graphs:
-            self.graphs[key] = _Graph(self.accelerator, self.recipe, self.network, parameters, images, labels)
-            problem = self.graphs[key].problem(images, labels)
-            self.trusted = not ranks.any_rank(self.accelerator, bool(problem))
-            if not self.trusted:
-                self.graphs.clear()
-                if self.accelerator.is_main_process:
-                    print(f"no CUDA graph ({problem or 'another rank has none'}): continuing in eager mode", flush=True)
+            with self.clock.within("set-up"):
+                self._capture(key, parameters, images, labels)
+            self.own_work.begins()  # a capture is no part of a step
         if not self.trusted:
             return self.eager(model, images, labels, write_failed)
         graph = self.graphs[key]
@@ -83,6 +84,25 @@ class GraphedGradients:
         self.replayed += 1
         failure.step_progressed()
         return loop.reduced_totals(self.accelerator, graph.totals, write_failed)
+
+    def _capture(
+        self, key: tuple[object, ...], parameters: dict[str, nn.Parameter], images: torch.Tensor, labels: torch.Tensor
+    ) -> None:
+        """Adds a graph, or ends the use of all of them."""
+        try:
+            self.graphs[key] = _Graph(self.accelerator, self.recipe, self.network, parameters, images, labels)
+            problem = self.graphs[key].problem(images, labels)
+        except torch.OutOfMemoryError as error:
+            problem = _first_line(error)
+        self.trusted = not ranks.any_rank(self.accelerator, bool(problem))
+        if not self.trusted:
+            self.graphs.clear()
+            if self.accelerator.is_main_process:
+                print(f"no CUDA graph ({problem or 'another rank has none'}): continuing in eager mode", flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 class _Graph:
@@ -165,9 +185,9 @@ class _Graph:
             eager, again = gradients(), gradients()
             self.replay = capture(self._step)
             replayed = gradients()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: batch-norm over a single value
             restore()
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return _first_line(error)
         # float16's gradients may overflow in the first steps, until their scale is found.
         finite = torch.equal(eager.isfinite(), replayed.isfinite())
         eager, again, replayed = (each.nan_to_num(0, 0, 0) for each in (eager, again, replayed))

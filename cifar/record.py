@@ -335,12 +335,14 @@ class RunRecord:
         """Waits until everything is written. Raises UserError on all ranks if something could not be written."""
         with raise_on_all_ranks(self.accelerator), self.clock.within("saving"):
             self.writer.wait()
-            self.drawer.wait()
+            if self.drawer.error:
+                self.drawer.wait()
 
     def finish(self, network: nn.Module, stopped: bool) -> None:
         """Writes how the run ended, and its result unless it was `stopped` on request. The other ranks may be gone."""
         if self.attempt is None or self.tracker is None:
             return
+        self.drawer.wait()  # here, where no other rank waits for it
         self.history.export()
         self._say_if_images_are_late()
         if stopped:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -49,8 +50,8 @@ class Tracker:
         self.warm = False  # after the first step of this attempt
         # Images and seconds of this attempt's steps but the first: in all, before this epoch, before the last log.
         self.counted = self.epoch_began = self.logged = (0, 0.0)
-        # Step and confusion matrix of an evaluation that is to be drawn.
-        self.undrawn: tuple[int, npt.NDArray[np.int64]] | None = None
+        # Step and confusion matrix of the evaluation that is to be drawn, from one thread to another.
+        self.undrawn: deque[tuple[int, npt.NDArray[np.int64]]] = deque(maxlen=1)
 
     def start(self, topology: str, table: str, training_images: TrainingImages) -> None:
         """Prints the set-up; at a run's first start also logs recipe, network and samples to TensorBoard."""
@@ -136,12 +137,12 @@ class Tracker:
             self.writer.add_scalar(f"test_accuracy_of/{name}", row[number] / row.sum(), metrics.step)
         self.writer.flush()
         if metrics.epoch % -(-self.recipe.epochs // PICTURES_SHOWN) == 0 or metrics.epoch == self.recipe.epochs:
-            self.undrawn = (metrics.step, confusion)
+            self.undrawn.append((metrics.step, confusion))
 
     def draw(self, epochs: Sequence[EpochMetrics]) -> None:
         """Draws the learning curves so far, and the confusion matrix if one is due."""
         if self.undrawn:
-            (step, confusion), self.undrawn = self.undrawn, None
+            step, confusion = self.undrawn.pop()
             picture = figures.confusion(confusion, self.data.classes)
             self.writer.add_image("confusion", picture, step, dataformats="HWC")
         curves = figures.curves(epochs, self.recipe.label_smoothing)
@@ -159,6 +160,10 @@ class Tracker:
         of_views = "" if views is None else f" ({views:.2%} with test-time augmentation)"
         spent = result["seconds_of_this_attempt"]
         most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
+        works = [1000 * seconds for seconds in result["step_seconds_of_ranks"]]
+        if len(works) > 1:
+            fast, slow = (f"{end(works):.3g} ms (rank {works.index(end(works))})" for end in (min, max))
+            self.say(f"own work in a step: {fast} to {slow}")
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s "
             f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run_dir}"

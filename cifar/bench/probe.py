@@ -90,6 +90,8 @@ class Observer:
     def watch_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, with requests answered between the steps."""
         while True:
+            if self.asked and not self.uncounted + self.counted:
+                self.synchronize()  # the last steps belong to the turn, though a GPU may still compute them
             self.passes("pause")
             self.between_steps()
             self.passes("input")

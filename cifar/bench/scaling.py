@@ -46,7 +46,16 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
         with ExitStack() as stack:
             programs = {
                 ranks: stack.enter_context(
-                    bench.ours(f"{graph}-{ranks}", "--global-batch-size", bench.batch // ranks, "--cuda-graph", graph)
+                    # Augmented on the device: one process may have more loader workers than each of eight would.
+                    bench.ours(
+                        f"{graph}-{ranks}",
+                        "--global-batch-size",
+                        bench.batch // ranks,
+                        "--cuda-graph",
+                        graph,
+                        "--augment",
+                        "device",
+                    )
                 )
                 for ranks in RANKS
             }

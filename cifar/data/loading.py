@@ -101,14 +101,15 @@ def training_images(recipe: Recipe, data: Data, device: torch.device) -> Trainin
 def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, TrainingImages]:
     """The images, which one process of each machine decodes; the others then map what it wrote. Raises UserError."""
     with raise_on_all_ranks(accelerator):
-        if accelerator.is_local_main_process:
-            open_data(recipe.data, fit=recipe.fit > 0)
+        data = open_data(recipe.data, fit=recipe.fit > 0) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
-        data = open_data(recipe.data, fit=recipe.fit > 0)
+        data = data or open_data(recipe.data, fit=recipe.fit > 0)
         images = training_images(recipe, data, accelerator.device)
-    # The slow part is done: from here on a hang is noticed sooner, unless the first step has to compile.
+    # The slow part is done: from here on a hang is noticed sooner, unless steps have to compile.
     if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
         failure.shorten_hang_timeout()
+    else:
+        failure.allow_compilation()
     return data, images
 
 
