@@ -26,8 +26,10 @@ import numpy as np
 import psutil
 import pytest
 import safetensors.numpy
+import test_parallel
 from conftest import GPU_ENVIRONMENT, REHEARSAL, ROOT, command
 from PIL import Image
+from safetensors.torch import load_file
 
 from cifar import checkpoint
 from cifar.data.cache import open_data
@@ -408,16 +410,15 @@ class Two:
     """Two launchers of one rank each: NCCL takes them for two machines, and does not mind that they share a GPU."""
 
     def __init__(
-        self, run: Path, *more: object, precision: str, hang_seconds: int = 60, script: Path | None = None
+        self, *arguments: object, precision: str, hang_seconds: int = 60, script: Path = ROOT / "train.py"
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.run = run
         self.launchers = [
             subprocess.Popen(
                 command(
-                    script or ROOT / "train.py", *DIGITS, "--run", run, *more,
+                    script, *arguments,
                     launcher=("--config_file", str(ROOT / "accelerate_configs/multi_node.yaml"), "--num_processes", "2",
                               "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
                               "--main_process_port", str(port), "--mixed_precision", precision),
@@ -454,13 +455,28 @@ class Two:
 def two() -> Iterator[Callable[..., Two]]:
     made: list[Two] = []
 
-    def start(*arguments: object, **more: object) -> Two:
-        made.append(Two(*arguments, **more))  # type: ignore[arg-type]
+    def start(run: Path, *arguments: object, **more: object) -> Two:
+        made.append(Two(*DIGITS, "--run", run, *arguments, **more))  # type: ignore[arg-type]
         return made[-1]
 
     yield start
     for pair in made:
         pair.end()
+
+
+def test_batches_gradient_and_evaluation_of_two_ranks_are_those_of_one(shapes: Path, tmp_path: Path) -> None:
+    parity = ROOT / "tests" / "helpers" / "parity.py"
+    done = subprocess.run(command(parity, shapes, tmp_path, 1, launcher=(*ONE, "--mixed_precision", "no")),
+                          env=environment(), capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pair = Two(shapes, tmp_path, 1, precision="no", script=parity)
+    try:
+        outputs = pair.outputs()
+        assert [launcher.returncode for launcher in pair.launchers] == [0, 0], outputs
+    finally:
+        pair.end()
+    alone, *ranks = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-1-0", "2-1-0", "2-1-1"))
+    test_parallel.assert_the_same(ranks, alone)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -519,8 +535,9 @@ def test_a_rank_that_is_gone_ends_the_other_with_a_line_that_names_it(
     victim = pair.rank(rank)
     victim.send_signal(number)
     survivor = pair.launchers[1 - rank]
-    output = survivor.communicate(timeout=300)[0]  # before its hang limit
+    output = survivor.communicate(timeout=300)[0]
     assert survivor.returncode != 0
+    assert "no step for" not in output  # noticed by its heartbeat, not by the hang limit
     if victim.is_running():
         victim.kill()
     assert len(errors(output)) == 1, output
@@ -530,13 +547,14 @@ def test_a_rank_that_is_gone_ends_the_other_with_a_line_that_names_it(
     assert str(status(run)["reason"]) == errors(output)[0].removeprefix("train.py: error: ")
 
 
-def test_a_rank_that_raises_ends_both_with_its_line(two: Callable[..., Two], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_ends_both_with_its_line(rank: int, two: Callable[..., Two], tmp_path: Path) -> None:
     patch = (
         "from cifar import loop\nreal, count = loop.accumulate_gradients, 0\n"
         "def raising(*arguments):\n"
         "    global count\n"
         "    count += 1\n"
-        "    if os.environ['RANK'] == '1' and count == 7: raise ValueError('boom')\n"
+        f"    if os.environ['RANK'] == '{rank}' and count == 7: raise ValueError('boom')\n"
         "    return real(*arguments)\n"
         "loop.accumulate_gradients = raising\n"
     )
@@ -544,8 +562,9 @@ def test_a_rank_that_raises_ends_both_with_its_line(two: Callable[..., Two], tmp
     outputs = pair.outputs()
     assert [len(errors(output)) for output in outputs] == [1, 1], outputs
     assert len({errors(output)[0] for output in outputs}) == 1
-    assert errors(outputs[0])[0] == f"train.py: error: rank 1 on {HOST}: ValueError: boom"
+    assert errors(outputs[0])[0] == f"train.py: error: rank {rank} on {HOST}: ValueError: boom"
     assert status(tmp_path / "run")["state"] == "failed"
+    assert status(tmp_path / "run")["reason"] == f"rank {rank} on {HOST}: ValueError: boom"
 
 
 # ---- bad launches

@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterat
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     made.environment |= {
         "CIFAR_PRECISION": "no", "CIFAR_HANG_SECONDS": str(HANG), "CIFAR_ENVIRONMENT": sys.prefix,
-        "SLOWLY": str(made.root / "slowly"),
+        "SLOWLY": str(made.root / "slowly"), "FAILS": str(made.root / "fails"),
         "CIFAR_PREFLIGHT_SECONDS": "0",  # seconds of imports in each attempt; the README's example has it
     }  # fmt: skip
     try:
@@ -387,10 +387,25 @@ def test_a_rank_freezes(struck: Struck) -> None:
     assert resumed_at(said) >= newest
 
 
-def test_a_launcher_is_killed(struck: Struck) -> None:
+@pytest.mark.parametrize("rank", [0, 1], ids=["the first, with the store", "another"])
+def test_a_launcher_is_killed(rank: int, struck: Struck) -> None:
     job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
-    job.cluster.launcher(job.nodes()[1]).kill()
+    job.cluster.launcher(job.nodes()[rank]).kill()
     assert resumed_at(struck.goes_on(said_before)) >= newest
+
+
+def test_a_rank_raises(struck: Struck, cluster: Cluster) -> None:
+    job, newest, said_before = struck.job, struck.newest(), len(struck.job.text())
+    node, fails = job.nodes()[1], Path(cluster.environment["FAILS"])
+    fails.touch()
+    try:
+        line = f"train.py: error: rank 1 on node{node}: ValueError: boom"
+        job.cluster.wait(lambda: line in job.text()[said_before:], "the error")
+    finally:
+        fails.unlink()
+    said = struck.goes_on(said_before)
+    assert said.count(line) == 2  # said by both ranks
+    assert resumed_at(said) >= newest
 
 
 def test_a_rank_is_killed_and_then_one_node_alone_is_asked_to_stop_before_the_attempt_has_come_as_far(
@@ -812,6 +827,23 @@ def test_a_node_whose_gpus_do_not_answer_is_named(
     words = r"node[12] has no GPU that torch \S+ can use, and CIFAR_DEVICE=cuda asks for one; look at nvidia-smi there"
     assert re.search(words, job.text()), job.text()
     assert not (job.run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "words"),
+    [("64", (), r"\d+ core\(s\) on a node for 64 processes; ask for more, e.g. sbatch --cpus-per-task=512"),
+     ("1", ("--mem=1000M",), r"1000 MB of memory on a node for 1 GPU\(s\); ask for more, e.g. sbatch --mem-per-gpu=4")],
+    ids=["cores", "memory"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["train", "explain"])
+def test_too_little_for_the_gpus_is_refused(
+    name: str, gpus: str, flags: tuple[str, ...], words: str, cluster: Cluster, project: Path, tmp_path: Path
+) -> None:
+    # As Slurm sets it where there are GPUs.
+    script = f"export SLURM_GPUS_ON_NODE={gpus} && exec bash slurm/{name}.sbatch"
+    done = cluster.run("sbatch", "--parsable", f"--output={tmp_path}/out", *flags, f"--wrap={script}", cwd=project)
+    Job(cluster, tmp_path, done.stdout.strip(), tmp_path / "out").wait_state("FAILED")
+    assert re.search(f"{name}.sbatch: error: {words}", (tmp_path / "out").read_text()), (tmp_path / "out").read_text()
 
 
 def test_nodes_that_see_different_directories_are_refused(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A network of 25,000 weights, for tests that want many steps and little computing: as if a file of cifar/models.
 
 While there is a file that the variable SLOWLY names, steps take SECONDS at least: a test that wants to strike a run
-keeps it from ending before, however fast the machine, and then lets it go.
+keeps it from ending before, however fast the machine, and then lets it go. While there is one that the variable FAILS
+names, those of rank 1 fail.
 """
 
 import os
@@ -36,6 +37,8 @@ class Small(nn.Module):
         """Logits."""
         if self.training and "SLOWLY" in os.environ and Path(os.environ["SLOWLY"]).exists():
             time.sleep(SECONDS)
+        if "FAILS" in os.environ and os.environ.get("RANK") == "1" and Path(os.environ["FAILS"]).exists():
+            raise ValueError("boom")
         for stage in self.stages:
             images = stage(images)
         logits: torch.Tensor = self.linear(self.dropout(images.mean(dim=(2, 3))))
