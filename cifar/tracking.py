@@ -162,7 +162,7 @@ class Tracker:
         most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
         works = [1000 * seconds for seconds in result["step_seconds_of_ranks"]]
         if len(works) > 1:
-            fast, slow = (f"{end(works):.3g} ms (rank {works.index(end(works))})" for end in (min, max))
+            fast, slow = (f"{end(works):,.2f} ms (rank {works.index(end(works))})" for end in (min, max))
             self.say(f"own work in a step: {fast} to {slow}")
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s "
