@@ -220,12 +220,15 @@ def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pyte
     shrink()
     bench = Bench("digits", 2, 0.01, tmp_path, machine={"native_bf16": False, "gpus": 0})
     found = scaling.on_one_gpu(bench)
-    assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == [
-        (what, unit, 2)
-        for how in ("eager", "by graph")
-        for ranks, images in ((1, BATCH), (4, BATCH // 4))
-        for what, unit in ((f"a step of {images} images, {how}", "ms"), (f"{ranks} GPUs computed from it", "images/s"))
-    ]
+    wanted: list[tuple[str, str, int]] = []
+    for how in ("eager", "by graph"):
+        for ranks, images in ((1, BATCH), (4, BATCH // 4)):
+            wanted += [
+                (f"a step of {images} images, {how}", "ms", 2),
+                (f"{ranks} GPUs computed from it", "images/s", 2),
+            ]
+        wanted += [(f"{gpus} GPUs, {BATCH} images each, {how}", "images/s", 2) for gpus in scaling.GROWING]
+    assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == wanted
     assert all(value > 0 for figure in found for value in figure.values)
     assert found[1].ratios == [1, 1]
     assert found[1].values[0] == pytest.approx(BATCH / found[0].values[0] * 1e3)  # alone it waits for nobody

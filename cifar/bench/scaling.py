@@ -8,6 +8,7 @@ from cifar.bench.measurement import Measurement
 from cifar.recipes import RECIPES
 
 RANKS = (1, 2, 4, 8)  # numbers of GPUs whose per-GPU batch one GPU computes
+GROWING = (8, 16, 64, 256, 1024)  # numbers of GPUs that each compute the recipe's whole batch
 GRAPHS = ("off", "auto")
 
 
@@ -39,8 +40,13 @@ def measure(bench: Bench) -> list[Measurement]:
 def on_one_gpu(bench: Bench) -> list[Measurement]:
     """Times steps with the per-GPU batch of n GPUs, and extrapolates to n GPUs with the model.
 
-    The computing is measured; the all-reduce within a machine is modelled (scaling_model.py).
+    The computing is measured; the all-reduce within and between machines is modelled (scaling_model.py).
     """
+    parts, machine = scaling_model.buckets(RECIPES[bench.recipe]().network), scaling_model.Machine()
+
+    def images_per_second(gpus: int, batch: int, steps: list[float]) -> list[float]:
+        return [batch / scaling_model.on_gpus(gpus, step, parts, machine).seconds for step in steps]
+
     figures: list[Measurement] = []
     for graph in GRAPHS:
         with ExitStack() as stack:
@@ -64,16 +70,19 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
         how, rates = "by graph" if graph == "auto" else "eager", {}
         for ranks in RANKS:
             seconds = [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]]
-            rates[ranks] = [bench.batch / _step_on(ranks, step, bench) for step in seconds]
+            rates[ranks] = images_per_second(ranks, bench.batch, seconds)
+            if ranks == 1:
+                whole = seconds
             what = f"a step of {bench.batch // ranks} images, {how}"
             figures += [
                 Measurement("scaling", what, "ms", [1e3 * step for step in seconds]),
                 Measurement("scaling", f"{ranks} GPUs computed from it", "images/s", rates[ranks], None, "1 GPU",
                             interleave.quotients(rates[ranks], rates[1])),
             ]  # fmt: skip
+        for gpus in GROWING:
+            of_all = images_per_second(gpus, gpus * bench.batch, whole)
+            figures.append(
+                Measurement("scaling", f"{gpus} GPUs, {bench.batch} images each, {how}", "images/s", of_all, None,
+                            "1 GPU", interleave.quotients(of_all, rates[1]))
+            )  # fmt: skip
     return figures
-
-
-def _step_on(gpus: int, computing: float, bench: Bench) -> float:
-    machine, parts = scaling_model.Machine(), scaling_model.buckets(RECIPES[bench.recipe]().network)
-    return scaling_model.step(computing, parts, gpus, machine.inside, machine.deviation * computing).seconds

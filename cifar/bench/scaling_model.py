@@ -129,10 +129,13 @@ class Machine(NamedTuple):
     inside: Network = Network(200e9, 5e-6, 1, nccl=True)  # up to 8 GPUs: NVLink
     between: Network = Network(25e9, 15e-6, 1, nccl=True)  # a 200 Gbit/s adapter for each GPU
 
+    def computing(self, batch: float) -> float:
+        """Seconds that a GPU computes for a step of `batch` images."""
+        return max(self.least, batch / self.rate)
 
-def on_gpus(gpus: int, batch: float, parts: Sequence[Bucket], machine: Machine) -> Step:
-    """A step of `batch` images on each of so many GPUs."""
-    computing = max(machine.least, batch / machine.rate)
+
+def on_gpus(gpus: int, computing: float, parts: Sequence[Bucket], machine: Machine) -> Step:
+    """A step on so many GPUs that each compute for `computing` seconds."""
     network = machine.inside if gpus <= 8 else machine.between
     return step(computing, parts, gpus, network, machine.deviation * computing)
 
@@ -141,8 +144,7 @@ def table() -> str:
     """From 8 to 1,024 GPUs: at the recipe's batch, and at a batch that grows with them."""
     machine, recipe = Machine(), RECIPES["resnet"]()
     compression = {"float32": buckets(recipe.network), "bf16": buckets(recipe.network, 2)}
-    one = on_gpus(1, recipe.global_batch_size, compression["float32"], machine)
-    alone = recipe.global_batch_size / one.seconds
+    alone = recipe.global_batch_size / machine.computing(recipe.global_batch_size)
     size, inside, between = sum(size for size, _ in compression["float32"]), machine.inside, machine.between
     assumed = (
         f"assumed: {machine.rate:,.0f} images/s a GPU, {machine.least * 1e3:g} ms a step at least, "
@@ -160,8 +162,8 @@ def table() -> str:
             if batch < 1:
                 lines.append(f"{gpus:>5}   refused: the batch has fewer images than there are GPUs")
                 continue
-            found = on_gpus(gpus, batch, compression["float32"], machine)
-            half = on_gpus(gpus, batch, compression["bf16"], machine)
+            found = on_gpus(gpus, machine.computing(batch), compression["float32"], machine)
+            half = on_gpus(gpus, machine.computing(batch), compression["bf16"], machine)
             rate = gpus * batch / found.seconds
             lines.append(
                 f"{gpus:>5}{batch:>15g}{found.seconds * 1e3:>12.2f}{found.computing * 1e3:>12.2f}"
