@@ -22,7 +22,7 @@ TRAIN = ("--recipe", "digits", "--network", "whitened", "--epochs", "2", "--peak
 
 
 def save(page: Page, name: str) -> None:
-    """What the window shows, smaller. With a palette, colour maps would lose their colours."""
+    """Saves what the window shows, smaller. With a palette, colour maps would lose their colours."""
     with Image.open(io.BytesIO(page.screenshot())) as shot:
         small = shot.convert("RGB").resize((SHOWN, SHOWN * HEIGHT // WIDTH), Image.Resampling.LANCZOS)
         small.save(HERE / f"{name}.png", optimize=True)

@@ -48,7 +48,7 @@ class Attempt:
             )
 
     def temporary(self, path: Path) -> Path:
-        """The name under which `path` is written first."""
+        """Returns the name under which `path` is written first."""
         return path.with_name(f".{path.name}.{self.token}.{self.number}.tmp")
 
     def commit(self, path: Path) -> None:

@@ -30,7 +30,7 @@ class Background:
                 self._thread.start()
 
     def idle(self) -> bool:
-        """Whether no task is running, or waiting to run; after a failed one none is."""
+        """Returns whether no task is running, or waiting to run; after a failed one none is."""
         return self._thread is None
 
     def wait(self, seconds: float | None = None) -> None:

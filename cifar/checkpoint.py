@@ -86,7 +86,7 @@ class Snapshot:
         self._mark = device.Mark(next(network.parameters()).device)
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The copies by file, once the device has made them."""
+        """Returns the copies by file, once the device has made them."""
         self._mark.wait()
         return self._copies
 
@@ -135,7 +135,7 @@ def write(attempt: Attempt, snapshot: Snapshot, metadata: dict[str, Any]) -> Pat
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no tensor holds an infinity or NaN. One read of the device for all of them."""
+    """Returns whether no tensor holds an infinity or NaN. Reads the device once for all of them."""
     numbers = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     largest = torch._foreach_norm(numbers, math.inf)  # of absolute values; NaN where there is one
     return bool(torch.stack([value.float() for value in largest]).isfinite().all())
@@ -164,7 +164,7 @@ def _delete(attempt: Attempt, old: Path) -> None:
 
 
 def found(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, newest first, complete or not. Raises OSError where it cannot be read."""
+    """Returns the checkpoints in a directory, newest first, complete or not. Raises OSError where it cannot be read."""
     try:
         names = os.listdir(directory)  # noqa: PTH208 -- Path.glob takes a folder that cannot be read for an empty one
     except FileNotFoundError:
@@ -173,12 +173,12 @@ def found(directory: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of one of the checkpoints that were `found`."""
+    """Returns the step in the name of one of the checkpoints that were `found`."""
     return _order(path)[0]
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """Step and attempt: of two checkpoints of the same step, the later one is complete."""
+    """Returns step and attempt: of two checkpoints of the same step, the later one is complete."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path} has not the name of a checkpoint")
@@ -186,7 +186,7 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, or None, and what is wrong with each one that was skipped."""
+    """Returns the newest complete checkpoint, or None, and what is wrong with each one that was skipped."""
     broken = []
     for path in found(directory):
         try:
@@ -199,7 +199,7 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def last_good(directory: Path) -> str:
-    """The newest complete checkpoint, for a message."""
+    """Returns the newest complete checkpoint, for a message."""
     try:
         return str(newest(directory)[0] or "none yet")
     except (OSError, UserError):
@@ -234,7 +234,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def choose(directory: Path, resume: str) -> Chosen:
-    """The checkpoint to resume from according to `--resume`; none to start from scratch.
+    """Returns the checkpoint to resume from according to `--resume`; none to start from scratch.
 
     A run that started from a named checkpoint resumes from its own newest one when the same command is given again.
     Raises UserError if there are checkpoints but none is complete, or the named one is not.
@@ -343,7 +343,7 @@ def load_weights(path: Path, network: nn.Module) -> None:
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as '<parameter's name>.<key>', e.g. 'linear.weight.exp_avg'."""
+    """Returns the optimizer's state as '<parameter's name>.<key>', e.g. 'linear.weight.exp_avg'."""
     return {
         f"{name}.{key}": value
         for name, parameter in network.named_parameters()

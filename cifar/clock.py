@@ -37,6 +37,6 @@ class Clock:
             self.on(before)
 
     def rounded(self) -> dict[str, float]:
-        """The seconds until now, to a hundredth."""
+        """Returns the seconds until now, to a hundredth."""
         self.on(self._what)
         return {what: round(seconds, 2) for what, seconds in self.seconds.items()}

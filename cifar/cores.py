@@ -7,17 +7,17 @@ from cifar import stop
 
 
 def of_job() -> int:
-    """Cores that all of the job's processes on this machine may use together."""
+    """Returns the number of cores that all of the job's processes on this machine may use together."""
     return min(available(), asked_for() * local_processes() or available())
 
 
 def local_processes() -> int:
-    """How many of the job's processes run on this machine."""
+    """Returns how many of the job's processes run on this machine."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def available() -> int:
-    """Cores that this process may run on, within the container's quota."""
+    """Returns the number of cores that this process may run on, within the container's quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         limit = int(quota) // int(period)
@@ -27,7 +27,7 @@ def available() -> int:
 
 
 def asked_for() -> int:
-    """The number of CPU threads set by OMP_NUM_THREADS or --num_cpu_threads_per_process; 0 if none was.
+    """Returns the number of CPU threads set by OMP_NUM_THREADS or --num_cpu_threads_per_process; 0 if none was.
 
     Launchers set the variable to 1 if the user did not, which would leave all but one core idle; the launcher's own
     environment shows what the user set.

@@ -32,7 +32,7 @@ class Device(NamedTuple):
 
 
 def decide(processes: int) -> Device:
-    """The device of this machine's `processes`.
+    """Returns the device of this machine's `processes`.
 
     Raises UserError, naming the machine, where it lacks what was asked for or has an accelerator of another kind.
     """
@@ -108,7 +108,7 @@ class Mark:
             self._event.synchronize()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Seconds between two timed marks. Waits until the device has reached this one."""
+        """Returns the seconds between two timed marks. Waits until the device has reached this one."""
         self.wait()
         if self._event is None or earlier._event is None:
             return self.made - earlier.made

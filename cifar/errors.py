@@ -38,7 +38,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_error(error: OSError, what: str, advice: str) -> UserError:
-    """A file system's error in one line: LostError where a later attempt may succeed, else UserError with `advice`."""
+    """Returns a file system's error in one line.
+
+    It is LostError where a later attempt may succeed, else UserError with `advice`.
+    """
     if error.errno in LOST:
         return LostError(f"{what} ({error.strerror}); the file system fails, start the same command again")
     return UserError(f"{what} ({error.strerror}); {advice}")

@@ -76,7 +76,10 @@ def evaluate(
 
 
 def evaluate_whole(accelerator: Accelerator, network: nn.Module, images: torch.Tensor, data: Data) -> Evaluation:
-    """Like `evaluate`, but never None: for programs that a stop signal ends at once, as explain.py."""
+    """Evaluates like `evaluate`, but never returns None.
+
+    It is for programs that a stop signal ends at once, as explain.py.
+    """
     evaluated = evaluate(accelerator, network, images, data)
     if evaluated is None:
         raise AssertionError("an evaluation ends early only where stop requests are caught")
@@ -84,7 +87,7 @@ def evaluate_whole(accelerator: Accelerator, network: nn.Module, images: torch.T
 
 
 def rank_indices(accelerator: Accelerator, count: int) -> npt.NDArray[np.int64]:
-    """The indices, out of `count`, of the images that this rank evaluates."""
+    """Returns the indices, out of `count`, of the images that this rank evaluates."""
     return np.arange(accelerator.process_index, count, accelerator.num_processes)
 
 
@@ -96,10 +99,10 @@ def _predict(
     chosen: npt.NDArray[np.int64],
     views: Sequence[View],
 ) -> npt.NDArray[np.float32] | None:
-    """Log-probabilities [n, classes] of the test images `chosen` [n], each evaluated once, by the mean over the views.
+    """Returns log-probabilities [n, classes] of the test images `chosen` [n], by the mean over the views.
 
-    All ranks use rank 0's batch-norm statistics, which are also the ones that are saved. Only the stop requests and the
-    results are read from the device.
+    Each image is evaluated once. All ranks use rank 0's batch-norm statistics, which are also the ones that are saved.
+    Only the stop requests and the results are read from the device.
     """
     for buffer in network.buffers():
         broadcast(buffer)

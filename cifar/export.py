@@ -170,7 +170,7 @@ def _compare(found: Float, expected: Float) -> None:
 
 @contextmanager
 def _under_another_name(output: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `output` if the block does not raise."""
+    """Yields a path to write to, which becomes `output` if the block does not raise."""
     temporary = output.with_name(f".{output.stem}-{uuid4().hex}{output.suffix}")
     try:
         with runs.written_to(output.parent):

@@ -113,12 +113,12 @@ class _Watch:
             self.end(self._hang)
 
     def _computes(self, still: float) -> bool:
-        """Whether this is a single process that is still computing on its CPU: a slow step, not a hang."""
+        """Returns whether this is a single process that is still computing on its CPU: a slow step, not a hang."""
         busy = time.process_time() - self.computed > still / 10
         return self.on_cpu and self.peers is None and busy
 
     def _stopped_before_the_first_step(self) -> End:
-        """A rank that died is why the launcher asks the others to stop."""
+        """Names a rank that died, if there is one: it is why the launcher asks the others to stop."""
         by_launcher = os.getppid() == self.launcher
         gone = self.peers.roll_call("asked to stop") if self.peers and by_launcher else None
         return gone or End("stopped on request before the first step", 0)
@@ -167,11 +167,14 @@ class _Watch:
             record.join(GRACE_SECONDS)
 
     def succeeds_first(self) -> bool:
-        """Whether this rank records the failure in place of rank 0."""
+        """Returns whether this rank records the failure in place of rank 0."""
         return self.peers is not None and self.failed is not None and self.failed.successor == self.peers.rank > 0
 
     def position(self) -> str:
-        """Where the main thread is, or the thread that it waits for: the innermost line of this project's code."""
+        """Returns where the main thread is, or the thread that it waits for.
+
+        It is the innermost line of this project's code.
+        """
         place = _place(self.main_thread)
         if place.startswith("cifar/background.py"):
             writing = [_place(thread.ident or 0) for thread in threading.enumerate() if thread.name in background.NAMES]
@@ -227,7 +230,7 @@ class _Peers:
         return f"rank {rank} on {self.hosts[rank]}"
 
     def _tell(self, store: Any) -> None:
-        """The heartbeat thread: reports this rank's position and reads the others' reports. Ends with the store."""
+        """Reports this rank's position and reads the others' reports, in the heartbeat thread. Ends with the store."""
         beats = 0
         with suppress(RuntimeError):
             while not self.leaving.is_set():
@@ -244,7 +247,7 @@ class _Peers:
             store.set(f"alive/{self.rank}", LEFT)
 
     def silence(self, now: float, still: float) -> int:
-        """The seconds without a heartbeat of the next rank that are too long, or 0 while they have not passed.
+        """Returns the seconds without a heartbeat of the next rank that are too long, or 0 while they have not passed.
 
         If the store is gone as well, only once this rank makes no progress either: a killed launcher takes the store
         with it, and then the ranks are to save and stop, which takes as long as a slow disk or a step on a CPU does.
@@ -261,7 +264,7 @@ class _Peers:
         return seconds
 
     def _launcher_was_killed(self) -> bool:
-        """Whether the first node answers, but not its launcher's store."""
+        """Returns whether the first node answers, but not its launcher's store."""
         try:
             socket.create_connection(self.address, TICK_SECONDS).close()
         except ConnectionRefusedError:
@@ -271,7 +274,10 @@ class _Peers:
         return False
 
     def ask(self, question: Callable[[], End | None], otherwise: End) -> End | None:
-        """What the store answers, or `otherwise` if it does not: it is on the first node, which may be cut off."""
+        """Returns what the store answers, or `otherwise` if it does not.
+
+        The store is on the first node, which may be cut off.
+        """
         answers: list[End | None] = []
 
         def run() -> None:
@@ -284,7 +290,7 @@ class _Peers:
         return answers[0] if answers else otherwise
 
     def first_failure(self, end: End) -> End:
-        """The failure that any rank reported first; `end`, which is then reported, if there was none before."""
+        """Returns the failure that any rank reported first; `end`, which is then reported, if there was none before."""
         return self.ask(lambda: End(*json.loads(self.store.compare_set("first", "", json.dumps(end)))), end) or end
 
     def roll_call(self, reason: str) -> End | None:
@@ -315,11 +321,11 @@ class _Peers:
         return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1, successor)
 
     def still(self) -> float:
-        """After a roll call that all ranks have answered: seconds since any of them made progress."""
+        """Returns the seconds since any rank made progress, after a roll call that all ranks have answered."""
         return min((float(said.split(" ")[1]) for said in self.said if said != LEFT), default=math.inf)
 
     def where_all_are(self, reason: str) -> End:
-        """After a roll call that all ranks have answered: where each of them is."""
+        """Returns where each rank is, after a roll call that all ranks have answered."""
         places = [said.split(" ", 2)[2] if said != LEFT else LEFT for said in self.said]
         common = Counter(places).most_common(1)[0][0]
         odd = [rank for rank, place in enumerate(places) if place != common]
@@ -328,7 +334,7 @@ class _Peers:
 
 
 def _get(store: Any, key: str) -> str:
-    """What the store has under a key, '' if nothing; `get` alone would wait for it."""
+    """Returns what the store has under a key, '' if nothing; `get` alone would wait for it."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -357,12 +363,12 @@ def name_hosts(hosts: list[str]) -> None:
 
 
 def name(rank: int) -> str:
-    """A rank and its host."""
+    """Names a rank and its host."""
     return _watch.peers.name(rank) if _watch and _watch.peers else f"rank {rank}"
 
 
 def exchange(what: str, value: str) -> list[str]:
-    """All-gather through the store, before there is a process group. A missing rank ends in a hang timeout."""
+    """Runs an all-gather through the store, before there is a process group. A missing rank ends in a hang timeout."""
     peers = _watch.peers if _watch else None
     if peers is None:
         return [value]
@@ -394,7 +400,7 @@ def step_progressed() -> None:
 
 
 def save_begins() -> None:
-    """Until the next step a rank may wait for as long as the hang timeout, even if a launcher is gone."""
+    """Lets a rank wait for as long as the hang timeout until the next step, even if a launcher is gone."""
     if _watch:
         _watch.saving = True
 
@@ -446,7 +452,10 @@ def command_line(program: str) -> Iterator[None]:
 
 
 def _prints_shared_messages() -> bool:
-    """Whether this process prints what all ranks know: rank 0, or a process that is alone, whatever its RANK."""
+    """Returns whether this process prints what all ranks know.
+
+    Rank 0 does, or a process that is alone, whatever its RANK.
+    """
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1")
 
 
@@ -473,13 +482,13 @@ def leave(status: int) -> NoReturn:
 
 
 def _outlive_the_others() -> None:
-    """With several machines, waits on rank 0 until the others have read the reason: its launcher has the store."""
+    """Waits on rank 0, with several machines, until the others have read the reason: its launcher has the store."""
     if os.environ.get("RANK") == "0" and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         time.sleep(LAST_SECONDS)
 
 
 def cause(error: BaseException) -> End:
-    """Why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
+    """Returns why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
     own, status = " ".join(f"{type(error).__name__}: {error}".split()), 1
     if isinstance(error, UserError):
         own, status = str(error), error.status
@@ -497,7 +506,7 @@ def cause(error: BaseException) -> End:
 
 
 def _own_end(peers: _Peers, error: BaseException, own: str, status: int) -> End:
-    """What this rank says of its error, unless another rank is the cause."""
+    """Returns what this rank says of its error, unless another rank is the cause."""
     if isinstance(error, UserError):
         # A rank that died is why the launcher asks the others to stop.
         return (peers.roll_call("asked to stop") if status == 0 else None) or End(own, status)
@@ -514,7 +523,7 @@ def _own_end(peers: _Peers, error: BaseException, own: str, status: int) -> End:
 
 
 def in_place_of_rank_0() -> bool:
-    """Whether this rank records the failure in place of rank 0, which does not answer."""
+    """Returns whether this rank records the failure in place of rank 0, which does not answer."""
     return _watch is not None and _watch.succeeds_first()
 
 
@@ -538,14 +547,14 @@ def fail_together() -> Iterator[None]:
 
 
 def _caused_by_a_peer(error: BaseException) -> bool:
-    """Whether an error is the consequence of another rank's. gloo raises plain RuntimeErrors."""
+    """Returns whether an error is the consequence of another rank's. gloo raises plain RuntimeErrors."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def hang_seconds() -> int:
-    """The seconds without a step after which a job counts as hung. Raises UserError."""
+    """Returns the seconds without a step after which a job counts as hung. Raises UserError."""
     value = os.environ.get("CIFAR_HANG_SECONDS", str(HANG_SECONDS))
     if not value.isdecimal() or int(value) < 1:
         raise UserError(f"CIFAR_HANG_SECONDS={value} is not a number of seconds; give a whole number of at least 1")

@@ -24,12 +24,12 @@ SIDE = 1000  # pixels of a confusion matrix of many classes
 
 
 def enlarged(array: UInt8, factor: int) -> UInt8:
-    """[h, w, 3] with every pixel as a square of factor x factor."""
+    """Returns the picture [h, w, 3] with every pixel as a square of factor x factor."""
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def panel(picture: UInt8, lines: Sequence[Line]) -> UInt8:
-    """A picture under lines that are cut where they are wider than it."""
+    """Draws a picture under lines that are cut where they are wider than it."""
     height, width = picture.shape[:2]
     image = Image.new("RGB", (width, LINE * len(lines) + 3 + height), "white")
     for number, line in enumerate(lines):
@@ -39,7 +39,7 @@ def panel(picture: UInt8, lines: Sequence[Line]) -> UInt8:
 
 
 def beside(panels: Sequence[UInt8]) -> UInt8:
-    """Panels in a row, their lower edges level."""
+    """Puts panels in a row, their lower edges level."""
     height = max(len(panel) for panel in panels)
     parts = [np.full((height, GAP, 3), 255, np.uint8)]
     for panel in panels:
@@ -49,7 +49,7 @@ def beside(panels: Sequence[UInt8]) -> UInt8:
 
 
 def below(title: Line, rows: Sequence[UInt8]) -> UInt8:
-    """Rows under each other, under a title."""
+    """Puts rows under each other, under a title."""
     width = max([lettering.length(title) + 2 * GAP, *(row.shape[1] for row in rows)])
     head = Image.new("RGB", (width, LINE + 2 * GAP), "white")
     lettering.write(head, (GAP, GAP), title)
@@ -58,7 +58,7 @@ def below(title: Line, rows: Sequence[UInt8]) -> UInt8:
 
 
 def png(picture: UInt8) -> bytes:
-    """A picture [h, w, 3] as a file."""
+    """Encodes a picture [h, w, 3] as a file."""
     content = io.BytesIO()
     Image.fromarray(picture).save(content, "PNG", dpi=(plotting.DPI, plotting.DPI))
     return content.getvalue()
@@ -68,7 +68,10 @@ def png(picture: UInt8) -> bytes:
 
 
 def samples(strips: Mapping[str, tuple[UInt8, Sequence[int]]], classes: Sequence[str]) -> UInt8:
-    """One strip per entry of `strips`: its title, then its images uint8 [n, height, width, 3] with their classes."""
+    """Draws one strip per entry of `strips`.
+
+    A strip has its title, then its images uint8 [n, height, width, 3] with their classes.
+    """
     labels, rows = Labels(classes), []
     for title, (images, numbers) in strips.items():
         names = labels.fitted(SMALL * images.shape[2])
@@ -82,7 +85,7 @@ def samples(strips: Mapping[str, tuple[UInt8, Sequence[int]]], classes: Sequence
 
 
 def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
-    """Loss, accuracy and learning rate over the epochs; only the training loss uses label smoothing."""
+    """Draws loss, accuracy and learning rate over the epochs; only the training loss uses label smoothing."""
     with plotting.own_style():
         figure = plotting.Figure(figsize=(12, 3.6), dpi=plotting.DPI)
         # Drawn after every epoch: a layout that matplotlib finds by itself takes as long as the drawing.
@@ -110,13 +113,13 @@ def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
 
 
 def confusion_matrix(labels: npt.NDArray[Any], predicted: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
-    """[C, C] counts by true (rows) and predicted class (columns)."""
+    """Returns [C, C] counts by true (rows) and predicted class (columns)."""
     pairs = labels.astype(np.int64) * classes + predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:
-    """Counts by true class (rows) and predicted class (columns); colours are scaled to the mistakes.
+    """Draws counts by true class (rows) and predicted class (columns); colours are scaled to the mistakes.
 
     Up to MOST_NUMBERS classes, cells contain their counts. With more, cells shrink, and once they are less tall than a
     line of text only every 2nd, 5th, ... class is labelled: the size of the figure stays bounded.
@@ -154,7 +157,7 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> UInt8:
 
 
 def _tick_labels(names: Sequence[Line], step: int, size: tuple[int, int]) -> Image.Image:
-    """Right-aligned names, one every `step` pixels."""
+    """Draws right-aligned names, one every `step` pixels."""
     image = Image.new("RGB", size, "white")
     for number, name in enumerate(names):
         lettering.write(image, (image.width - 4 - lettering.length(name), number * step), name)

@@ -68,7 +68,7 @@ class GraphedGradients:
     def __call__(
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, write_failed: bool
     ) -> torch.Tensor:
-        """See `loop.accumulate_gradients`; `model` is used where no graph is."""
+        """Does what `loop.accumulate_gradients` does; `model` is used where no graph is."""
         parameters = {name: each for name, each in self.network.named_parameters() if each.requires_grad}
         key = (images.shape, len(parameters))
         if self.trusted and key not in self.graphs:
@@ -200,7 +200,7 @@ class _Graph:
 
 
 def dropout_generator(device: torch.device) -> torch.Generator:
-    """The generator that dropout on this device draws from.
+    """Returns the generator that dropout on this device draws from.
 
     torch.manual_seed would seed those of all kinds of devices. For the ones that a machine lacks it formats a
     traceback each time, which takes the host 0.1 to 0.3 ms.
@@ -225,12 +225,15 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 @cache
 def _pool() -> "torch.cuda._POOL_HANDLE":
-    """The memory pool of all graphs: they replay one after another, and none reads what another one has left there."""
+    """Returns the memory pool of all graphs.
+
+    They replay one after another, and none reads what another one has left there.
+    """
     return torch.cuda.graph_pool_handle()
 
 
 def capture(step: Replay) -> Replay:
-    """`step` as a CUDA graph. Other threads may write checkpoints and upload batches during the capture."""
+    """Captures `step` as a CUDA graph. Other threads may write checkpoints and upload batches during the capture."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
@@ -245,7 +248,7 @@ def capture(step: Replay) -> Replay:
 
 
 def _captured(graph: torch.cuda.CUDAGraph, pool: "torch.cuda._POOL_HANDLE | None" = None) -> torch.cuda.graph:
-    """A context that captures into `graph`. What other threads do on the device does not make it fail."""
+    """Returns a context that captures into `graph`. What other threads do on the device does not make it fail."""
     return torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
 
 

@@ -93,7 +93,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
 
 
 def _make_deterministic() -> None:
-    """Call before CUDA and NCCL start. torch then raises for operations that are not deterministic."""
+    """Makes torch raise for operations that are not deterministic. Call it before CUDA and NCCL start."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # all but these two, whose reduction order varies
     torch.use_deterministic_algorithms(True)
@@ -137,7 +137,7 @@ def _check_settings(on_cpu: bool) -> None:
 
 
 def _rejoin(backend: str, limit: timedelta) -> None:
-    """After an in-place restart (--max_restarts), joins the process group under store keys of its own.
+    """Joins the process group under store keys of its own, after an in-place restart (--max_restarts).
 
     The launcher's store outlives its workers, and with static rendezvous, Accelerate's default, torch 2.14 does not
     separate one attempt's keys from the next's: a new rank would look up a dead one's address, and hang.
@@ -163,7 +163,7 @@ def check_split(accelerator: Accelerator, global_batch_size: int, accumulation_s
 
 
 def loader_workers() -> int:
-    """Dataloader workers per training process: its share of the cores less one, between 1 and 8."""
+    """Returns how many dataloader workers a training process has: its share of the cores less one, between 1 and 8."""
     return max(1, min(8, cores.available() // local_processes() - 1))
 
 
@@ -181,7 +181,10 @@ def _keep_freed_memory() -> None:
 
 
 def topology(accelerator: Accelerator, global_batch_size: int) -> str:
-    """One line for the start of a run: device, processes, threads, precision, batch; and which precision is faster."""
+    """Returns one line for the start of a run.
+
+    It names device, processes, threads, precision, batch; and which precision is faster.
+    """
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     processes = accelerator.num_processes
@@ -201,7 +204,7 @@ def topology(accelerator: Accelerator, global_batch_size: int) -> str:
 
 
 def computed_on(accelerator: Accelerator) -> dict[str, str]:
-    """The hardware and libraries on which the bits of a result may depend."""
+    """Returns the hardware and libraries on which the bits of a result may depend."""
     found = {"torch": str(torch.__version__)}
     if accelerator.device.type == "cpu":
         return {**found, "device": "CPU", "threads": str(torch.get_num_threads())}
@@ -215,7 +218,7 @@ def computed_on(accelerator: Accelerator) -> dict[str, str]:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 itself, instead of emulating it."""
+    """Returns whether the device computes in bf16 itself, instead of emulating it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -267,7 +270,10 @@ def end(accelerator: Accelerator) -> None:
 def prepare(
     accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: dict[str, Any] | None
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """The network as the ranks train it together, in the launcher's precision, and the optimizer that steps it."""
+    """Returns the network as the ranks train it together, and the optimizer that steps it.
+
+    The network is in the launcher's precision.
+    """
     model, prepared = accelerator.prepare(network, optimizer)
     if accelerator.scaler is not None and scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
@@ -276,12 +282,12 @@ def prepare(
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
-    """The state of the loss scaler that float16 needs, None in other precisions."""
+    """Returns the state of the loss scaler that float16 needs, None in other precisions."""
     return None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The peak of allocated memory on a CUDA device, else this process's resident memory."""
+    """Returns the peak of allocated memory on a CUDA device, else this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

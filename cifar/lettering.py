@@ -46,7 +46,7 @@ class Labels:
         self._fitted: dict[int, list[Line]] = {}
 
     def fitted(self, width: int) -> list[Line]:
-        """All classes, each truncated to `width` pixels; where two would look alike, their numbers come first."""
+        """Truncates all classes to `width` pixels; where two would look alike, their numbers come first."""
         if width not in self._fitted:
             cut = [fitting(line, width) for line in self._lines]
             times = Counter(cut)
@@ -57,7 +57,7 @@ class Labels:
         return self._fitted[width]
 
     def advice(self) -> str:
-        """A line that names a font where one is missing, else ''."""
+        """Returns a line that names a font where one is missing, else ''."""
         if not self._unshown:
             return ""
         scripts = {unicodedata.name(letter, "").partition(" ")[0] for name in self._unshown for letter in name}
@@ -70,17 +70,17 @@ class Labels:
 
 
 def of(*texts: str | Line) -> Line:
-    """A line of several pieces."""
+    """Returns a line of several pieces."""
     return tuple(part for text in texts for part in ((Part(text),) if isinstance(text, str) else text))
 
 
 def length(line: Line) -> int:
-    """The width of a line in pixels."""
+    """Returns the width of a line in pixels."""
     return math.ceil(sum(_opened(part.font).getlength(part.text) for part in line))
 
 
 def fitting(line: Line, width: int) -> Line:
-    """The line, truncated to `width` pixels."""
+    """Returns the line, truncated to `width` pixels."""
     if length(line) <= width:
         return line
     # Names may have 255 letters, and there may be 256 of them: binary search.
@@ -95,7 +95,7 @@ def fitting(line: Line, width: int) -> Line:
 
 
 def _first(line: Line, count: int) -> Line:
-    """The first `count` letters of a line."""
+    """Returns the first `count` letters of a line."""
     kept: list[Part] = []
     for text, font in line:
         kept.append(Part(text[:count], font))
@@ -126,7 +126,10 @@ def _opened(path: str) -> ImageFont.FreeTypeFont:
 
 
 def _fonts_for(texts: Sequence[str]) -> list[str | None]:
-    """For each text the file of a font that has all of its letters: this project's own, or one that is installed."""
+    """Returns for each text the file of a font that has all of its letters.
+
+    The font is this project's own, or one that is installed.
+    """
     # Without raqm, letters would not be joined, and right-to-left text would be reversed.
     left = [text for text in texts if features.check("raqm") or not _needs_shaping(text)]
     found = _covered(OWN_FONT, left)
@@ -136,7 +139,7 @@ def _fonts_for(texts: Sequence[str]) -> list[str | None]:
 
 
 def _covered(path: str, texts: Sequence[str]) -> dict[str, str]:
-    """Those texts of which a font has all letters, each with the font's file."""
+    """Returns those texts of which a font has all letters, each with the font's file."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -161,7 +164,7 @@ def _needs_shaping(text: str) -> bool:
 
 @cache
 def _installed() -> list[str]:
-    """Files of the fonts on this machine, plain ones first."""
+    """Returns the files of the fonts on this machine, plain ones first."""
     from matplotlib import font_manager
 
     def order(path: str) -> tuple[bool, bool, str]:

@@ -75,15 +75,15 @@ class OwnWork:
         self.began = device.Mark(of, timed=True)
 
     def begins(self) -> None:
-        """Call it at a step's start, before its images are waited for."""
+        """Marks a step's start. Call it before the step's images are waited for."""
         self.began = device.Mark(self.device, timed=True)
 
     def ends(self) -> None:
-        """Call it before the step's first collective."""
+        """Marks the end of a step's own work. Call it before the step's first collective."""
         self.steps.append((self.began, device.Mark(self.device, timed=True)))
 
     def seconds(self) -> float:
-        """The median since the last call that returned one; NaN with fewer than MEASURED_STEPS steps."""
+        """Returns the median since the last call that returned one; NaN with fewer than MEASURED_STEPS steps."""
         if len(self.steps) < MEASURED_STEPS:
             return math.nan
         times = [end.seconds_since(start) for start, end in self.steps]
@@ -143,7 +143,10 @@ def micro_batch_loss(
     model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor, recipe: Recipe,
     totals: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """A micro-batch's part of the batch's mean loss; adds it and the number of correct predictions to `totals` [2]."""
+    """Returns a micro-batch's part of the batch's mean loss.
+
+    Adds it and the number of correct predictions to `totals` [2].
+    """
     logits = model(images)
     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing) / recipe.gradient_accumulation_steps
     totals[0] += loss.detach()
@@ -162,7 +165,7 @@ def reduced_totals(accelerator: Accelerator, totals: torch.Tensor, write_failed:
 
 
 def gradient_norm(accelerator: Accelerator, network: nn.Module) -> torch.Tensor:
-    """The L2 norm of all gradients together, unscaled. Call it between backward and the optimizer's step."""
+    """Returns the L2 norm of all gradients together, unscaled. Call it between backward and the optimizer's step."""
     accelerator.unscale_gradients()
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     return nn.utils.get_total_norm(gradients)

@@ -11,7 +11,7 @@ JOINERS = "\u200c\u200d"  # format characters that change the letters beside the
 
 
 def readable(classes: Sequence[str]) -> list[str]:
-    """Each class's name as one line of text that can be seen.
+    """Returns each class's name as one line of text that can be seen.
 
     If nothing of it is visible, or another class's name looks the same, it is prefixed with the class's number.
     """
@@ -26,7 +26,7 @@ def readable(classes: Sequence[str]) -> list[str]:
 
 
 def on_pages(classes: Sequence[str]) -> list[str]:
-    """The same for HTML: a page truncates long names, and readers may have other fonts.
+    """Returns the same as `readable`, for HTML: a page truncates long names, and readers may have other fonts.
 
     The number also precedes a name that begins like another, and one in letters that not every machine has.
     Right-to-left text is isolated from its surroundings.
@@ -47,12 +47,12 @@ def _from_the_right(letter: str) -> bool:
 
 
 def _is_everywhere(letter: str) -> bool:
-    """Whether it is Latin, Greek, Cyrillic or one of their signs."""
+    """Returns whether a letter is Latin, Greek, Cyrillic or one of their signs."""
     return letter < "\u0530" or "\u1e00" <= letter < "\u2200"
 
 
 def one_line(name: str) -> str:
-    """Text as one line, without control, invisible, bidirectional or unencodable characters."""
+    """Returns text as one line, without control, invisible, bidirectional or unencodable characters."""
     # A file system's name need not be UTF-8: Python keeps such bytes as halves of surrogate pairs.
     text = unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
     kept = "".join(

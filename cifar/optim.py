@@ -17,7 +17,7 @@ ITERATIONS = 3  # of Newton-Schulz: 2 cost 1.8 points in airbench's runs
 
 
 def build(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Each group of parameters has a factor `lr_scale` of the learning rate, see set_lr.
+    """Builds the recipe's optimizer. Each group of parameters has a factor `lr_scale` of the learning rate, see set_lr.
 
     Raises UserError for a parameter that muon has no rule for.
     """
@@ -72,7 +72,7 @@ class Muon(torch.optim.SGD):
         super().step(closure)
 
     def _step_banks(self, banks: list[torch.Tensor], rate: float, momentum: float) -> None:
-        """One step of all filter banks together: on a GPU, launching kernels bank by bank takes longer than they run.
+        """Steps all filter banks together: on a GPU, launching kernels bank by bank takes longer than they run.
 
         Columns of the matrices are in the order in which a bank lies in memory, so that nothing is copied to flatten
         it: permuted columns of a matrix permute those of the nearest orthogonal one, and change nothing else.
@@ -100,14 +100,17 @@ def _matrix_shape(bank: torch.Tensor) -> tuple[int, int]:
 
 
 def _in_memory_order(tensor: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """A view of `tensor` [out, in, h, w] with its dimensions in the order in which `bank` has them in memory."""
+    """Returns a view of `tensor` [out, in, h, w] with its dimensions in the order that `bank` has them in memory."""
     return tensor.permute(0, 2, 3, 1) if bank.is_contiguous(memory_format=torch.channels_last) else tensor
 
 
 def _orthogonalized_banks(
     directions: tuple[torch.Tensor, ...], shapes: Sequence[tuple[int, int]]
 ) -> list[torch.Tensor]:
-    """Each direction as a matrix [m, n] of its shape, orthogonalized; equal shapes are neighbours. Overwrites them."""
+    """Returns each direction as a matrix [m, n] of its shape, orthogonalized; equal shapes are neighbours.
+
+    Overwrites the directions.
+    """
     norms = torch._foreach_norm(directions)
     torch._foreach_add_(norms, 1e-7)
     torch._foreach_div_(directions, norms)
@@ -122,7 +125,7 @@ def _orthogonalized_banks(
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """`matrices` [k, m, n] of norm 1 with their singular values brought near 1 (0.5 to 1.5), by Newton-Schulz.
+    """Returns `matrices` [k, m, n] of norm 1 with their singular values brought near 1 (0.5 to 1.5), by Newton-Schulz.
 
     The coefficients are the Muon page's: the steepest quintic at 0 that stays near 1 afterwards.
     """

@@ -24,7 +24,10 @@ __all__ = ["DPI", "Figure", "colours", "mpl", "own_style", "pixels"]
 
 @contextmanager
 def own_style() -> Iterator[None]:
-    """Figures made and drawn within look alike everywhere: a matplotlibrc may ask for LaTeX, or for large letters."""
+    """Gives figures that are made and drawn in the block the same look everywhere.
+
+    A matplotlibrc may ask for LaTeX, or for large letters.
+    """
     with mpl.rc_context():
         mpl.rcdefaults()
         yield
@@ -38,6 +41,6 @@ def pixels(figure: Figure) -> UInt8:
 
 
 def colours(scale: str, values: npt.NDArray[np.float32]) -> UInt8:
-    """The colours [..., 3] of values in 0..1 on one of matplotlib's scales."""
+    """Returns the colours [..., 3] of values in 0..1 on one of matplotlib's scales."""
     found: UInt8 = np.rint(255 * np.asarray(mpl.colormaps[scale](values))[..., :3]).astype(np.uint8)
     return found

@@ -86,7 +86,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def items(paths: Sequence[str], skipped: list[str], broken: Callable[[str], None]) -> Iterator[Item]:
-    """The pictures of all paths, in order.
+    """Yields the pictures of all paths, in order.
 
     Other files in folders and zips are added to `skipped`; unreadable folders and zips are reported to `broken`.
     """
@@ -101,7 +101,10 @@ def items(paths: Sequence[str], skipped: list[str], broken: Callable[[str], None
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
-    """The paths in it, one a line; a carriage return at its end is part of a name only if there is such a file."""
+    """Yields the paths in a stream, one a line.
+
+    A carriage return at a line's end is part of a name only if there is such a file.
+    """
     for line in stream:
         path = line.removesuffix("\n")
         if path.strip():
@@ -198,7 +201,7 @@ def predictions(
 def _decoded_ahead(
     decoders: ThreadPoolExecutor, wanted: Iterator[Item]
 ) -> Iterator[list[tuple[str, "Future[pictures.UInt8]"]]]:
-    """Batches of pictures that are decoded while the network is busy with the ones before.
+    """Yields batches of pictures that are decoded while the network is busy with the ones before.
 
     Each is twice the one before, up to BATCH: so the first predictions appear before stdin ends.
     """
@@ -227,7 +230,7 @@ def _classify(
 
 
 def written(prediction: Prediction, form: str) -> str:
-    """One line of output."""
+    """Formats a prediction as one line of output."""
     name, pairs = prediction.name, list(zip(prediction.classes, prediction.probabilities, strict=True))
     if form == "json":
         classes = [{"class": label, "probability": round(probability, 6)} for label, probability in pairs]

@@ -44,7 +44,7 @@ class Waits(NamedTuple):
     ranks: float  # collectives that no computation overlaps
 
     def sentence(self, steps: int) -> str:
-        """What a step waits for, the longest first."""
+        """Says what a step waits for, the longest first."""
         names = dict(zip(("the device", "the host", "images", "the other ranks"), self, strict=True))
         first, *rest = sorted(names, key=lambda name: -names[name])
         parts = {name: f"{seconds / sum(self):.0%}" for name, seconds in names.items()}
@@ -66,7 +66,7 @@ class StepProfiler:
             )
 
     def step(self) -> None:
-        """Call it at the end of each step."""
+        """Tells the profiler that a step has ended. Call it at the end of each step."""
         if self.profile:
             self.profile.step()
 
@@ -105,7 +105,7 @@ def check(steps: int, total: int) -> None:
 def of_steps(
     steps: int, accelerator: Accelerator, run: Path, attempt: int, done: int, total: int
 ) -> Iterator[StepProfiler]:
-    """For the block, a profiler of the next `steps` of a run's `total` steps, of which some are done.
+    """Yields a profiler of the next `steps` of a run's `total` steps, of which some are done.
 
     An attempt that resumes from a checkpoint and has too few left does without.
     """
@@ -122,12 +122,12 @@ def of_steps(
 
 
 def activities(device: str) -> list[ProfilerActivity]:
-    """What a profiler records where this kind of device computes."""
+    """Returns what a profiler records where this kind of device computes."""
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
 
 
 def seconds_by_kind(events: Sequence[Any], device: str) -> dict[str, float]:
-    """Seconds of the operators and kernels in a profiler's events, by KINDS; the optimizer's are its alone."""
+    """Sums the seconds of operators and kernels in a profiler's events, by KINDS; the optimizer's are its alone."""
     seconds = dict.fromkeys((*KINDS, OPTIMIZER), 0.0)
     for event in events:
         if event.device_type.name != "CPU" or COLLECTIVE.match(event.name):
@@ -144,13 +144,13 @@ def _kind_of_operator(name: str) -> str | None:
 
 
 def above(event: Any) -> Iterator[Any]:
-    """The ancestors of an event, nearest first."""
+    """Yields the ancestors of an event, nearest first."""
     while (event := event.cpu_parent) is not None:
         yield event
 
 
 def waits(events: Sequence[Any], device: str) -> Waits:
-    """What the traced steps were spent on, from a profiler's events.
+    """Returns what the traced steps were spent on, from a profiler's events.
 
     At each moment only the first of these counts: an evaluation, computing, the wait for images, a collective. On a
     CPU, computing that makes images is part of that wait.
@@ -176,7 +176,7 @@ def waits(events: Sequence[Any], device: str) -> Waits:
 
 
 def covered(spans: Sequence[Span]) -> float:
-    """How much of the time lies in at least one of the spans."""
+    """Returns how much of the time lies in at least one of the spans."""
     total, until = 0.0, -math.inf
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, until))
@@ -189,7 +189,7 @@ def _span(event: Any) -> Span:
 
 
 def _computes(event: Any, device: str) -> bool:
-    """Whether an event is a kernel or a copy on a GPU, or an operator on a CPU."""
+    """Returns whether an event is a kernel or a copy on a GPU, or an operator on a CPU."""
     if device == "cuda":
         on_gpu = event.device_type.name == "CUDA" and not event.is_user_annotation
         return on_gpu and not COLLECTIVE.match(event.name)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
-    """A block that all ranks enter and leave together: a UserError on any of them is raised on all of them.
+    """Runs a block that all ranks enter and leave together: a UserError on any of them is raised on all of them.
 
     Without it the ranks that meet no error would wait in the next collective for one that has gone. The block itself
     must not contain collectives.
@@ -32,7 +32,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
 
 
 def gathered(accelerator: Accelerator, value: T) -> list[T]:
-    """Every rank's value."""
+    """Returns every rank's value."""
     values: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
     return values
 
@@ -51,6 +51,6 @@ def require_equal(accelerator: Accelerator, values: Mapping[str, object]) -> Non
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any rank: the same answer on all of them."""
+    """Returns whether the flag is set on any rank: the same answer on all of them."""
     total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
     return bool(total.item() > 0)

@@ -47,7 +47,10 @@ LAST_SAVE_SECONDS = 3  # how long a failed job waits for a save in progress
 
 
 def finished_before(accelerator: Accelerator, options: RunOptions, recipe: Recipe) -> bool:
-    """Whether the run is finished; rank 0 then says so. Raises UserError where the directory holds another one."""
+    """Returns whether the run is finished; rank 0 then says so.
+
+    Raises UserError where the directory holds another one.
+    """
     line = ""
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
@@ -192,11 +195,11 @@ class RunRecord:
     # ---- between steps
 
     def write_failed(self) -> bool:
-        """Whether something could not be written: the ranks then raise it together, see `count`."""
+        """Returns whether something could not be written: the ranks then raise it together, see `count`."""
         return self.writer.error is not None or self.drawer.error is not None
 
     def log_due(self) -> bool:
-        """Whether the current step is due to be logged."""
+        """Returns whether the current step is due to be logged."""
         if self.tracker is None or time.monotonic() - self.logged < LOG_SECONDS:
             return False
         self.logged = time.monotonic()

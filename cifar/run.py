@@ -49,12 +49,15 @@ class EpochMetrics:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or {} where there is none."""
+    """Returns status.json, or {} where there is none."""
     return _read_json(directory / "status.json")
 
 
 def write_status(attempt: Attempt, state: str, step: int, reason: str = "") -> None:
-    """`state` is running, finished, preempted or failed; `reason` says why in words. Raises UserError, OSError."""
+    """Writes status.json. Raises UserError, OSError.
+
+    `state` is running, finished, preempted or failed; `reason` says why in words.
+    """
     attempt.replace(attempt.run_dir / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
 
 
@@ -82,7 +85,7 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
 
 
 def finished(directory: Path) -> str:
-    """A message if the run is finished, else ''."""
+    """Returns a message if the run is finished, else ''."""
     result = read_result(directory)
     if not result or read_status(directory).get("state") != "finished":
         return ""
@@ -147,7 +150,7 @@ class History:
         self._log = attempt.begin(attempt.run_dir / "predictions.log", log)
 
     def last_epoch(self) -> int:
-        """The last epoch whose evaluation is recorded, 0 where there is none."""
+        """Returns the last epoch whose evaluation is recorded, 0 where there is none."""
         return self.epochs[-1].epoch if self.epochs else 0
 
     def record(self, metrics: EpochMetrics, probabilities: npt.NDArray[np.float32]) -> None:
@@ -208,7 +211,7 @@ def _read_metrics(directory: Path) -> list[EpochMetrics]:
 
 
 def read_predictions(directory: Path, images: int) -> tuple[dict[int, npt.NDArray[np.uint8]], set[int]]:
-    """The class that a run predicted for each test image [images], by epoch; and which epochs have been exported.
+    """Returns the class predicted for each test image [images], by epoch; and which epochs have been exported.
 
     Those are in predictions.safetensors; predictions.log has those of a run that is not finished, too.
     """
@@ -247,7 +250,7 @@ def disk_errors_named(attempt: Attempt | None = None) -> Iterator[None]:
 
 
 def read_result(directory: Path) -> dict[str, Any]:
-    """result.json, or {} where there is none."""
+    """Returns result.json, or {} where there is none."""
     return _read_json(directory / "result.json")
 
 
@@ -271,7 +274,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The commit of this source tree, with '-dirty' where files differ from it; None outside a git checkout."""
+    """Returns the commit of this source tree, with '-dirty' where files differ from it; None outside a git checkout."""
     command: Sequence[str] = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -32,22 +32,23 @@ class Schedule:
         self.freeze_step = math.ceil(recipe.freeze_at * self.total_steps)
 
     def epochs_completed(self, steps: int) -> int:
-        """How many whole epochs lie within the first `steps` batches."""
+        """Returns how many whole epochs lie within the first `steps` batches."""
         return epochs_completed(steps, self.images, self.recipe.global_batch_size)
 
     def completes_epoch(self, steps: int) -> bool:
-        """Whether the last of the first `steps` batches completes an epoch."""
+        """Returns whether the last of the first `steps` batches completes an epoch."""
         return steps > 0 and self.epochs_completed(steps) > self.epochs_completed(steps - 1)
 
     def saves(self, steps: int) -> bool:
-        """Whether a checkpoint is due after so many steps. Needs a `checkpoint_every` of at least 1."""
+        """Returns whether a checkpoint is due after so many steps. Needs a `checkpoint_every` of at least 1."""
         return self.completes_epoch(steps) or steps % self.checkpoint_every == 0
 
     def learning_rate(self, step: int) -> float:
-        """One cycle: linear from 1/25 of the peak up to it at `peak_epoch`, and linear down to zero at the end.
+        """Returns the learning rate of a step in one cycle.
 
-        There is no final annihilation phase: the rate would reach 0 one step after the last. With `peak_epoch` 0 there
-        is no warm-up.
+        It is linear from 1/25 of the peak up to it at `peak_epoch`, and linear down to zero at the end. There is no
+        final annihilation phase: the rate would reach 0 one step after the last. With `peak_epoch` 0 there is no
+        warm-up.
         """
         peak_step = self.total_steps * self.recipe.peak_epoch / self.recipe.epochs
         if step < peak_step:
@@ -55,16 +56,16 @@ class Schedule:
         return self.recipe.peak_learning_rate * (self.total_steps - step) / (self.total_steps - peak_step)
 
     def image_size(self, step: int) -> int:
-        """The side of the training images in a step: each of the recipe's sizes for an equal part of the steps."""
+        """Returns the side of a step's training images: each of the recipe's sizes for an equal part of the steps."""
         sizes = self.recipe.image_sizes.split(",")
         return int(sizes[step * len(sizes) // self.total_steps])
 
     def generator_seed(self, step: int, rank: int) -> int:
-        """The seed of torch's generator (dropout) for one rank's part of one step."""
+        """Returns the seed of torch's generator (dropout) for one rank's part of one step."""
         sequence = np.random.SeedSequence(self.recipe.seed, spawn_key=(DROPOUT, step, rank))
         return int(sequence.generate_state(1, np.uint32)[0])
 
 
 def epochs_completed(steps: int, images: int, global_batch_size: int) -> int:
-    """How many whole epochs of so many images lie within the first `steps` batches."""
+    """Returns how many whole epochs of so many images lie within the first `steps` batches."""
     return steps * global_batch_size // images

@@ -35,7 +35,10 @@ class RepeatedStop:
         self.first: float | None = None
 
     def look(self, moved: float) -> int:
-        """The number of the repeated signal, or 0. `moved` is the time of the last progress (time.monotonic)."""
+        """Returns the number of the repeated signal, or 0.
+
+        `moved` is the time of the last progress (time.monotonic).
+        """
         now = time.monotonic()
         for number in _new_signals():
             if number not in INSISTING:
@@ -69,7 +72,7 @@ def catch() -> None:
 
 
 def launched(before: Container[str]) -> bool:
-    """Whether the parent is a launcher: it has set variables that are not in its own environment, `before`.
+    """Returns whether the parent is a launcher: it has set variables that are not in its own environment, `before`.
 
     Somebody may have exported one of them, and a shell is no launcher.
     """
@@ -95,7 +98,7 @@ def ignore() -> None:
 
 
 def obey_parent() -> None:
-    """For helper processes: ignores stop signals, and dies with the training process.
+    """Makes a helper process ignore stop signals, and die with the training process.
 
     Helpers hold copies of its connections: while they live, other ranks do not notice its death.
     """
@@ -104,17 +107,17 @@ def obey_parent() -> None:
 
 
 def requested() -> int:
-    """The number of the last signal received, or 0."""
+    """Returns the number of the last signal received, or 0."""
     return _received
 
 
 def name() -> str:
-    """The last signal received by its name, e.g. SIGTERM, or ''."""
+    """Returns the last signal received by its name, e.g. SIGTERM, or ''."""
     return signal.Signals(_received).name if _received else ""
 
 
 def _new_signals() -> bytes:
-    """The numbers of the signals that have come since the last call."""
+    """Returns the numbers of the signals that have come since the last call."""
     global _received
     if _wakeup is None:
         return b""

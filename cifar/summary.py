@@ -5,7 +5,7 @@ from torch import nn
 
 
 def table(network: nn.Module, image_size: int = 32) -> str:
-    """`rows` as a text table, and the size of the float32 weights in MB."""
+    """Formats `rows` as a text table, and adds the size of the float32 weights in MB."""
     cells = rows(network, image_size)
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = [
@@ -17,7 +17,7 @@ def table(network: nn.Module, image_size: int = 32) -> str:
 
 
 def rows(network: nn.Module, image_size: int = 32) -> list[tuple[str, str, str, str]]:
-    """Name, type, output shape and parameters of every layer, and their total, below a row of these headings.
+    """Returns name, type, output shape and parameters of every layer, and their total, below a row of these headings.
 
     Runs one zero image through the network in evaluation mode; mode, hooks and buffers are left as they were.
     """
@@ -49,5 +49,5 @@ def rows(network: nn.Module, image_size: int = 32) -> list[tuple[str, str, str, 
 
 
 def parameter_count(network: nn.Module) -> int:
-    """The number of trainable and frozen parameters, buffers aside."""
+    """Returns the number of trainable and frozen parameters, buffers aside."""
     return sum(parameter.numel() for parameter in network.parameters())

@@ -88,12 +88,15 @@ class Tracker:
         self.warm = True
 
     def images_per_second(self, since: tuple[int, float] = (0, 0.0)) -> float:
-        """Training speed of this attempt; its first step, which warms up, is left out. 0 if there was no other."""
+        """Returns the training speed of this attempt.
+
+        Its first step, which warms up, is left out. 0 if there was no other.
+        """
         images, seconds = self.counted[0] - since[0], self.counted[1] - since[1]
         return images / seconds if images else 0.0
 
     def epochs_images_per_second(self) -> float:
-        """Training speed since this was last asked, at an epoch's end."""
+        """Returns the training speed since this was last asked, at an epoch's end."""
         speed, self.epoch_began = self.images_per_second(self.epoch_began), self.counted
         return speed
 
@@ -116,7 +119,7 @@ class Tracker:
             self.writer.add_scalar(f"train/{name}", value, step, walltime=now)
 
     def say_epoch(self, metrics: EpochMetrics) -> None:
-        """An epoch's line on the terminal."""
+        """Prints an epoch's line on the terminal."""
         self.say(
             f"epoch {metrics.epoch}/{self.recipe.epochs}  "
             f"loss {metrics.train_loss:.3f}  accuracy {metrics.train_accuracy:.2%}  "
@@ -125,7 +128,7 @@ class Tracker:
         )
 
     def log_epoch(self, metrics: EpochMetrics, evaluation: Evaluation) -> None:
-        """An evaluation's points in TensorBoard."""
+        """Adds an evaluation's points to TensorBoard."""
         for split in ("train", "test"):
             for kind in ("loss", "accuracy"):
                 self.writer.add_scalar(f"epoch/{split}_{kind}", getattr(metrics, f"{split}_{kind}"), metrics.step)
@@ -150,7 +153,7 @@ class Tracker:
         self.writer.flush()
 
     def finish(self, result: dict[str, Any]) -> None:
-        """The hyper-parameters with the accuracy that they reached (add_hparams would open a second run for it)."""
+        """Logs the hyper-parameters with the accuracy they reached (add_hparams would open a second run for it)."""
         accuracy = {"hparams/test_accuracy": result["test_accuracy"]}
         fields = self.recipe.model_dump(exclude={"data"})  # often a path, which compares nothing
         for part in hparams(fields, accuracy):  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ class EvaluatedImages:
         return most_probable
 
     def row(self, row: int) -> tuple[int, UInt8, int, int, Float]:
-        """Index, pixels [32, 32, 3], true and predicted class, probabilities [C] of one of them."""
+        """Returns index, pixels [32, 32, 3], true and predicted class, probabilities [C] of one of them."""
         numbers = (int(array[row]) for array in (self.indices, self.labels, self.predictions))
         index, label, predicted = numbers
         return index, self.pixels[row], label, predicted, self.probabilities[row]
@@ -111,7 +111,7 @@ def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """The run's result.json. Raises UserError if a field is missing."""
+    """Returns the run's result.json. Raises UserError if a field is missing."""
     path = run.path / "result.json"
     result: dict[str, Any] = json.loads(path.read_bytes())  # it could be read when the run was opened
     if missing := [name for name in ("seconds", "world_size", "parameters", "precision") if name not in result]:
@@ -134,7 +134,7 @@ def save(content: AppContent, folder: Path) -> None:
 
 
 def read(folder: Path) -> AppContent:
-    """What `save` wrote."""
+    """Reads what `save` wrote."""
     listed = json.loads((folder / LIST).read_bytes())
 
     def evaluated(rows: list[dict[str, Any]]) -> EvaluatedImages:

@@ -74,7 +74,7 @@ class Engine:
         return layers.default(self.layers)
 
     def answer(self, pixels: UInt8, target: int | None, method: str, at: list[str]) -> Answer:
-        """Probabilities of a picture [32, 32, 3], its maps at the layers `at`, and its votes where there are any maps.
+        """Returns probabilities of a picture [32, 32, 3], maps at the layers `at`, and votes where there are any maps.
 
         Maps are for the class `target`, by default the predicted one. Votes compare it with the predicted class, or, if
         it is that one, with the runner-up. Raises UserError if the network stays busy.
@@ -100,7 +100,7 @@ class Engine:
         return Answer(pixels, logits.softmax(dim=0).numpy(), ranking, target, method, heatmaps, counted)
 
     def heatmaps(self, pixels: UInt8, targets: UInt8, method: str, layer: str) -> tuple[list[Heatmap], Float]:
-        """The map of each picture [n, 32, 32, 3] for its class of `targets` [n], and the probabilities [n, C]."""
+        """Returns the map of each picture [n, 32, 32, 3] for its class of `targets` [n], and probabilities [n, C]."""
         with self._alone():
             objectives = maps.one_hot(torch.from_numpy(targets.astype(np.int64))[:, None], len(self.run.classes))
             raw, logits = maps.compute(self.network, layer, method, self._tensor(pixels), objectives)

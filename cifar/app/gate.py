@@ -38,7 +38,7 @@ class Gate:
     """ASGI middleware in front of all that Gradio serves."""
 
     def __init__(self, app: ASGIApp, uploads: Path, largest: int, room: int, kept: float) -> None:
-        """`uploads` is the only folder that files are served from, `largest` the maximum bytes of an upload.
+        """Takes `uploads`, the only folder that files are served from, and `largest`, the maximum bytes of an upload.
 
         Uploads that would make the folder larger than `room` bytes are refused. An upload first deletes files older
         than `kept` seconds: Gradio does not delete those of an aborted upload.
@@ -70,7 +70,7 @@ class Gate:
             self.coming -= length
 
     def refusal(self, path: str, method: str, headers: dict[bytes, bytes]) -> PlainTextResponse | None:
-        """The answer to a request that is not let in, else None."""
+        """Returns the answer to a request that is not let in, else None."""
         if not NEEDED.fullmatch(path):
             return PlainTextResponse("Not found", 404)
         _, asks_for_file, file = path.partition("/file=")
@@ -89,7 +89,7 @@ class Gate:
 
 
 def lies_in(path: str, folder: Path) -> bool:
-    """Whether an untrusted path is inside a folder, with links and '..' resolved."""
+    """Checks whether an untrusted path is inside a folder, with links and '..' resolved."""
     try:
         return Path(path).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError):  # not a valid path: a null byte or a lone surrogate

@@ -31,7 +31,7 @@ Response = tuple[str, Any]  # HTML, and the same as plain values
 
 
 def distinct(word: str, classes: list[str]) -> str:
-    """`word`, in additional brackets while a class has, or is displayed with, the same name."""
+    """Returns `word`, in additional brackets while a class has, or is displayed with, the same name."""
     taken = {*classes, *(unicodedata.normalize("NFKC", name) for name in names.on_pages(classes))}
     while word in taken:
         word = f"({word})"
@@ -108,7 +108,7 @@ class Handlers:
         return views.mistakes(shown, classes, sentence, method), views.mistake_numbers(shown, classes)
 
     def test_image(self, index: Any) -> UInt8:
-        """A clicked test image, enlarged by a whole factor: sharp, and the same again once downscaled."""
+        """Returns a clicked test image, enlarged by a whole factor: sharp, and the same again once downscaled."""
         index = validation.whole("test image", index, 0, self.content.images - 1)
         for evaluated in (self.content.examples, self.content.mistakes):
             for row in (evaluated.indices == index).nonzero()[0]:
@@ -126,7 +126,7 @@ class Handlers:
         return [Mistake(*wrong.row(row), *rest) for row, *rest in made]
 
     def _uploaded(self, picture: Any) -> Path:
-        """The file of an uploaded picture. Raises UserError for any other."""
+        """Returns the file of an uploaded picture. Raises UserError for any other."""
         path = picture.get("path") if isinstance(picture, dict) else None
         if not isinstance(path, str) or not lies_in(path, self.uploads):
             raise UserError("the picture was not uploaded here; upload it")

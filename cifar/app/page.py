@@ -44,7 +44,7 @@ ON_CLICK = """element.addEventListener('click', (event) => {
 
 
 def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
-    """The page of a network; `uploads` is the only folder whose files are read."""
+    """Builds the page of a network; `uploads` is the only folder whose files are read."""
     handlers, wrong = Handlers(engine, content, uploads), len(content.mistakes.indices)
     classes, methods = engine.run.classes, list(METHODS)
     choices = list(zip(names.on_pages(classes), classes, strict=True))  # what is shown, and what is sent
@@ -137,7 +137,7 @@ def _html(value: str, js_on_load: str | None = None, elem_id: str | None = None)
 
 
 def _in_words(handler: Callable[..., Response]) -> Callable[..., Response]:
-    """The same handler, with a UserError turned into its answer."""
+    """Returns the same handler, with a UserError turned into its answer."""
 
     @wraps(handler)  # the API exposes the parameters' names
     def answer(*values: Any) -> Response:

@@ -39,7 +39,7 @@ def serve_folder(folder: Path) -> None:
 
 
 def address(host: str | None, port: int | None) -> tuple[str, int]:
-    """Where to listen: what was asked for, else what the environment names for every Gradio app, else HOST and PORT.
+    """Returns where to listen: as asked for, else as the environment says for every Gradio app, else HOST and PORT.
 
     Raises UserError where no server can listen there.
     """
@@ -115,7 +115,7 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
 
 
 def _set_gradio_environment(uploads: str, host: str) -> None:
-    """Must come before importing Gradio."""
+    """Sets the environment for Gradio. Must come before importing Gradio."""
     # Variables meant for other apps must not expose this one, and in a Space Gradio would start a second server, which
     # accepts code.
     for name in [name for name in os.environ if name.startswith(("GRADIO_", "SPACE_")) and name not in OF_A_SPACE]:

@@ -121,5 +121,5 @@ def _copy_package(folder: Path) -> None:
 
 
 def _public(version: str) -> str:
-    """A version without its local part, such as '+cpu'."""
+    """Returns a version without its local part, such as '+cpu'."""
     return version.partition("+")[0]

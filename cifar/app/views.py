@@ -36,18 +36,18 @@ class Mistake:
 
 
 def _uri(pixels: UInt8) -> str:
-    """A picture [h, w, 3] as a data: URI, lossless."""
+    """Returns a picture [h, w, 3] as a data: URI, lossless."""
     return f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
 
 
 def _vote_text(votes: Votes, vote: float) -> str:
-    """A signed vote in at most five characters, with the same decimals in all cells of a map."""
+    """Returns a signed vote in at most five characters, with the same decimals in all cells of a map."""
     largest = float(np.abs(votes.cells).max())
     return f"{vote:+.{2 if largest < 9.995 else 1 if largest < 99.95 else 0}f}"
 
 
 def _vote_style(votes: Votes, down: int, across: int) -> str:
-    """The CSS size and colours of a vote's cell: background, and black or white text, whichever contrasts more."""
+    """Returns CSS size and colours of a vote's cell: background, and black or white text, whichever contrasts more."""
     limit = float(np.abs(votes.cells).max())
     colour = figures.coloured(votes.cells, limit, signed=True)[down, across]
     linear = np.where(colour <= 10, colour / 3294.6, ((colour / 255 + 0.055) / 1.055) ** 2.4)  # sRGB's definition
@@ -58,13 +58,13 @@ def _vote_style(votes: Votes, down: int, across: int) -> str:
 
 
 def _votes_style(votes: Votes) -> str:
-    """The CSS that lays a table of votes in its square as the cells lie on the picture."""
+    """Returns the CSS that lays a table of votes in its square as the cells lie on the picture."""
     (before, _), (start, pixels) = votes.grid.spans()[0], votes.grid.spans()[-1]
     return f"width: {_long(start + pixels - before)}; margin: {_long(before)} 0 0 {_long(before)}"
 
 
 def _long(pixels: int) -> str:
-    """The CSS length of so many pixels of a picture."""
+    """Returns the CSS length of so many pixels of a picture."""
     return f"calc(var(--tile) * {pixels / SIDE})"
 
 
@@ -89,38 +89,38 @@ _macros: Any = _environment.get_template("views.html.j2").module
 
 
 def escaped(text: str) -> str:
-    """HTML-escaped text."""
+    """Returns HTML-escaped text."""
     return str(escape(text))
 
 
 def hint(text: str) -> str:
-    """A hint, as HTML."""
+    """Returns a hint, as HTML."""
     return str(_macros.hint(text))
 
 
 def problem(text: str) -> str:
-    """An error message, as HTML."""
+    """Returns an error message, as HTML."""
     return str(_macros.problem(f"{text[:1].upper()}{text[1:]}."))
 
 
 def examples(evaluated: EvaluatedImages, classes: list[str]) -> str:
-    """A button with each picture and its class."""
+    """Returns a button with each picture and its class."""
     rows, shown = zip(evaluated.indices, evaluated.pixels, evaluated.labels, strict=True), names.on_pages(classes)
     return str(_macros.tiles([{"index": int(i), "pixels": p, "name": shown[label]} for i, p, label in rows]))
 
 
 def answer(given: Answer, engine: Engine, top: int) -> str:
-    """The picture as the network sees it, bars of its `top` classes, maps and votes."""
+    """Returns the picture as the network sees it, bars of its `top` classes, maps and votes."""
     return str(_macros.answer(given, names.on_pages(engine.run.classes), top, engine.layers))
 
 
 def mistakes(rows: list[Mistake], classes: list[str], sentence: str, method: str) -> str:
-    """A button with each mistake, its map over it, true and predicted class."""
+    """Returns a button with each mistake, its map over it, true and predicted class."""
     return str(_macros.mistakes(rows, names.on_pages(classes), sentence, method not in OF_NO_CLASS))
 
 
 def about(content: AppContent, engine: Engine) -> str:
-    """The network, how it was trained, and what it cannot do."""
+    """Describes the network, how it was trained, and what it cannot do."""
     run = engine.run
     described = {name: field.description for name, field in recipes.Recipe.model_fields.items()}
     rows = summary.rows(engine.network)
@@ -130,7 +130,7 @@ def about(content: AppContent, engine: Engine) -> str:
 
 
 def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:
-    """An answer for programs: everything that the page shows."""
+    """Returns an answer for programs: everything that the page shows."""
     classes, votes = engine.run.classes, given.votes
     return {
         "top": [{"class": classes[n], "probability": _rounded(given.probabilities[n])} for n in given.ranking[:top]],
@@ -159,7 +159,7 @@ def _rounded(values: Float | np.floating[Any] | float) -> Any:
 
 
 def mistake_numbers(rows: list[Mistake], classes: list[str]) -> list[dict[str, Any]]:
-    """Mistakes for programs: everything that the page shows."""
+    """Returns mistakes for programs: everything that the page shows."""
     return [
         {
             "index": row.index,

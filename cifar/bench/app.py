@@ -59,7 +59,7 @@ class App:
         self.seconds = time.perf_counter() - began
 
     def _first_line(self) -> str:
-        """The first line of output. Raises UserError after STARTS_WITHIN seconds without one."""
+        """Reads the first line of output. Raises UserError after STARTS_WITHIN seconds without one."""
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], STARTS_WITHIN)[0]:
             self.end()
@@ -67,13 +67,13 @@ class App:
         return self.process.stdout.readline()
 
     def visitor(self) -> Any:
-        """A client that has the page's functions."""
+        """Returns a client that has the page's functions."""
         from gradio_client import Client
 
         return Client(self.address, verbose=False, analytics_enabled=False)
 
     def megabytes(self) -> float:
-        """The process's resident memory."""
+        """Returns the process's resident memory."""
         return float(psutil.Process(self.process.pid).memory_info().rss / 1e6)
 
     def end(self) -> None:

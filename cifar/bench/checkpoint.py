@@ -9,9 +9,10 @@ from cifar.bench.measurement import Measurement
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """train.py saves after every step here. The baseline, torch.save and torch.load, has no checksums, sync or rename.
+    """Measures checkpoints, with train.py saving after every step.
 
-    An epoch's time is extrapolated from the same measurements' step times to CIFAR-10's images.
+    The baseline, torch.save and torch.load, has no checksums, sync or rename. An epoch's time is extrapolated from the
+    same measurements' step times to CIFAR-10's images.
     """
     with bench.ours("checkpoint", "--checkpoint-every", 1) as ours, bench.plain() as plain:
         savers = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "save"})}

@@ -22,7 +22,7 @@ COPY = "memory copy"  # name of the memory-bandwidth limit, in bytes per second
 
 
 def products(precision: str) -> str:
-    """Name of the matmul limit in a precision, in multiply-adds per second."""
+    """Names the matmul limit in a precision, in multiply-adds per second."""
     return f"{precision} matmul"
 
 
@@ -55,11 +55,11 @@ class Bench:
         return figures
 
     def steps_limit(self, facts: Answer) -> tuple[str, float]:
-        """Images per second if a step were only the matmuls of its forward and backward pass."""
+        """Returns the images per second if a step were only the matmuls of its forward and backward pass."""
         return self._limit(facts["step_multiply_adds"])
 
     def forward_limit(self, facts: Answer) -> tuple[str, float]:
-        """The same for the forward pass only."""
+        """Returns the same for the forward pass only."""
         return self._limit(facts["multiply_adds"])
 
     def _limit(self, multiply_adds: int) -> tuple[str, float]:
@@ -78,7 +78,7 @@ class Bench:
         before: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Program:
-        """train.py with the bench's recipe, as the launcher starts it, under observation.
+        """Starts train.py with the bench's recipe, as the launcher starts it, under observation.
 
         With several machines, `machines` are arguments of this machine's launcher, `before` is a command prefix, and
         `run` names the common run directory.
@@ -98,7 +98,7 @@ class Bench:
         before: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Program:
-        """train.py with these arguments."""
+        """Starts train.py with these arguments."""
         if processes > 1:
             config = "multi_gpu" if self.machine["gpus"] else "cpu_2proc"
         else:
@@ -110,7 +110,7 @@ class Bench:
         return Program(name, [str(word) for word in (*launcher, *arguments)], environment or {}, before)
 
     def plain(self, *arguments: object) -> Program:
-        """The baseline."""
+        """Starts the baseline."""
         words = ("-m", "cifar.bench.plain", *self._arguments("plain"), *arguments)
         return Program("plain", [str(word) for word in words], self._environment())
 
@@ -124,14 +124,14 @@ class Bench:
         return {"XDG_CACHE_HOME": str(self.folder / "cache")}
 
     def training(self, ours: Program, plain: Program) -> dict[str, list[Answer]]:
-        """Measurements of training steps, made once for all parts."""
+        """Returns measurements of training steps, made once for all parts."""
         if self._training is None:
             contestants = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "train"})}
             self._training = interleave.alternate(contestants, self.repeats, self.seconds)
         return self._training
 
     def images(self) -> Path:
-        """A zip of the scanned digits as JPEG, repeated: only speed matters here."""
+        """Returns a zip of the scanned digits as JPEG, repeated: only speed matters here."""
         path = self.folder / "images.zip"
         if path.exists():
             return path

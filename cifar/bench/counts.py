@@ -21,20 +21,20 @@ BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int"
 
 
 def multiply_adds(function: Callable[[], object]) -> int:
-    """Multiply-adds of all convolutions and matrix products that are computed while `function` runs."""
+    """Counts the multiply-adds of all convolutions and matrix products that are computed while `function` runs."""
     with FlopCounterMode(display=False) as counter:
         function()
     return int(counter.get_total_flops()) // 2
 
 
 def forward_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
-    """Multiply-adds of one image's forward pass. The network's mode and buffers are left as they were."""
+    """Counts the multiply-adds of one image's forward pass. The network's mode and buffers are left as they were."""
     with torch.no_grad():
         return _of_an_image(network, network, image_size)
 
 
 def step_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
-    """Those of its forward and backward pass: gradients that no parameter needs are not computed."""
+    """Counts those of its forward and backward pass: gradients that no parameter needs are not computed."""
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
 
     def step(image: torch.Tensor) -> None:
@@ -65,12 +65,12 @@ class Record(NamedTuple):
 
 
 def recorder() -> profile:
-    """A profiler to be started and stopped around a step."""
+    """Returns a profiler to be started and stopped around a step."""
     return profile(activities=activities("cuda" if torch.cuda.is_available() else "cpu"), record_shapes=True)
 
 
 def read(recorded: profile) -> Record:
-    """What a stopped profiler has seen."""
+    """Returns what a stopped profiler has seen."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         recorded.export_chrome_trace(str(path))  # the only source of types and strides
@@ -90,7 +90,10 @@ def read(recorded: profile) -> Record:
 
 
 def _purpose(arguments: dict[str, Any]) -> str:
-    """What a copy is for: 'scalar', 'precision' (a new type), 'layout' (of images or kernels, new strides), 'other'."""
+    """Returns what a copy is for.
+
+    It is 'scalar', 'precision' (a new type), 'layout' (of images or kernels, new strides) or 'other'.
+    """
     (to, source, *_), types, strides = (arguments[key] for key in ("Input Dims", "Input type", "Input Strides"))
     if not to:
         return "scalar"

@@ -43,7 +43,7 @@ def read(run: Path) -> Curve:
 
 
 def draw(runs: dict[str, list[Curve]]) -> Figure:
-    """One colour per name. The legend has the mean final accuracy; a cross marks accuracy with TTA."""
+    """Draws curves in one colour per name. The legend has the mean final accuracy; a cross marks accuracy with TTA."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, curves) in enumerate(runs.items()):

@@ -10,7 +10,10 @@ from cifar.bench.measurement import Measurement
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """Grad-CAM in float32, of two classes of each image, at the layer that explain.py chooses; random weights."""
+    """Measures Grad-CAM in float32, of two classes of each image, with random weights.
+
+    The layer is the one that explain.py chooses.
+    """
     with Program("explain", ["-m", "cifar.bench.explain", bench.recipe], {}) as program:
         facts = program.turn("facts")
         contestants = {
@@ -29,7 +32,7 @@ def measure(bench: Bench) -> list[Measurement]:
 
 
 def main() -> None:
-    """The program that is measured: the functions that explain.py calls, in a process set up as its own."""
+    """Runs the program that is measured: the functions that explain.py calls, in a process set up as its own."""
     import torch
 
     from cifar import launch, models, recipes

@@ -8,7 +8,7 @@ MADE = 256  # images: what it is measured in
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """The limit is how many images/s training would need if its steps were only matmuls."""
+    """Measures the input. The limit is how many images/s training would need if its steps were only matmuls."""
     with bench.ours("input") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
         facts = ours.turn("facts")

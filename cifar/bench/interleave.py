@@ -30,7 +30,7 @@ class Program:
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], before: Sequence[str] = ()
     ) -> None:
-        """`command` are Python's arguments; `before` is a command prefix."""
+        """Starts Python with the arguments `command`; `before` is a command prefix."""
         self.name, self.launched = name, time.time()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 -- until close
         inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -73,7 +73,7 @@ class Program:
 def alternate(
     contestants: Mapping[str, tuple[Program, Mapping[str, Any]]], repeats: int, seconds: float, least: int = 1
 ) -> dict[str, list[Answer]]:
-    """The answers of each contestant to its request, `repeats` turns each, one after the other.
+    """Returns the answers of each contestant to its request, `repeats` turns each, one after the other.
 
     A request has an `amount`. How much fits into `seconds` is found in the second of two uncounted turns: the first
     one warms up, and may take much longer. `least` is the granularity of amounts.
@@ -91,12 +91,12 @@ def alternate(
 
 
 def rates(answers: Sequence[Answer], each: float = 1.0) -> list[float]:
-    """Amounts per second, times `each`."""
+    """Returns amounts per second, times `each`."""
     return [answer["amount"] * each / answer["seconds"] for answer in answers]
 
 
 def quotients(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Turn by turn."""
+    """Divides turn by turn."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -104,7 +104,7 @@ def quotients(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def ask() -> Answer | None:
-    """The next request, or None where there will be no more."""
+    """Returns the next request, or None where there will be no more."""
     line = sys.stdin.readline()
     request: Answer | None = json.loads(line) if line else None
     return request

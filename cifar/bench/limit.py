@@ -22,7 +22,7 @@ COPIED = 1 << 28  # bytes, many times the caches
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """Also sets `bench.machine` and `bench.limits`."""
+    """Measures the limits; also sets `bench.machine` and `bench.limits`."""
     with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
         bench.machine = program.turn("facts")
         shapes = (*SHAPES, FILLS_A_GPU) if bench.machine["gpus"] else SHAPES
@@ -46,7 +46,7 @@ def measure(bench: Bench) -> list[Measurement]:
 
 
 def main() -> None:
-    """The program that is measured: torch alone, on the GPU or on all cores."""
+    """Runs the program that is measured: torch alone, on the GPU or on all cores."""
     import torch
 
     from cifar import launch

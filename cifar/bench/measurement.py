@@ -23,14 +23,14 @@ class Measurement(NamedTuple):
     ratios: Sequence[float] = ()
 
     def row(self) -> str:
-        """One line of the table."""
+        """Returns one line of the table."""
         fraction = f"{short(median(self.values) / self.limit[1])}" if self.limit else ""
         ratio = spread(self.ratios) if self.ratios else ""
         cells = (self.part, self.what, spread(self.values), self.unit, fraction, ratio, self.baseline)
         return _line(cells, str(len(self.values)))
 
     def json(self) -> dict[str, Any]:
-        """The same with every turn's value."""
+        """Returns the same with every turn's value."""
         facts: dict[str, Any] = {"part": self.part, "what": self.what, "unit": self.unit, **statistics(self.values)}
         if self.limit:
             facts |= {"limit": self.limit[0], "of_limit": median(self.values) / self.limit[1]}
@@ -40,22 +40,22 @@ class Measurement(NamedTuple):
 
 
 def head() -> str:
-    """The table's head."""
+    """Returns the table's head."""
     return _line(HEAD[:-1], HEAD[-1])
 
 
 def statistics(values: Sequence[float]) -> dict[str, Any]:
-    """Median, range, number and the values themselves."""
+    """Returns median, range, number and the values themselves."""
     return {"median": median(values), "low": min(values), "high": max(values), "n": len(values), "values": [*values]}
 
 
 def spread(values: Sequence[float]) -> str:
-    """For a person: 'median (lowest to highest)'."""
+    """Formats values for a person: 'median (lowest to highest)'."""
     return f"{short(median(values))} ({short(min(values))} to {short(max(values))})"
 
 
 def short(value: float) -> str:
-    """Three significant digits, or all integer digits."""
+    """Formats a value with three significant digits, or all integer digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -77,7 +77,7 @@ class Plain:
         self.batches = self.epochs()
 
     def epochs(self) -> Iterator[list[torch.Tensor]]:
-        """Training batches without end."""
+        """Yields training batches without end."""
         loader = DataLoader(self.images, batch_size=self.recipe.global_batch_size, shuffle=True, drop_last=True)
         while True:
             yield from loader

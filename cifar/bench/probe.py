@@ -49,7 +49,7 @@ class Observer:
     # ---- what train.py calls
 
     def observe(self, train: Callable[[Recipe, RunOptions], None]) -> Callable[[Recipe, RunOptions], None]:
-        """`train`, watched."""
+        """Returns `train`, watched."""
 
         def watched(recipe: Recipe, options: RunOptions) -> None:
             from cifar import evaluation, launch, models  # as `train` does, a moment later
@@ -88,7 +88,7 @@ class Observer:
         return watched
 
     def watch_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, with requests answered between the steps."""
+        """Yields the batches, with requests answered between the steps."""
         while True:
             if self.asked and not self.uncounted + self.counted:
                 self.synchronize()  # the last steps belong to the turn, though a GPU may still compute them
@@ -155,7 +155,7 @@ class Observer:
             interleave.answer(facts)
 
     def trained(self) -> Answer:
-        """What the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
+        """Returns what the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
         assert self.asked is not None
         self.synchronize()
         spans, host = self.spans, time.thread_time() - self.host
@@ -184,7 +184,7 @@ class Observer:
     # ---- requests that are no steps
 
     def facts(self) -> Answer:
-        """What does not depend on time, and when the first step began."""
+        """Returns what does not depend on time, and when the first step began."""
         from cifar import summary
         from cifar.bench import counts
 
@@ -216,7 +216,7 @@ class Observer:
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
     def forward(self, amount: int) -> Answer:
-        """The network's forward pass only, on images that are ready."""
+        """Runs the network's forward pass only, on images that are ready."""
         import torch
 
         from cifar.evaluation import EVALUATION_BATCH

@@ -13,7 +13,7 @@ GRAPHS = ("off", "auto")
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """The same global batch on both sides. With a single GPU, see `on_one_gpu`."""
+    """Compares one process with two, at the same global batch. With a single GPU, see `on_one_gpu`."""
     if bench.machine["gpus"] == 1:
         return on_one_gpu(bench)
     with bench.ours("one") as one, bench.ours("two", processes=2) as two:

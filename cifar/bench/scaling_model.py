@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[Bucket]:
-    """A network's gradient as DDP sums it, in order; `bytes_each` is 2 if it is compressed.
+    """Returns a network's gradient as DDP sums it, in order; `bytes_each` is 2 if it is compressed.
 
     Gradients become ready from the last layer to the first. Work is counted in multiply-adds; the backward pass has
     twice those of the forward pass.
@@ -85,10 +85,11 @@ def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[B
 
 
 def sum_seconds(size: float, processes: int, network: Network) -> float:
-    """A sum of `size` bytes over all processes. Around a ring each sends 2(n-1)/n of it, in 2(n-1) messages.
+    """Returns the seconds of a sum of `size` bytes over all processes.
 
-    NCCL needs only as many messages as a double binary tree is deep, up and down (Sanders, Speck, Traff 2009). gloo
-    cuts each into segments, waits for the other side before each, and has two of them under way.
+    Around a ring each sends 2(n-1)/n of it, in 2(n-1) messages. NCCL needs only as many messages as a double binary
+    tree is deep, up and down (Sanders, Speck, Traff 2009). gloo cuts each into segments, waits for the other side
+    before each, and has two of them under way.
     """
     if processes == 1:
         return 0.0
@@ -103,9 +104,10 @@ def sum_seconds(size: float, processes: int, network: Network) -> float:
 
 
 def step(computing: float, parts: Sequence[Bucket], processes: int, network: Network, deviation: float = 0.0) -> Step:
-    """`computing` is a process's seconds without any network, `deviation` their standard deviation.
+    """Models a step.
 
-    The maximum of n normal variables is about sqrt(2 ln n) deviations above their mean, a little less for small n.
+    `computing` is a process's seconds without any network, `deviation` their standard deviation. The maximum of n
+    normal variables is about sqrt(2 ln n) deviations above their mean, a little less for small n.
     """
     if processes == 1:
         return Step(computing, 0.0, 0.0)
@@ -130,18 +132,18 @@ class Machine(NamedTuple):
     between: Network = Network(25e9, 15e-6, 1, nccl=True)  # a 200 Gbit/s adapter for each GPU
 
     def computing(self, batch: float) -> float:
-        """Seconds that a GPU computes for a step of `batch` images."""
+        """Returns the seconds that a GPU computes for a step of `batch` images."""
         return max(self.least, batch / self.rate)
 
 
 def on_gpus(gpus: int, computing: float, parts: Sequence[Bucket], machine: Machine) -> Step:
-    """A step on so many GPUs that each compute for `computing` seconds."""
+    """Models a step on so many GPUs that each compute for `computing` seconds."""
     network = machine.inside if gpus <= 8 else machine.between
     return step(computing, parts, gpus, network, machine.deviation * computing)
 
 
 def table() -> str:
-    """From 8 to 1,024 GPUs: at the recipe's batch, and at a batch that grows with them."""
+    """Tabulates the model from 8 to 1,024 GPUs: at the recipe's batch, and at a batch that grows with them."""
     machine, recipe = Machine(), RECIPES["resnet"]()
     compression = {"float32": buckets(recipe.network), "bf16": buckets(recipe.network, 2)}
     alone = recipe.global_batch_size / machine.computing(recipe.global_batch_size)
@@ -183,10 +185,11 @@ BATCH = 32  # images of a step of both
 
 
 def check(repeats: int, steps: int) -> str:
-    """Two processes with a core each over links of several speeds, `repeats` turns of so many steps, and the model.
+    """Compares the model with two processes, with a core each, over links of several speeds.
 
-    Its three free parameters are fitted to three links: computing time (including the CPU cost of sending) to a fast
-    one, readiness of the first bucket to a slow one, delays per message to a distant one.
+    They take `repeats` turns of so many steps. The model's three free parameters are fitted to three links: computing
+    time (including the CPU cost of sending) to a fast one, readiness of the first bucket to a slow one, delays per
+    message to a distant one.
     """
     lines = ["Mbit/s   delay   measured ms a step (lowest to highest)   computed   error"]
     found: dict[tuple[float, float], list[float]] = {point: [] for point in (FAST, SLOW, FAR, *POINTS)}

@@ -100,9 +100,9 @@ def _ip(*words: str) -> None:
 
 @contextmanager
 def two_machines(bench: Bench, *arguments: object) -> Iterator[Program]:
-    """train.py under observation on both machines, with one core each; the program that is asked is the first's.
+    """Runs train.py under observation on both machines, with one core each, within a Link.
 
-    Within a Link.
+    The program that is asked is the first's.
     """
 
     def on(machine: int) -> Program:

@@ -51,7 +51,7 @@ def measure(bench: Bench) -> list[Measurement]:
 
 
 def _launch(bench: Bench, name: str) -> list[float]:
-    """Seconds for each of PARTS."""
+    """Returns the seconds for each of PARTS."""
     with bench.launch(name, "--recipe", "digits", "--run", bench.folder / name) as ours:
         end = ours.turn("train", amount=1, uncounted=0)["at"]
         facts = ours.turn("facts")
@@ -60,7 +60,7 @@ def _launch(bench: Bench, name: str) -> list[float]:
 
 
 def main() -> None:
-    """The program that decodes images."""
+    """Runs the program that decodes images."""
     import numpy as np
     from PIL import Image
 

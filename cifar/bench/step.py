@@ -11,7 +11,10 @@ EVALUATED = 500  # images: evaluation's batch, and what it is measured in
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """Ratios are to the plain loop; evaluation's also to the forward pass only, on images that are ready."""
+    """Measures training steps and evaluation.
+
+    Ratios are to the plain loop; evaluation's also to the forward pass only, on images that are ready.
+    """
     with bench.ours("ours") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
         profiles = [ours.turn("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
@@ -52,7 +55,7 @@ def measure(bench: Bench) -> list[Measurement]:
 
 
 def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Measurement]:
-    """Host time, kernel launches and idle time of the GPU in a step."""
+    """Returns host time, kernel launches and idle time of the GPU in a step."""
     seconds = [turn["seconds"] / turn["amount"] for turn in trained]
     return [
         Measurement("step", "a step", "ms", [1e3 * step for step in seconds]),

@@ -50,14 +50,14 @@ AUGMENTATIONS = {
 
 
 def find(name: str) -> Pipeline:
-    """The augmentation of that name. Raises UserError for an unknown one."""
+    """Returns the augmentation of that name. Raises UserError for an unknown one."""
     if name not in AUGMENTATIONS:
         raise UserError(f"--augmentation {name!r} is unknown; choose one of: {', '.join(AUGMENTATIONS)}")
     return AUGMENTATIONS[name]
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 [n, 32, 32, 3] to normalised float32 [n, 3, 32, 32], channels-last: bit for bit Albumentations' Normalize.
+    """Normalises uint8 [n, 32, 32, 3] to float32 [n, 3, 32, 32], channels-last: bit for bit Albumentations' Normalize.
 
     Works on whole rows of pixels: broadcasting over three channels takes 40 times as long on a CPU.
     """
@@ -67,7 +67,7 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def uniform_offset(level: npt.NDArray[np.int64], most: float) -> npt.NDArray[np.float32]:
-    """Levels from 0 to LEVELS - 1 as numbers from -most to most, evenly spaced."""
+    """Maps levels from 0 to LEVELS - 1 to numbers from -most to most, evenly spaced."""
     return np.float32(most) * (np.float32(2 / (LEVELS - 1)) * np.asarray(level, np.float32) - np.float32(1))
 
 

@@ -25,11 +25,11 @@ class BrightnessContrast(A.ImageOnlyTransform):  # type: ignore[misc]  # Albumen
         self.brightness, self.contrast = brightness, contrast
 
     def get_params(self) -> dict[str, int]:
-        """A level for each."""
+        """Draws a level for each."""
         return {"brightness": self.py_random.randrange(LEVELS), "contrast": self.py_random.randrange(LEVELS)}
 
     def apply(self, img: npt.NDArray[np.float32], brightness: int, contrast: int, **_: Any) -> npt.NDArray[np.float32]:
-        """The image with this brightness and contrast (levels)."""
+        """Returns the image with this brightness and contrast (levels)."""
         shift = uniform_offset(np.array(brightness), self.brightness)
         more = uniform_offset(np.array(contrast), self.contrast)
         return (img + shift) * (1 + more)

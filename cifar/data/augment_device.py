@@ -29,7 +29,7 @@ class Draws(NamedTuple):
 
 
 def draw(pipeline: Pipeline, seed: int, samples: Samples) -> Draws:
-    """The draws for samples of any shape. Those for transforms that the pipeline lacks are 0."""
+    """Returns the draws for samples of any shape. Those for transforms that the pipeline lacks are 0."""
     offsets, sides, places = 2 * pipeline.padding + 1, 1 + (pipeline.flip == "random"), SIZE - pipeline.cutout + 1
     lights = (LEVELS if most else 1 for most in (pipeline.brightness, pipeline.contrast))
     bounds = np.array((offsets, offsets, sides, places, places, *lights), np.uint64)
@@ -65,7 +65,7 @@ def plan(indices: Integers, draws: Draws, device: torch.device) -> Plan:
 
 
 def augment(images: torch.Tensor, batch: Plan, pipeline: Pipeline, mean: Statistics, std: Statistics) -> torch.Tensor:
-    """A batch [n] from `images` (uint8 [all, 32, 32, 3], on the device of the plan).
+    """Makes a batch [n] from `images` (uint8 [all, 32, 32, 3], on the device of the plan).
 
     Returns normalised float32 [n, 3, 32, 32], channels-last, on the same device.
     """
@@ -93,7 +93,7 @@ def augment(images: torch.Tensor, batch: Plan, pipeline: Pipeline, mean: Statist
 
 @lru_cache
 def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lookup tables of crops: source rows [2 * padding + 1, 32], source bytes of a row [2 * (2 * padding + 1), 96].
+    """Returns lookup tables of crops: source rows [2 * padding + 1, 32], bytes of a row [2 * (2 * padding + 1), 96].
 
     The first is indexed by the crop's top; the second by twice its left edge, plus 1 if mirrored. Padding reflects
     without repeating the edge (OpenCV's REFLECT_101).
@@ -106,7 +106,7 @@ def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 @lru_cache
 def _light(brightness: float, contrast: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offset of each brightness level and factor of each contrast level, float32 [LEVELS]."""
+    """Returns the offset of each brightness level and factor of each contrast level, float32 [LEVELS]."""
     levels = np.arange(LEVELS)
     shift, scale = uniform_offset(levels, brightness), 1 + uniform_offset(levels, contrast)
     return torch.from_numpy(shift).to(device), torch.from_numpy(scale).to(device)
@@ -114,6 +114,6 @@ def _light(brightness: float, contrast: float, device: torch.device) -> tuple[to
 
 @lru_cache
 def _hole(cutout: int, device: torch.device) -> torch.Tensor:
-    """The pixels of a cutout, counted from its first: int64 [cutout * cutout]."""
+    """Returns the pixels of a cutout, counted from its first: int64 [cutout * cutout]."""
     side = np.arange(cutout)
     return torch.from_numpy((side[:, None] * SIZE + side).reshape(-1)).to(device)

@@ -56,7 +56,7 @@ class Data:
     test_labels: npt.NDArray[np.uint8]
 
     def files(self, split: str) -> list[str]:
-        """The name of each image's file within its source; empty where the source has none."""
+        """Returns the name of each image's file within its source; empty where the source has none."""
         names: list[str] = json.loads((self.path / "files.json").read_text())[split]
         return names
 
@@ -110,7 +110,7 @@ def _map(path: Path) -> Data:
 
 
 def directory() -> Path:
-    """Where caches are kept, by the XDG base directory specification.
+    """Returns where caches are kept, by the XDG base directory specification.
 
     In the temporary folder for a user without a home, as in containers that run with another user id.
     """
@@ -138,7 +138,7 @@ def _own_temporary_folder() -> Path:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a cache: None if nothing, '' if it does not exist. Raises PermissionError.
+    """Returns what is wrong with a cache: None if nothing, '' if it does not exist. Raises PermissionError.
 
     Sizes are checked at each call, checksums once, by the first process of each machine: 184 MB take 65 ms.
     """
@@ -235,7 +235,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel on a scale of 0 to 1, exact (from the counts of the 256 values)."""
+    """Returns mean and standard deviation per channel on a scale of 0 to 1, exact (from counts of the 256 values)."""
     values = np.arange(256) / 255
     counts = np.zeros((3, 256), np.int64)
     for start in range(0, len(images), 100):  # bincount needs 64 bits a value: few enough for the processor's cache

@@ -44,7 +44,7 @@ class Reader(Protocol):
     """A folder or archive, in a form that a worker process can read files from."""
 
     def only(self, names: Sequence[str]) -> "Reader":
-        """The same, restricted to these files."""
+        """Returns the same, restricted to these files."""
 
     def opened(self) -> AbstractContextManager[Read]:
         """Opens it; yields a function that returns a file's content. Raises OSError."""
@@ -160,7 +160,7 @@ def _read_or_say(where: str, read: Read, name: str) -> bytes:
 
 
 def _contents(read: Read, names: Sequence[str]) -> Iterator[bytes]:
-    """The files' contents in order.
+    """Yields the files' contents in order.
 
     A network disk is slow, but not if many files are requested at once; on a local disk threads cost time. Read-ahead
     is limited, since each file may be a photograph.
@@ -229,7 +229,7 @@ def _share(everything: Sequence[Part], decoders: Sequence[Decoder], progress: Pr
 
 @contextmanager
 def _decoders(work: int) -> Iterator[list[Decoder]]:
-    """What decodes parts at the same time: processes, or, where they are not worth it or cannot start, this one."""
+    """Yields what decodes parts in parallel: processes, or, where they are not worth it or cannot start, this one."""
     processes: list[_Process] = []
     wanted = min(cores.of_job(), work // WORTH_A_PROCESS)
     try:
@@ -274,7 +274,7 @@ class _Process:
         self.connection.send(sys.path)
 
     def decode(self, part: Part) -> None:
-        """As `decode_part`. Raises LostError where the process has ended."""
+        """Decodes a part as `decode_part` does. Raises LostError where the process has ended."""
         try:
             self.connection.send(part)
             error = self.connection.recv()
@@ -298,7 +298,7 @@ class _Process:
 
 
 def serve(connection: Connection) -> None:
-    """The worker's main loop."""
+    """Runs the worker's main loop."""
     stop.obey_parent()
     with suppress(EOFError, ConnectionError):  # the parent is gone
         while True:

@@ -79,7 +79,7 @@ class Listing:
 
 
 def list_folder(root: Path) -> Listing:
-    """Everything below a folder, links followed; hidden folders are not entered.
+    """Lists everything below a folder, links followed; hidden folders are not entered.
 
     A folder in it that cannot be read is recorded as a file that is wrong, with a slash at the end of its name.
 
@@ -153,7 +153,7 @@ def _unreadable(path: str, error: OSError) -> str:
 
 
 def list_zip(path: Path) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
-    """What a zip holds, and each file's entry. Raises UserError where it is damaged."""
+    """Returns what a zip holds, and each file's entry. Raises UserError where it is damaged."""
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
@@ -176,7 +176,10 @@ def list_zip(path: Path) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
 
 
 def _zip_name(path: Path, info: zipfile.ZipInfo) -> str:
-    """The entry's name. Without the UTF-8 flag it should be code page 437, but often has the creator's encoding."""
+    """Returns the entry's name.
+
+    Without the UTF-8 flag it should be code page 437, but often has the creator's encoding.
+    """
     if info.flag_bits & 0x800:  # marked as UTF-8
         return info.filename
     if info.orig_filename.isascii() and b"up" not in info.extra:  # nor is there another name
@@ -199,7 +202,7 @@ def _zip_name(path: Path, info: zipfile.ZipInfo) -> str:
 
 
 def _relative(listing: Listing, name: str) -> str | None:
-    """The normalised path of a file in an archive; None for a folder or a hidden entry, which is recorded.
+    """Returns the normalised path of a file in an archive; None for a folder or a hidden entry, which is recorded.
 
     Raises UserError for names that lead out of the archive.
     """
@@ -225,7 +228,7 @@ def read_tar(
     largest: int = LARGEST_FILE,
     shrink: Callable[[bytes], bytes] | None = None,
 ) -> tuple[Listing, dict[str, bytes]]:
-    """What a tar archive holds, and its files' contents: of those up to `largest`, or whose base name is in `large`.
+    """Reads a tar archive's listing and files' contents: of those up to `largest`, or whose base name is in `large`.
 
     The former go through `shrink` where they have more than HELD bytes; it raises UserError for one that is wrong. By
     default those are dropped that `decode_image` refuses: photographs would fill the memory before the first is named.
@@ -262,7 +265,7 @@ def read_tar(
 
 
 def _checked(content: bytes) -> bytes:
-    """The content of an image file. Raises UserError where `decode_image` does."""
+    """Returns the content of an image file. Raises UserError where `decode_image` does."""
     decode_image(content, "it")
     return content
 
@@ -290,7 +293,7 @@ def _require_end(archive: tarfile.TarFile) -> None:
 
 
 def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """One image file as uint8 [32, 32, 3], upright. Grey, palette and opaque alpha become RGB, which loses nothing.
+    """Decodes an image file to uint8 [32, 32, 3], upright. Grey, palette and opaque alpha become RGB without loss.
 
     The format is detected from the content. Raises UserError, with the file's name, for all else: what is damaged,
     ambiguous, or would need scaling or cropping.
@@ -313,7 +316,7 @@ def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
 
 
 def _misfit(image: Image.Image, content: bytes) -> str:
-    """Why an image cannot be used as it is, and the fix; '' if it can.
+    """Returns why an image cannot be used as it is, and the fix; '' if it can.
 
     Found in the header, so that a bomb is never decoded; except for transparency.
     """
@@ -358,7 +361,7 @@ def name_transparent_grey(image: Image.Image) -> None:
 
 
 def _bits(image: Image.Image, content: bytes) -> int:
-    """Bits per channel of a PNG, AVIF or TIFF; 1 for other formats, which have at most 8."""
+    """Returns the bits per channel of a PNG, AVIF or TIFF; 1 for other formats, which have at most 8."""
     if image.format == "PNG":
         return content[24]
     if image.format == "AVIF":
@@ -369,7 +372,7 @@ def _bits(image: Image.Image, content: bytes) -> int:
 
 
 def upright(opened: Image.Image, pixels: Image.Image) -> Image.Image:
-    """`pixels`, made from the opened file, turned or mirrored as the file's EXIF orientation says."""
+    """Returns `pixels`, made from the opened file, turned or mirrored as the file's EXIF orientation says."""
     orientation = 1
     if not NOTES & opened.info.keys():
         return pixels

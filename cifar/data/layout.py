@@ -51,12 +51,12 @@ class Found(NamedTuple):
 
 
 def images_file(folder: Path, split: str) -> Path:
-    """The file for the images of a split, in a folder for decoded images."""
+    """Returns the file for the images of a split, in a folder for decoded images."""
     return folder / f"{split}_images.npy"
 
 
 def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> tuple[list[str], dict[str, Split]]:
-    """Classes in alphabetical order, and the images of both splits in the order of their paths, written to `to`.
+    """Returns classes in alphabetical order, and the images of both splits in order of their paths, written to `to`.
 
     Hidden files and folders, files whose names are not those of images, and everything outside train/ and test/ are
     skipped, with a message.
@@ -95,7 +95,7 @@ def decode(listing: Listing, reader: Reader, to: Path, *, fit: bool = False) -> 
 
 
 def find_images(listing: Listing) -> Found:
-    """Which files are the images of each split. Raises UserError where a split has none."""
+    """Finds which files are the images of each split. Raises UserError where a split has none."""
     where, files = listing.where, [name for name in listing.sizes if not NO_IMAGE.fullmatch(name.rpartition("/")[2])]
     if not files:
         raise UserError(f"{where} holds no images; {LAYOUT}")
@@ -113,7 +113,7 @@ def find_images(listing: Listing) -> Found:
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Relative paths sorted part by part: '/' sorts before all other characters.
+    """Sorts relative paths part by part: '/' sorts before all other characters.
 
     How a file system or archive stores accents makes no difference, unless nothing else does.
     """
@@ -121,7 +121,7 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 
 def _root(where: str, files: Iterable[str]) -> str:
-    """Where train/ and test/ are: '' or a folder around them, as 'photos/'."""
+    """Returns where train/ and test/ are: '' or a folder around them, as 'photos/'."""
     parts = (name.split("/") for name in files)
     known = {"train", *TEST_FOLDERS}
     roots = {"/".join([*part[:-3], ""]) for part in parts if len(part) >= 3 and part[-3] in known}
@@ -135,7 +135,7 @@ def _root(where: str, files: Iterable[str]) -> str:
 
 
 def _class_of(name: str) -> str:
-    """The class's folder, NFC-normalised: macOS decomposes accents, other systems do not."""
+    """Returns the class's folder, NFC-normalised: macOS decomposes accents, other systems do not."""
     return unicodedata.normalize("NFC", name.split("/")[-2])
 
 
@@ -173,6 +173,6 @@ def _say_what_is_skipped(listing: Listing, splits: Sequence[str], taken: list[st
 
 
 def _some(names: Collection[str]) -> str:
-    """The first three, escaped if they are not printable."""
+    """Returns the first three, escaped if they are not printable."""
     shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:3]]
     return ", ".join([*shown, "..."] if len(names) > 3 else shown)

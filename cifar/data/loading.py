@@ -73,7 +73,10 @@ class DeviceDataset:
         return self._batch(self._plan(samples))
 
     def batches(self, sampler: DistributedBatchSampler) -> Iterator[Batch]:
-        """The sampler's batches. Random numbers are drawn, and sent to the device, for a block of steps at once."""
+        """Yields the sampler's batches.
+
+        Random numbers are drawn, and sent to the device, for a block of steps at once.
+        """
         for samples in sampler.blocks():
             for of_step in zip(*self._plan(samples), strict=True):
                 yield self._batch(Plan(*of_step))
@@ -91,7 +94,7 @@ TrainingImages = WorkerDataset | DeviceDataset
 
 
 def training_images(recipe: Recipe, data: Data, device: torch.device) -> TrainingImages:
-    """The training images, augmented as the recipe says. Raises UserError for an unknown augmentation."""
+    """Returns the training images, augmented as the recipe says. Raises UserError for an unknown augmentation."""
     pipeline = augment.find(recipe.augmentation)
     if recipe.augment == "device":
         return DeviceDataset(data, pipeline, recipe.seed, device)
@@ -99,7 +102,7 @@ def training_images(recipe: Recipe, data: Data, device: torch.device) -> Trainin
 
 
 def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, TrainingImages]:
-    """The images, which one process of each machine decodes; the others then map what it wrote. Raises UserError."""
+    """Opens the images, which one process of each machine decodes; the others map what it wrote. Raises UserError."""
     with raise_on_all_ranks(accelerator):
         data = open_data(recipe.data, fit=recipe.fit > 0) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
@@ -114,7 +117,7 @@ def open_on_all_ranks(accelerator: Accelerator, recipe: Recipe) -> tuple[Data, T
 
 
 def sample_images(data: Data, device: torch.device) -> torch.Tensor:
-    """Some normalised training images [n, 3, 32, 32] on the device, for a network that is initialised from them.
+    """Returns some normalised training images [n, 3, 32, 32] on the device, for a network initialised from them.
 
     They are spread evenly over all: a folder's are sorted by class, and the first ones would be of one class alone.
     """
@@ -126,7 +129,7 @@ def sample_images(data: Data, device: torch.device) -> torch.Tensor:
 def training_batches(
     images: TrainingImages, sampler: DistributedBatchSampler, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """The sampler's batches on the device, made there or by `workers` processes, two batches ahead each.
+    """Returns the sampler's batches on the device, made there or by `workers` processes, two batches ahead each.
 
     Raises UserError where a worker cannot be started, fails, is killed or hangs.
     """
@@ -134,7 +137,7 @@ def training_batches(
 
 
 def _traced(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, with the wait for each marked for a profiler."""
+    """Yields the batches, with the wait for each marked for a profiler."""
     while True:
         profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         with record_function(IMAGES) if profiled else nullcontext():

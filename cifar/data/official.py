@@ -72,7 +72,7 @@ OFFICIAL = {
 
 
 def in_folder(path: Path) -> tuple[Official, Path] | None:
-    """The official data set that was unpacked in this folder or into a folder in it, and the folder of its files."""
+    """Finds the official data set that was unpacked in this folder or a folder in it, and the folder of its files."""
     for official in OFFICIAL.values():
         for folder in (path / official.folder, path):
             if (folder / next(iter(official.files["train"]))).is_file():
@@ -81,7 +81,7 @@ def in_folder(path: Path) -> tuple[Official, Path] | None:
 
 
 def in_archive(names: Iterable[str]) -> Official | None:
-    """The official data set that an archive's file names belong to."""
+    """Finds the official data set that an archive's file names belong to."""
     paths = [name.rpartition("/") for name in names]
     for official in OFFICIAL.values():
         for folder, _, name in paths:
@@ -93,7 +93,7 @@ def in_archive(names: Iterable[str]) -> Official | None:
 
 
 def folder_reader(path: Path) -> Read:
-    """A reader of an unpacked archive; it raises UserError for a file that is missing or has another md5 sum."""
+    """Makes a reader of an unpacked archive; it raises UserError for a file that is missing or has another md5 sum."""
 
     def read(name: str, md5: str) -> bytes:
         if not (path / name).is_file():
@@ -130,7 +130,10 @@ def _md5(content: bytes) -> str:
 
 
 def decode(official: Official, read: Read) -> tuple[list[str], dict[str, Split]]:
-    """Classes and splits. The files are pickles of rows [3 * 32 * 32], channel by channel; `read` checks md5 sums."""
+    """Returns classes and splits.
+
+    The files are pickles of rows [3 * 32 * 32], channel by channel; `read` checks md5 sums.
+    """
     splits, classes = {}, official.classes
     if not classes:
         name, md5, key = official.list_of_classes

@@ -17,7 +17,7 @@ Words = npt.NDArray[np.uint64]  # of 32 bits each
 
 
 def words(key: int, a: Words | np.uint64, b: Words | np.uint64, c: Words | np.uint64, d: Words | np.uint64) -> Words:
-    """Four random words [4, ...] for each counter of four words, which are broadcast; `key` has 64 bits.
+    """Returns four random words [4, ...] for each counter of four words, which are broadcast; `key` has 64 bits.
 
     A word that many counters share is given once: the first rounds are then cheaper.
     """

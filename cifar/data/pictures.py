@@ -27,7 +27,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def read(file: Path | bytes) -> UInt8:
-    """The picture in a file, or in a file's content, as uint8 [32, 32, 3].
+    """Reads the picture in a file, or in a file's content, as uint8 [32, 32, 3].
 
     Raises UserError for whatever is no picture, broken or too large.
 
@@ -59,7 +59,7 @@ def read(file: Path | bytes) -> UInt8:
 
 
 def as_png(content: bytes) -> bytes:
-    """A file's content as a small PNG, of which `read` makes the same array. Raises UserError as it does."""
+    """Returns a file's content as a small PNG, of which `read` makes the same array. Raises UserError as it does."""
     file = io.BytesIO()
     Image.fromarray(read(content)).save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -90,7 +90,7 @@ def _small(image: ImageFile.ImageFile, content: bytes) -> UInt8:
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
-    """A picture of mode I;16, which may hold 12 bits, 0 as white, or a grey that is transparent."""
+    """Converts a picture of mode I;16, which may hold 12 bits, 0 as white, or a grey that is transparent."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # of TIFF
     grey = (values >> (tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 8)).astype(np.uint8)
@@ -103,7 +103,7 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _rgba_of_8_bits(image: Image.Image, content: bytes) -> Image.Image:
-    """A PNG of 16 bits with a transparent colour, which `convert` would look for in the upper 8 bits."""
+    """Converts a PNG of 16 bits with a transparent colour, which `convert` would look for in the upper 8 bits."""
     with Image.open(io.BytesIO(content), formats=["PNG"]) as lower:  # once more, taking the lower 8 bits for the upper
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         pixels, colour = np.asarray(image), np.array(image.info["transparency"])

@@ -34,14 +34,14 @@ class Samples(NamedTuple):
 
 @lru_cache(maxsize=2)  # an epoch's end and the next one's beginning may share a batch
 def permutation(seed: int, epoch: int, images: int) -> Integers:
-    """The order of the images in an epoch (epochs count from 0)."""
+    """Returns the order of the images in an epoch (epochs count from 0)."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(ORDER, epoch)))).permutation(
         images
     )
 
 
 def batches(seed: int, steps: range, images: int, global_batch_size: int, rank: int = 0, ranks: int = 1) -> Samples:
-    """The samples [k, n] of k steps (which count from 0): each a rank's contiguous share of the global batch."""
+    """Returns the samples [k, n] of k steps (counted from 0): each a rank's contiguous share of the global batch."""
     share = global_batch_size // ranks
     begins = np.array(steps, np.int64)[:, None] * global_batch_size + rank * share
     epochs, places = np.divmod(begins + np.arange(share), images)
@@ -53,7 +53,7 @@ def batches(seed: int, steps: range, images: int, global_batch_size: int, rank: 
 
 
 def batch(seed: int, step: int, images: int, global_batch_size: int, rank: int = 0, ranks: int = 1) -> Samples:
-    """The samples [n] of one step."""
+    """Returns the samples [n] of one step."""
     epochs, indices = batches(seed, range(step, step + 1), images, global_batch_size, rank, ranks)
     return Samples(epochs[0], indices[0])
 
@@ -66,12 +66,12 @@ class DistributedBatchSampler:
         self.rank, self.ranks = rank, ranks
 
     def __iter__(self) -> Iterator[Samples]:
-        """One batch [n] after the other."""
+        """Yields one batch [n] after the other."""
         for block in self.blocks():
             yield from map(Samples, *block)
 
     def blocks(self) -> Iterator[Samples]:
-        """The same, several batches [k, n] at once."""
+        """Yields the same, several batches [k, n] at once."""
         at_once = max(1, BLOCK // self.size)
         for first in range(0, len(self.steps), at_once):
             steps = self.steps[first : first + at_once]
@@ -86,7 +86,7 @@ class DistributedBatchSampler:
         return self.recipe.global_batch_size // self.ranks
 
     def every(self, n: int, first: int) -> "DistributedBatchSampler":
-        """Every n-th of these batches, from number `first` on."""
+        """Returns every n-th of these batches, from number `first` on."""
         part = copy.copy(self)
         part.steps = self.steps[first::n]
         return part

@@ -52,7 +52,7 @@ class Source(NamedTuple):
 
 
 def find(data: str, download_to: Path = Path("data"), *, fit: bool = False) -> Source:
-    """The source that `--data` names; downloads an official archive into `data/` if it is asked for and not there.
+    """Finds the source that `--data` names; downloads an official archive into `data/` if asked for and not there.
 
     With `fit`, pictures of any size and kind in folders and archives become 32x32 images, as in the app.
 
@@ -95,7 +95,7 @@ def _folder(path: Path, fit: bool) -> Source:
 
 
 def _key(listing: Listing, names: Iterable[str], more: bytes) -> str:
-    """Names, sizes and times of the images: reading 50,000 files at every start would cost seconds to minutes.
+    """Hashes names, sizes and times of the images: reading 50,000 files at every start would cost seconds to minutes.
 
     Other files may change during the run: its log or its directory may lie beside train/ and test/.
 
@@ -134,7 +134,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def blocks(file: io.BufferedIOBase | io.RawIOBase, doing: str) -> Iterator[memoryview]:
-    """The file's content, in blocks that reuse one buffer. Raises UserError on a stop request."""
+    """Yields the file's content, in blocks that reuse one buffer. Raises UserError on a stop request."""
     buffer = memoryview(bytearray(BLOCK))
     with ProgressBar(doing, "B", os.fstat(file.fileno()).st_size) as progress:
         while count := file.readinto(buffer):
@@ -147,7 +147,7 @@ def blocks(file: io.BufferedIOBase | io.RawIOBase, doing: str) -> Iterator[memor
 
 
 def decode_digits() -> tuple[list[str], dict[str, Split]]:
-    """scikit-learn's 1,797 scanned digits, enlarged from 8x8 to 32x32 RGB; a fixed stratified split 1,437/360."""
+    """Loads scikit-learn's 1,797 scanned digits, enlarged from 8x8 to 32x32 RGB; a fixed stratified split 1,437/360."""
     from sklearn.datasets import load_digits  # 1 s to import, and only this source needs it
     from sklearn.model_selection import train_test_split
 

@@ -39,7 +39,7 @@ class ProgressBar:
             self._bar.close()
 
     def look(self) -> None:
-        """Call it repeatedly during the work. Raises UserError on a stop request."""
+        """Shows the progress. Call it repeatedly during the work. Raises UserError on a stop request."""
         raise_if_stopped(self.doing)
         if self.done > self._moved_to:
             self._moved_to = self.done
@@ -70,7 +70,7 @@ class ProgressBar:
 
 
 def has_room_for_a_bar(stream: TextIO) -> bool:
-    """Whether the stream is a terminal wide enough for a bar (some report 0 columns)."""
+    """Checks whether the stream is a terminal wide enough for a bar (some report 0 columns)."""
     return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= NARROWEST
 
 
@@ -96,7 +96,7 @@ def complete(future: Future[T], work: Callable[[], T]) -> None:
 
 
 def wait_for(future: Future[T], seconds: float, progress: ProgressBar) -> T:
-    """The future's result. Raises UserError after `seconds`, or on a stop request."""
+    """Waits for the future's result. Raises UserError after `seconds`, or on a stop request."""
     deadline = time.monotonic() + seconds
     while not future.done():
         progress.look()
@@ -107,5 +107,5 @@ def wait_for(future: Future[T], seconds: float, progress: ProgressBar) -> T:
 
 
 def too_long(doing: str, seconds: float) -> UserError:
-    """The error for a disk or network that does not deliver."""
+    """Returns the error for a disk or network that does not deliver."""
     return UserError(f"{doing} takes more than {seconds:.0f} s; look at the disk or network, and start again")

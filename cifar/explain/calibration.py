@@ -31,7 +31,7 @@ class Reliability(NamedTuple):
 
 
 def measure(findings: Findings) -> Reliability:
-    """Over all test images."""
+    """Measures calibration over all test images."""
     confidence = findings.probabilities.max(axis=1)
     right = (findings.predictions == findings.labels).astype(np.float64)
     number = bin_of(confidence)
@@ -43,13 +43,16 @@ def measure(findings: Findings) -> Reliability:
 
 
 def bin_of(confidence: Float) -> Int64:
-    """The bin [n] that each confidence [n] falls in. In float32, where ten times 0.7 is 7 and not a little less."""
+    """Returns the bin [n] that each confidence [n] falls in.
+
+    In float32, where ten times 0.7 is 7 and not a little less.
+    """
     numbers: Int64 = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     return numbers
 
 
 def wilson(fraction: Fractions, counts: Int64) -> tuple[Fractions, Fractions]:
-    """Wilson's 95 % interval of fractions of `counts` trials; valid for few trials, and near 0 and 1."""
+    """Returns Wilson's 95 % interval of fractions of `counts` trials; valid for few trials, and near 0 and 1."""
     z = 1.959964
     n = np.maximum(counts, 1)
     middle = (fraction + z**2 / (2 * n)) / (1 + z**2 / n)

@@ -46,7 +46,7 @@ def square(augmentation: str | None) -> str:
 def measure(
     network: nn.Module, data: Data, wrong: Int64, predictions: UInt8, method: str, layer: str, seed: int
 ) -> dict[str, float | int]:
-    """The figures of the mistakes `wrong` [m], and of m correct images drawn with `seed`; `predictions` [n] are of all.
+    """Returns figures of the mistakes `wrong` [m] and m correct images drawn with `seed`; `predictions` [n] are of all.
 
     Each is a mean over images, and `<figure>_sd` their standard deviation; `<group>_images` is their number. Those with
     `shuffled` belong to the baseline; correlations are Pearson's, between the cells of two maps of one image.
@@ -66,7 +66,7 @@ def measure(
 def examine(
     network: nn.Module, images: torch.Tensor, predicted: Int64, method: str, layer: str, seed: int
 ) -> dict[str, Float]:
-    """Each figure for each of n normalised images [n, 3, 32, 32] and its map for the class that was predicted [n]."""
+    """Returns each figure for each of n normalised images [n, 3, 32, 32] and its map for the class predicted [n]."""
     generator = np.random.default_rng(seed)
     targets = torch.from_numpy(predicted).to(images.device)
     classes = _probabilities(network, images[:1]).shape[1]
@@ -108,7 +108,7 @@ def _probabilities(network: nn.Module, images: torch.Tensor) -> Float:
 
 
 def _hide_best_cell(images: torch.Tensor, ranked: Float, grid: Grid) -> torch.Tensor:
-    """A copy of the images, each with a blank square, wholly inside, around the middle of its map's highest cell."""
+    """Copies the images, each with a blank square, wholly inside, around the middle of its map's highest cell."""
     hidden, size = images.clone(), images.shape[-1]
     for image, best in zip(hidden, ranked.reshape(len(ranked), -1).argmax(axis=1), strict=True):
         middles = (grid.first + place * grid.stride for place in divmod(int(best), grid.cells))
@@ -120,7 +120,7 @@ def _hide_best_cell(images: torch.Tensor, ranked: Float, grid: Grid) -> torch.Te
 def _area(
     network: nn.Module, images: torch.Tensor, ranked: Float, grid: Grid, predicted: Int64, inserting: bool
 ) -> Float:
-    """The area [n] under the predicted class's probability over the fraction of cells deleted or inserted.
+    """Returns the area [n] under the predicted class's probability over the fraction of cells deleted or inserted.
 
     Pixels beyond all cells go with the nearest one, so that nothing is left of the image at the end, or all of it.
     """
@@ -136,12 +136,12 @@ def _area(
 
 
 def _with_weights(network: nn.Module) -> list[str]:
-    """The names of the layers that can be re-initialised, from the images to the logits."""
+    """Returns the names of the layers that can be re-initialised, from the images to the logits."""
     return [name for name, part in network.named_modules() if hasattr(part, "reset_parameters")]
 
 
 def _randomised(network: nn.Module, parts: list[str], seed: int) -> nn.Module:
-    """A copy with some layers re-initialised."""
+    """Returns a copy with some layers re-initialised."""
     other = copy.deepcopy(network)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -151,7 +151,7 @@ def _randomised(network: nn.Module, parts: list[str], seed: int) -> nn.Module:
 
 
 def _correlations(ours: Float, theirs: Float) -> Float:
-    """Pearson's correlation of each image's two maps; 0 where a map is the same everywhere."""
+    """Returns Pearson's correlation of each image's two maps; 0 where a map is the same everywhere."""
     a, b = (values.reshape(len(values), -1) for values in (ours, theirs))
     a, b = (values - values.mean(axis=1, keepdims=True) for values in (a, b))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

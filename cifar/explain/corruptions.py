@@ -31,20 +31,20 @@ class Random:
         self.indices, self.draws = indices, 0
 
     def normal(self, *shape: int) -> Float:
-        """[n, *shape], with mean 0 and standard deviation 1."""
+        """Draws [n, *shape], with mean 0 and standard deviation 1."""
         return np.stack([generator.standard_normal(shape, np.float32) for generator in self._of_each()])
 
     def uniform(self, *shape: int) -> Float:
-        """[n, *shape], from 0 to 1."""
+        """Draws [n, *shape], from 0 to 1."""
         return np.stack([generator.random(shape, np.float32) for generator in self._of_each()])
 
     def poisson(self, rates: Float) -> Float:
-        """[n, ...] of the same shape as the rates [n, ...]."""
+        """Draws [n, ...] of the same shape as the rates [n, ...]."""
         pairs = zip(self._of_each(), rates, strict=True)
         return np.stack([generator.poisson(rate).astype(np.float32) for generator, rate in pairs])
 
     def _of_each(self) -> Iterator[np.random.Generator]:
-        """For each image a generator, to be used before the next is asked for.
+        """Yields a generator for each image, to be used before the next is asked for.
 
         It is the same one, which counts from another place: a new one for each image takes ten times as long.
         """
@@ -65,7 +65,7 @@ class Kind(NamedTuple):
 
 
 def corrupt(kind: str, severity: int, pictures: UInt8, indices: Int64, seed: int) -> UInt8:
-    """The pictures [n, side, side, 3], which have the positions `indices` [n] in the test set, corrupted.
+    """Corrupts the pictures [n, side, side, 3], which have the positions `indices` [n] in the test set.
 
     `kind` is one of KINDS, `severity` 1 to SEVERITIES.
     """
@@ -80,17 +80,17 @@ def corrupt(kind: str, severity: int, pictures: UInt8, indices: Int64, seed: int
 
 
 def gaussian_noise(pictures: Float, deviation: float, random: Random) -> Float:
-    """As in a camera in low light."""
+    """Adds noise as in a camera in low light."""
     return pictures + np.float32(deviation) * random.normal(*pictures.shape[1:])
 
 
 def shot_noise(pictures: Float, photons: float, random: Random) -> Float:
-    """Poisson noise, with `photons` expected at white."""
+    """Applies Poisson noise, with `photons` expected at white."""
     return random.poisson(pictures * np.float32(photons)) / np.float32(photons)
 
 
 def impulse_noise(pictures: Float, part: float, random: Random) -> Float:
-    """Salt and pepper: this part of all values becomes 0 or 1."""
+    """Adds salt and pepper: this part of all values becomes 0 or 1."""
     drawn = random.uniform(*pictures.shape[1:])
     return np.where(drawn < part / 2, 0, np.where(drawn >= 1 - part / 2, 1, pictures)).astype(np.float32)
 
@@ -99,7 +99,7 @@ def impulse_noise(pictures: Float, part: float, random: Random) -> Float:
 
 
 def defocus_blur(pictures: Float, level: tuple[float, float], _random: Random) -> Float:
-    """Convolution with a disk of this radius, whose edge is softened with this deviation."""
+    """Convolves with a disk of this radius, whose edge is softened with this deviation."""
     radius, soft = level
     across = np.arange(-3, 4)
     disk = (np.hypot(across, across[:, None]) <= radius).astype(np.float32)
@@ -108,7 +108,7 @@ def defocus_blur(pictures: Float, level: tuple[float, float], _random: Random) -
 
 
 def glass_blur(pictures: Float, level: tuple[float, int], random: Random) -> Float:
-    """Blurred; then each pixel takes the colour of one up to a pixel above and left of it; then blurred again.
+    """Blurs; then each pixel takes the colour of one up to a pixel above and left of it; then blurs again.
 
     As in the published files: their program means to swap two pixels, and copies one.
     """
@@ -122,13 +122,13 @@ def glass_blur(pictures: Float, level: tuple[float, int], random: Random) -> Flo
 
 
 def motion_blur(pictures: Float, level: tuple[int, float], random: Random) -> Float:
-    """Motion blur to one side, in a random direction within 45 degrees of horizontal."""
+    """Applies motion blur to one side, in a random direction within 45 degrees of horizontal."""
     angles = np.pi / 2 * (random.uniform() - 0.5)
     return _smeared(pictures, *level, angles)
 
 
 def zoom_blur(pictures: Float, farthest: float, _random: Random) -> Float:
-    """The mean of the picture and of ever larger parts of what it shows, in steps of a hundredth."""
+    """Returns the mean of the picture and of ever larger parts of what it shows, in steps of a hundredth."""
     middle = (pictures.shape[1] - 1) / 2
     factors = np.arange(1, farthest, 0.01)  # as the published program; rounding may add one beyond the last
     maps = [cv2.getRotationMatrix2D((middle, middle), 0, factor) for factor in factors]
@@ -156,7 +156,7 @@ class Snow(NamedTuple):
 
 
 def snow(pictures: Float, level: Snow, random: Random) -> Float:
-    """Motion-blurred flakes over a whitened picture."""
+    """Puts motion-blurred flakes over a whitened picture."""
     side = pictures.shape[1]
     noise = np.float32(level.mean) + np.float32(level.deviation) * random.normal(side, side)
     part = np.ceil(side / level.enlarged).astype(int)
@@ -174,7 +174,7 @@ def snow(pictures: Float, level: Snow, random: Random) -> Float:
 
 
 def frost(pictures: Float, opacity: float, random: Random) -> Float:
-    """Frost on a window: this opacity at its crystals, and less between them.
+    """Adds frost as on a window: this opacity at its crystals, and less between them.
 
     The published files blend photographs of frost; here crystals are the ridges between two clouds.
     """
@@ -186,7 +186,7 @@ def frost(pictures: Float, opacity: float, random: Random) -> Float:
 
 
 def fog(pictures: Float, level: tuple[float, float], random: Random) -> Float:
-    """Fractal-noise fog of this thickness; the greater `fading`, the weaker the finer details."""
+    """Adds fractal-noise fog of this thickness; the greater `fading`, the weaker the finer details."""
     thickness, fading = level
     brightest = pictures.max(axis=(1, 2, 3), keepdims=True)
     thick = np.float32(thickness)
@@ -214,7 +214,10 @@ def contrast(pictures: Float, part: float, _random: Random) -> Float:
 
 
 def elastic_transform(pictures: Float, level: tuple[float, float, float], random: Random) -> Float:
-    """A random affine transform (three points move by up to `stretch` pixels), then a smooth random displacement."""
+    """Applies a random affine transform, then a smooth random displacement.
+
+    The former moves three points by up to `stretch` pixels.
+    """
     strength, smoothness, stretch = level
     side = pictures.shape[1]
     low, high = side // 2 - side // 3, side // 2 + side // 3
@@ -236,7 +239,7 @@ def elastic_transform(pictures: Float, level: tuple[float, float, float], random
 
 
 def pixelate(pictures: Float, part: float, _random: Random) -> Float:
-    """Downscaled to this part of its side, and enlarged again."""
+    """Downscales a picture to this part of its side, and enlarges it again."""
     side, box = pictures.shape[1], Image.Resampling.BOX
     fewer = int(side * part)
 
@@ -247,7 +250,7 @@ def pixelate(pictures: Float, part: float, _random: Random) -> Float:
 
 
 def jpeg_compression(pictures: Float, quality: int, _random: Random) -> Float:
-    """Stored as a JPEG of this quality."""
+    """Stores a picture as a JPEG of this quality."""
 
     def stored(pixels: UInt8) -> Any:
         _, content = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])  # BGR
@@ -279,13 +282,13 @@ def _gaussian_blur(pictures: Float, deviation: float) -> Float:
 
 
 def _blurred(values: Float, deviation: float, truncated: float) -> Any:
-    """Blurred by a Gaussian that ends after so many deviations; beyond the edge is the edge."""
+    """Blurs by a Gaussian that ends after so many deviations; beyond the edge is the edge."""
     reach = int(truncated * deviation + 0.5)
     return cv2.GaussianBlur(values, (2 * reach + 1,) * 2, deviation, borderType=cv2.BORDER_REPLICATE)
 
 
 def _smeared(pictures: Float, length: int, deviation: float, angles: Float) -> Float:
-    """Motion blur: a weighted sum of 2 x `length` + 1 copies, each one pixel further along its direction [n]."""
+    """Applies motion blur: a weighted sum of 2 x `length` + 1 copies, each a pixel further along its direction [n]."""
     taps = np.arange(2 * length + 1)
     weights = np.exp(-(taps**2) / (2 * deviation**2)).astype(np.float32)
     weights /= weights.sum()
@@ -302,7 +305,7 @@ def _smeared(pictures: Float, length: int, deviation: float, angles: Float) -> F
 
 
 def _clouds(random: Random, side: int, fading: float) -> Float:
-    """Fractal noise [n, side, side] from 0 to 1: ever finer octaves, each weaker by the square of `fading`."""
+    """Returns fractal noise [n, side, side] from 0 to 1: ever finer octaves, each weaker by the square of `fading`."""
     total, weight = np.zeros((len(random.indices), side, side), np.float32), np.float32(1)
     for cells in (2, 4, 8, 16, 32):
         noise = weight * random.uniform(cells, cells)

@@ -11,14 +11,14 @@ from cifar.explain.findings import ExplainedImages, Int64, UInt8
 
 
 def tensor(data: Data, indices: Int64, device: torch.device) -> torch.Tensor:
-    """Normalised test images, float32 [n, 3, 32, 32]."""
+    """Returns normalised test images, float32 [n, 3, 32, 32]."""
     return normalize(torch.from_numpy(data.test_images[indices]).to(device), data.mean, data.std)
 
 
 def attributions(
     network: nn.Module, data: Data, indices: Int64, targets: UInt8, method: str, layer: str, last_stage: str
 ) -> ExplainedImages:
-    """Maps at `layer` for the two classes `targets` [n, 2] of each test image, and votes at the last stage.
+    """Returns maps at `layer` for the two classes `targets` [n, 2] of each test image, and votes at the last stage.
 
     The network is float32 and in evaluation mode, see maps.compute.
     """

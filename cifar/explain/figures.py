@@ -27,7 +27,7 @@ UNSIGNED, SIGNED = "viridis", "RdBu_r"  # perceptually uniform; and diverging, w
 
 
 def coloured(values: Float, limit: float, signed: bool = False) -> UInt8:
-    """Colours [h, w, 3] of values [h, w] on a scale of 0 to `limit`, or, signed, of -limit to limit."""
+    """Returns colours [h, w, 3] of values [h, w] on a scale of 0 to `limit`, or, signed, of -limit to limit."""
     scaled = np.asarray(values, np.float32) / (limit if limit > 0 else 1)
     if signed:
         return plotting.colours(SIGNED, np.asarray((scaled + 1) / 2, np.float32))
@@ -35,7 +35,7 @@ def coloured(values: Float, limit: float, signed: bool = False) -> UInt8:
 
 
 def overlay(values: Float, grid: Grid, limit: float, signed: bool = False) -> UInt8:
-    """The colours and alpha [SIDE, SIDE, 4] of a map [h, h]: opaque where a cell lies, else transparent."""
+    """Returns the colours and alpha [SIDE, SIDE, 4] of a map [h, h]: opaque where a cell lies, else transparent."""
     cells = grid.of_pixels()
     colours = coloured(values, limit, signed)[cells][:, cells]
     covered = (cells != NONE) & (cells[:, None] != NONE)
@@ -43,14 +43,14 @@ def overlay(values: Float, grid: Grid, limit: float, signed: bool = False) -> UI
 
 
 def blended(picture: UInt8, values: Float, grid: Grid, limit: float, opacity: float, signed: bool = False) -> UInt8:
-    """A map [h, h] over a picture [SIDE, SIDE, 3]; a pixel that no cell lies over stays as it is."""
+    """Blends a map [h, h] over a picture [SIDE, SIDE, 3]; a pixel that no cell lies over stays as it is."""
     drawn = overlay(values, grid, limit, signed)
     alpha = opacity * (drawn[..., 3:] / np.float32(255))
     return ((1 - alpha) * picture.astype(np.float32) + alpha * drawn[..., :3]).round().astype(np.uint8)
 
 
 def _bar(limit: float, height: int) -> UInt8:
-    """A colour bar for the maps, as tall as they are."""
+    """Draws a colour bar for the maps, as tall as they are."""
     image = Image.new("RGB", (60, height), "white")
     ramp = coloured(np.linspace(limit, 0, height, dtype=np.float32)[:, None], limit)
     image.paste(Image.fromarray(ramp.repeat(14, axis=1)), (0, 0))
@@ -65,7 +65,7 @@ def _bar(limit: float, height: int) -> UInt8:
 def draw(
     findings: Findings, rows: Int64, options: ExplainOptions
 ) -> tuple[dict[str, UInt8], Iterator[tuple[int, UInt8]]]:
-    """The pictures of an explanation by name, and for each mistake of `rows` its test image and its maps."""
+    """Draws the pictures of an explanation by name, and for each mistake of `rows` its test image and its maps."""
     strips, title = map_strips(findings, rows, options.opacity), map_title(findings, options.opacity)
     pictures = {
         "gallery": gallery(findings, rows, options),
@@ -79,7 +79,7 @@ def draw(
 
 
 def gallery(findings: Findings, rows: Int64, options: ExplainOptions) -> UInt8:
-    """The mistakes `rows` with their true and predicted class and the confidence in it."""
+    """Draws the mistakes `rows` with their true and predicted class and the confidence in it."""
     shown, labels = findings.mistakes, Labels(findings.classes)
     panels = []
     for row in rows:
@@ -96,7 +96,7 @@ def gallery(findings: Findings, rows: Int64, options: ExplainOptions) -> UInt8:
 
 
 def _line(labels: Labels, before: str, number: int, after: str = "", width: int = 32 * ENLARGED) -> Line:
-    """A class name between other words; only the name is truncated."""
+    """Returns a class name between other words; only the name is truncated."""
     room = width - lettering.length(lettering.of(before, after))
     return lettering.of(before, labels.fitted(room)[number], after)
 
@@ -116,7 +116,7 @@ def _gallery_title(findings: Findings, count: int, options: ExplainOptions, labe
 
 
 def map_strips(findings: Findings, rows: Int64, opacity: float) -> list[UInt8]:
-    """For each mistake of `rows` a strip: picture, both maps on one scale, votes, a correct image with its map."""
+    """Draws a strip per mistake of `rows`: picture, both maps on one scale, votes, a correct image with its map."""
     labels = Labels(findings.classes)
     return [_map_strip(findings, int(row), opacity, labels) for row in rows]
 
@@ -145,7 +145,7 @@ def _map_strip(findings: Findings, row: int, opacity: float, labels: Labels) -> 
 
 
 def _named_panel(findings: Findings, shown: ExplainedImages, row: int, words: tuple[str, str], labels: Labels) -> UInt8:
-    """An image under its number, its true class, and its predicted class or runner-up."""
+    """Draws an image under its number, its true class, and its predicted class or runner-up."""
     image = shown.indices[row]
     true = int(findings.labels[image])
     mistaken = next(int(target) for target in shown.targets[row] if target != true)
@@ -180,7 +180,7 @@ def _vote_panel(shown: ExplainedImages, row: int) -> UInt8:
 
 
 def map_title(findings: Findings, opacity: float) -> Line:
-    """Method, layer and resolution of the maps, what they mean, and whether they depend on the class."""
+    """Names method, layer and resolution of the maps, what they mean, and whether they depend on the class."""
     maps = findings.mistakes.maps
     if not len(maps):
         return lettering.of("no mistakes")
@@ -196,17 +196,17 @@ def map_title(findings: Findings, opacity: float) -> Line:
 
 
 def confusion(findings: Findings) -> UInt8:
-    """Counts by true and predicted class."""
+    """Draws the counts by true and predicted class."""
     return figures.confusion(confusion_matrix(findings), findings.classes)
 
 
 def confusion_matrix(findings: Findings) -> Int64:
-    """[C, C] counts of test images by true (rows) and predicted class (columns)."""
+    """Returns [C, C] counts of test images by true (rows) and predicted class (columns)."""
     return figures.confusion_matrix(findings.labels, findings.predictions, len(findings.classes))
 
 
 def reliability(findings: Findings) -> UInt8:
-    """The calibration diagram: accuracy over confidence."""
+    """Draws the calibration diagram: accuracy over confidence."""
     bins = calibration.measure(findings)
     used = bins.counts > 0
     with plotting.own_style():
@@ -228,7 +228,7 @@ def reliability(findings: Findings) -> UInt8:
 
 
 def corruptions(found: Robustness) -> UInt8:
-    """For each corruption the accuracy over its severity, of each run; severity 0 is no corruption."""
+    """Draws each run's accuracy over the severity of each corruption; severity 0 is no corruption."""
     severities = np.arange(found.accuracy.shape[2] + 1)
     rows = -(-len(found.kinds) // ACROSS)
     with plotting.own_style():
@@ -255,7 +255,7 @@ def corruptions(found: Robustness) -> UInt8:
 
 
 def _curve(number: int) -> tuple[str, str, str]:
-    """A run's colour and its stroke, in words and as matplotlib calls it."""
+    """Returns a run's colour and its stroke, in words and as matplotlib calls it."""
     colours = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
     strokes = (("solid", "-"), ("dashed", "--"), ("dash-dotted", "-."), ("dotted", ":"))
     return colours[number % len(colours)], *strokes[number % len(strokes)]

@@ -101,7 +101,7 @@ class Robustness:
         return int(self.means[0].argmin())
 
     def results(self) -> dict[str, Any]:
-        """Its entries in result.json."""
+        """Returns its entries in result.json."""
         own, *others = [
             {**dict(zip(self.kinds, table.tolist(), strict=True)), "mean": float(table.mean())}
             for table in self.accuracy
@@ -113,7 +113,7 @@ class Robustness:
         return {"corruptions": own, **({"corruptions_compared": compared} if compared else {})}
 
     def line(self) -> str:
-        """A summary in one line."""
+        """Returns a summary in one line."""
         of_kinds = self.means[0]
         return (
             f"under {len(self.kinds)} corruptions at {self.accuracy.shape[2]} severities: accuracy "

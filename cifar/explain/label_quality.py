@@ -28,7 +28,7 @@ class Doubts(NamedTuple):
 
 
 def measure(findings: Findings) -> Doubts:
-    """For all mistakes, in their order."""
+    """Measures the doubts for all mistakes, in their order."""
     mistakes = findings.mistakes.indices
     labels = findings.labels[mistakes]
     parts = {"network": shortfall(findings.probabilities, findings.labels)[mistakes]}
@@ -42,7 +42,7 @@ def measure(findings: Findings) -> Doubts:
 
 
 def thresholds(probabilities: Float, labels: UInt8) -> Float:
-    """The mean probability [C] of each class over the images with that label; 0 for a class without images."""
+    """Returns the mean probability [C] of each class over the images with that label; 0 for a class without images."""
     classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels]
     counts = np.bincount(labels, minlength=classes)
@@ -51,19 +51,19 @@ def thresholds(probabilities: Float, labels: UInt8) -> Float:
 
 
 def shortfall(probabilities: Float, labels: UInt8) -> Float:
-    """How far each label's probability is below its class's threshold, relative to it [n]; 0 if it is not."""
+    """Returns how far each label's probability is below its class's threshold, relative to it [n]; 0 if it is not."""
     own = probabilities[np.arange(len(labels)), labels]
     usual = thresholds(probabilities, labels)[labels]
     return np.asarray(1 - np.minimum(1, own / np.maximum(usual, np.finfo(np.float32).tiny)), np.float32)
 
 
 def contradicting(nearest_labels: UInt8, labels: UInt8) -> Float:
-    """The share [m] of each image's nearest training images, with labels [m, v], that have another label than it."""
+    """Returns the share [m] of each image's nearest training images, with labels [m, v], that have another label."""
     return np.asarray((nearest_labels != labels[:, None]).mean(axis=1), np.float32)
 
 
 def rank(doubt: Float) -> Int64:
-    """Ranks from 1, greatest doubt [m] first (stable); 0 below LEAST."""
+    """Returns ranks from 1, greatest doubt [m] first (stable); 0 below LEAST."""
     order = np.argsort(-doubt, kind="stable")
     places = np.empty(len(doubt), np.int64)
     places[order] = np.arange(1, len(doubt) + 1)

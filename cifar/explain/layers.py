@@ -27,16 +27,16 @@ class Grid(NamedTuple):
     stride: float
 
     def of_pixels(self) -> npt.NDArray[np.int64]:
-        """The cell [SIDE] that each pixel lies in, NONE for one beyond all cells."""
+        """Returns the cell [SIDE] that each pixel lies in, NONE for one beyond all cells."""
         return self._known(self._places())
 
     def nearest(self) -> npt.NDArray[np.int64]:
-        """The cell [SIDE] that is nearest to each pixel."""
+        """Returns the cell [SIDE] that is nearest to each pixel."""
         cells: npt.NDArray[np.int64] = self._places().clip(0, self.cells - 1)
         return cells
 
     def spans(self) -> list[tuple[int, int]]:
-        """The first pixel that lies in each cell, and how many do."""
+        """Returns the first pixel that lies in each cell, and how many do."""
         pixels = [np.flatnonzero(self.of_pixels() == cell) for cell in range(self.cells)]
         return [(int(of_cell[0]), len(of_cell)) for of_cell in pixels]
 
@@ -46,7 +46,7 @@ class Grid(NamedTuple):
         return NONE not in self.of_pixels()
 
     def mirrored(self) -> npt.NDArray[np.int64]:
-        """The cell [cells] that lies where each is in a mirrored picture, NONE where none is within half a cell."""
+        """Returns the cell [cells] lying where each is in a mirrored picture, NONE where none is within half a cell."""
         place = (SIDE - 2 * self.first) / self.stride - np.arange(self.cells)
         found = np.rint(place).astype(np.int64)
         return np.where(abs(place - found) < 0.5, self._known(found), NONE)
@@ -60,19 +60,19 @@ class Grid(NamedTuple):
 
 
 def grid(network: "nn.Module", layer: str) -> Grid:
-    """Where a layer's cells lie."""
+    """Returns where a layer's cells lie."""
     return _grid(network.explainable_layers[layer])  # type: ignore[index, arg-type]
 
 
 def _grid(declared: int | tuple[int, float, float]) -> Grid:
-    """A number of cells alone means that they are spread evenly over the picture."""
+    """Returns the declared grid. A number of cells alone means that they are spread evenly over the picture."""
     if isinstance(declared, int):
         return Grid(declared, SIDE / declared / 2, SIDE / declared)
     return Grid(*declared)
 
 
 def resolutions(network: str) -> dict[str, int]:
-    """Name and cells along a side of each layer, shallow to deep: the network class's `explainable_layers`.
+    """Returns name and cells along a side of each layer, shallow to deep: the network class's `explainable_layers`.
 
     They are read from its source, since importing it would take the seconds that torch takes, and `explain.py --help`
     lists them too.
@@ -85,10 +85,10 @@ def resolutions(network: str) -> dict[str, int]:
 
 
 def default(layers: dict[str, int]) -> str:
-    """The deepest layer of at least 7x7 cells: deeper ones are more semantic, but 4x4 cells are too coarse."""
+    """Returns the deepest layer of at least 7x7 cells: deeper ones are more semantic, but 4x4 cells are too coarse."""
     return [name for name, cells in layers.items() if cells >= 7][-1]
 
 
 def listed(layers: dict[str, int]) -> str:
-    """For a person: 'prep (32x32), layer1 (16x16), ...'."""
+    """Lists layers for a person: 'prep (32x32), layer1 (16x16), ...'."""
     return ", ".join(f"{name} ({cells}x{cells})" for name, cells in layers.items())

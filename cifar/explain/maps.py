@@ -30,7 +30,7 @@ BATCH = 128  # images; more is not faster
 
 
 def one_hot(targets: "torch.Tensor", classes: int) -> "torch.Tensor":
-    """The objectives that are the logits of classes: int64 [n, k] to float32 [n, k, classes]."""
+    """Returns the objectives that are the logits of classes: int64 [n, k] to float32 [n, k, classes]."""
     from torch.nn import functional as F
 
     return F.one_hot(targets, classes).float()
@@ -39,7 +39,7 @@ def one_hot(targets: "torch.Tensor", classes: int) -> "torch.Tensor":
 def compute(
     network: "nn.Module", layer: str, method: str, images: "torch.Tensor", objectives: "torch.Tensor"
 ) -> tuple[Float, Float]:
-    """Maps [n, k, h, w] and logits [n, C] of normalised images [n, 3, 32, 32] at a layer with h x w cells.
+    """Returns maps [n, k, h, w] and logits [n, C] of normalised images [n, 3, 32, 32] at a layer with h x w cells.
 
     Map j of an image says what raised or lowered the sum of its logits weighted by `objectives` [n, k, C]: see
     `one_hot`. The network has to be float32, not compiled and without autocast; it is left as it was: modes, gradients,
@@ -75,7 +75,7 @@ def compute(
 
 
 def _oriented(maps: Float, activations: Float) -> Float:
-    """Maps [n, h, w] with the sign that makes each correlate with its activations' [n, c, h, w] norm.
+    """Returns maps [n, h, w] with the sign that makes each correlate with its activations' [n, c, h, w] norm.
 
     A principal component has none of its own: the same image, with noise that cannot be seen, may have the opposite.
     """
@@ -86,7 +86,7 @@ def _oriented(maps: Float, activations: Float) -> Float:
 
 @contextmanager
 def _cam_mode(network: "nn.Module", module: "nn.Module") -> Iterator[None]:
-    """Evaluation mode, with gradients only above `module`; restores the network afterwards.
+    """Runs the block in evaluation mode, with gradients only above `module`; restores the network afterwards.
 
     Gradients with respect to weights and to what is below would be computed for nothing. Layers that work in place
     would overwrite the activations that the package has stored.

@@ -20,14 +20,14 @@ COLUMNS = (
 
 
 def find(probabilities: Float, labels: UInt8) -> Int64:
-    """The positions [m] of the wrongly classified images, the most confident first, then by position."""
+    """Returns the positions [m] of the wrongly classified images, the most confident first, then by position."""
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     confidence = probabilities[wrong].max(axis=1).round(DECIMALS)
     return wrong[np.lexsort((wrong, -confidence))]
 
 
 def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], options: ExplainOptions) -> Int64:
-    """The rows of `wrong` (most confident first) that the pictures show, in the order that was asked for.
+    """Returns the rows of `wrong` (most confident first) that the pictures show, in the order that was asked for.
 
     Raises UserError where --count asks for more than there are.
     """
@@ -39,9 +39,10 @@ def choose(wrong: Int64, predictions: UInt8, labels: UInt8, classes: list[str], 
 
 
 def select(labels: UInt8, predictions: UInt8, true: int | None, predicted: int | None, order: str, seed: int) -> Int64:
-    """The rows of mistakes (labels, predictions [m], most confident first) of a true and a predicted class, if given.
+    """Returns the rows of the mistakes of a true and a predicted class, if given.
 
-    `order` is one of ORDERS; `seed` is used by `random` alone.
+    `labels` and `predictions` [m] are the mistakes', most confident first. `order` is one of ORDERS; `seed` is used by
+    `random` alone.
     """
     keep = np.ones(len(labels), bool)
     if true is not None:
@@ -55,7 +56,7 @@ def select(labels: UInt8, predictions: UInt8, true: int | None, predicted: int |
 
 
 def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64, Int64]:
-    """For each mistake a correctly classified image of its true class whose runner-up is the same wrong class.
+    """Finds for each mistake a correctly classified image of its true class whose runner-up is the same wrong class.
 
     Positions [k] of one image for each pair of classes (true, predicted): the one with the highest probability of the
     runner-up, the wrong class. And its row for each mistake [m], or -1 where no correct image has that runner-up.
@@ -74,7 +75,7 @@ def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64
 
 
 def guarded(text: str) -> str:
-    """A text for a CSV cell, with an apostrophe before what a spreadsheet would read as a formula.
+    """Returns a text for a CSV cell, with an apostrophe before what a spreadsheet would read as a formula.
 
     To read it back, remove the apostrophe if what follows would get one.
     """
@@ -82,7 +83,7 @@ def guarded(text: str) -> str:
 
 
 def table(findings: Findings) -> bytes:
-    """misclassified.csv: a line for each mistake, the most confident first. The margin is one of logits.
+    """Returns misclassified.csv: a line for each mistake, the most confident first. The margin is one of logits.
 
     `top5` and `epochs_right` are lists within a field, separated by "; " and by spaces. Names are `guarded`.
     `doubt_rank` is empty where the label is not in doubt.

@@ -54,7 +54,7 @@ def find(network: nn.Module, data: Data, wrong: Int64, predictions: UInt8) -> Ne
 
 
 def _features(network: nn.Module, images: UInt8, data: Data) -> torch.Tensor:
-    """The input of the linear head for each image, [n, features], scaled to length 1."""
+    """Returns the input of the linear head for each image, [n, features], scaled to length 1."""
     head = [part for part in network.modules() if isinstance(part, nn.Linear)][-1]
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].float()))
@@ -70,7 +70,7 @@ def _features(network: nn.Module, images: UInt8, data: Data) -> torch.Tensor:
 
 
 def near_duplicates(data: Data, device: torch.device) -> Int64:
-    """The test images whose pixels are nearly those of a training image, see ALIKE."""
+    """Returns the test images whose pixels are nearly those of a training image, see ALIKE."""
     test = torch.from_numpy(_centred(data.test_images)).to(device)
     nearest = test.new_empty(len(test), 0)  # the three greatest correlations so far
     for start in range(0, len(data.train_images), BATCH):
@@ -83,7 +83,7 @@ def near_duplicates(data: Data, device: torch.device) -> Int64:
 
 
 def _centred(images: UInt8) -> Float:
-    """Pixels [n, values], centred and scaled to length 1: dot products are correlations."""
+    """Returns pixels [n, values], centred and scaled to length 1: dot products are correlations."""
     flat = images.reshape(len(images), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

@@ -29,7 +29,7 @@ ON_REQUEST = ("corruptions.png",)  # optional files: a stale one must be deleted
 def contents(
     findings: Findings, pictures: Mapping[str, UInt8], maps: Iterable[tuple[int, UInt8]]
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file of an explanation; `maps` are test images with pictures of their maps."""
+    """Yields name and content of each file of an explanation; `maps` are test images with pictures of their maps."""
     for name, picture in pictures.items():
         yield f"{name}.png", png(picture)
     for image, picture in maps:
@@ -126,14 +126,17 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that marks the folder as in use for as long as it is open, or its process lives."""
+    """Returns a descriptor that marks the folder as in use for as long as it is open, or its process lives."""
     lock = os.open(folder, os.O_RDONLY)
     _taken(lock)
     return lock
 
 
 def _taken(lock: int) -> bool:
-    """Whether the lock is this process's now. Where the file system has no locks there is nothing to wait for."""
+    """Returns whether the lock is this process's now.
+
+    Where the file system has no locks there is nothing to wait for.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

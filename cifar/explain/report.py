@@ -48,7 +48,7 @@ Array = npt.NDArray[Any]
 
 
 def render(findings: Findings) -> str:
-    """The page as text."""
+    """Returns the page as text."""
     package = resources.files("cifar.explain")
     parts = ["report", *(["corruptions"] if findings.robustness else [])]
     script = "".join(package.joinpath(f"{part}.js").read_text(encoding="utf-8") for part in parts)
@@ -92,7 +92,7 @@ def render(findings: Findings) -> str:
 
 
 def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
-    """What the script reads. Rows are the mistakes followed by the companions."""
+    """Returns what the script reads. Rows are the mistakes followed by the companions."""
     shown, companions = findings.mistakes, findings.companions
     mistakes, cells = len(shown.indices), shown.maps.shape[2] * shown.maps.shape[3]
     confidences = findings.probabilities.max(axis=1)
@@ -159,14 +159,14 @@ def _joined(mistakes: Array, companions: Array) -> Array:
 
 
 def _identity(findings: Findings, shown: ExplainedImages) -> str:
-    """An id of these mistakes, so that a browser's verdicts on one page never appear on another."""
+    """Returns an id of these mistakes, so that a browser's verdicts on one page never appear on another."""
     parts = (shown.indices, findings.labels[shown.indices], findings.predictions[shown.indices])
     classes = "/".join(findings.classes).encode(errors="surrogatepass")
     return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts) + classes).hexdigest()[:16]
 
 
 def _neighbours(neighbours: Neighbours) -> dict[str, Any]:
-    """The nearest training images. A picture that is near to many mistakes is shipped once."""
+    """Returns the nearest training images. A picture that is near to many mistakes is shipped once."""
     depth = neighbours.indices.shape[1]
     while depth > 1 and len(np.unique(neighbours.indices[:, :depth])) > NEIGHBOUR_PICTURES:
         depth -= 1
@@ -191,12 +191,12 @@ def _neighbours(neighbours: Neighbours) -> dict[str, Any]:
 
 
 def _columns(count: int) -> int:
-    """A nearly square sprite: WebP ends at 16,383 pixels a side."""
+    """Returns the columns of a nearly square sprite: WebP ends at 16,383 pixels a side."""
     return max(1, math.ceil(math.sqrt(count)))
 
 
 def _sprite(pictures: UInt8, lossless: bool = True) -> tuple[str, bool]:
-    """All pictures [k, side, side, 3] in one WebP, row by row, as base64; and whether it is lossless."""
+    """Returns all pictures [k, side, side, 3] in one WebP, row by row, as base64; and whether it is lossless."""
     count, height, width = pictures.shape[:3]
     columns = _columns(count)
     rows = max(1, -(-count // columns))
@@ -219,25 +219,25 @@ def _webp(image: Image.Image, **options: bool | int) -> bytes:
 
 
 def _packed(values: Array, kind: str) -> dict[str, str]:
-    """A typed array for the script: little-endian, C order."""
+    """Returns a typed array for the script: little-endian, C order."""
     content = np.ascontiguousarray(values, np.dtype(kind).newbyteorder("<")).tobytes()
     return {"type": kind, "base64": base64.b64encode(content).decode()}
 
 
 def _colours(name: str, count: int) -> UInt8:
-    """[count, 3] colours of a matplotlib scale."""
+    """Returns [count, 3] colours of a matplotlib scale."""
     return plotting.colours(name, np.linspace(0, 1, count, dtype=np.float32))
 
 
 def _most_confused(findings: Findings) -> list[int]:
-    """The classes that the matrix shows: those with most mistakes, in their order."""
+    """Returns the classes that the matrix shows: those with most mistakes, in their order."""
     matrix = confusion_matrix(findings)
     involved = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     return sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist())
 
 
 def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
-    """The most frequent confusions (true, predicted, count), for readers without JavaScript."""
+    """Returns the most frequent confusions (true, predicted, count), for readers without JavaScript."""
     matrix = confusion_matrix(findings)
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:most]
@@ -248,13 +248,13 @@ def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
 
 
 def _bin_figures(reliability: Reliability) -> list[dict[str, float]]:
-    """What the calibration diagram shows of each bin, over all test images."""
+    """Returns what the calibration diagram shows of each bin, over all test images."""
     columns = (values.tolist() for values in reliability)
     return [dict(zip(Reliability._fields, bin_, strict=True)) for bin_ in zip(*columns, strict=True)]
 
 
 def _checks(checks: dict[str, float | int]) -> list[tuple[str, list[str]]]:
-    """The figures of --check as lines of a table: name, then for mistakes and for correct images "mean ± spread".
+    """Returns the figures of --check as table lines: name, then for mistakes and for correct images "mean ± spread".
 
     Each baseline follows the figure it belongs to.
     """
@@ -283,7 +283,7 @@ def _figure(value: float | None, spread: float | None) -> str:
 
 
 def _corruption(findings: Findings, found: Robustness) -> dict[str, Any]:
-    """What the section on corrupted images shows: curves, table, and the captions of the pictures that flip first."""
+    """Returns what the section on corrupted images shows: curves, table, captions of the pictures that flip first."""
     runs = names.readable(found.runs)
     places = np.linspace(30, 142, 1 + found.accuracy.shape[2]).tolist()  # of severities, 0 first, in the drawing
     kinds = [
@@ -315,12 +315,15 @@ def _corruption(findings: Findings, found: Robustness) -> dict[str, Any]:
 
 
 def _look(number: int) -> str:
-    """The classes of a run's curve: its colour and its stroke, four of each. The first 16 runs all look different."""
+    """Returns the classes of a run's curve: its colour and its stroke, four of each.
+
+    The first 16 runs all look different.
+    """
     return f"colour-{number % 4} stroke-{(number + number // 4) % 4}"
 
 
 def _corruption_line(run: str, clean: float, values: Array, places: list[float]) -> dict[str, Any]:
-    """A run's curve and table cells under one corruption."""
+    """Returns a run's curve and table cells under one corruption."""
     return {
         "run": run,
         "points": " ".join(f"{x:.1f},{_height(y):.1f}" for x, y in zip(places, [clean, *values], strict=True)),
@@ -329,7 +332,7 @@ def _corruption_line(run: str, clean: float, values: Array, places: list[float])
 
 
 def _caption(findings: Findings, number: int, flip: Flip) -> dict[str, Any]:
-    """The caption of the `number`th picture that flips, and its places in `_flip_pictures`."""
+    """Returns the caption of the `number`th picture that flips, and its places in `_flip_pictures`."""
     shown = names.on_pages(findings.classes)
     return {
         "severity": flip.severity,
@@ -347,17 +350,17 @@ def _tenths(fraction: float) -> str:
 
 
 def _height(accuracy: float) -> float:
-    """The y coordinate of an accuracy in a drawing of height 88."""
+    """Returns the y coordinate of an accuracy in a drawing of height 88."""
     return 74 - 68 * accuracy
 
 
 def _lost(accuracy: float, clean: float) -> int:
-    """How much of an accuracy is lost, from 0 to LOSSES - 1."""
+    """Returns how much of an accuracy is lost, from 0 to LOSSES - 1."""
     return min(LOSSES - 1, max(0, math.floor(LOSSES * (1 - accuracy / clean)))) if clean else 0
 
 
 def _flip_pictures(found: Robustness | None) -> dict[str, Any]:
-    """The pictures that flip first, each followed by itself corrupted."""
+    """Returns the pictures that flip first, each followed by itself corrupted."""
     if found is None:
         return {}
     pictures = [picture for flip in found.flips for picture in (flip.clean, flip.picture)]
@@ -366,5 +369,5 @@ def _flip_pictures(found: Robustness | None) -> dict[str, Any]:
 
 
 def _hash(text: str) -> str:
-    """The source that a content security policy allows for exactly this inline text."""
+    """Returns the source that a content security policy allows for exactly this inline text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

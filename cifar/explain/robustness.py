@@ -36,7 +36,7 @@ class ComparedNetwork(NamedTuple):
 
 
 def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[ComparedNetwork]:
-    """The networks of other runs. Raises UserError where they were trained on other classes, or cannot be loaded."""
+    """Loads other runs' networks. Raises UserError where they were trained on other classes, or cannot be loaded."""
     with raise_on_all_ranks(accelerator):
         opened = [runs.open_run(path) for path in others]
         loaded = [
@@ -92,7 +92,7 @@ def measure(
 def flips(
     kind: str, predictions: UInt8, confidences: Float, unbroken: npt.NDArray[np.bool_], data: Data, seed: int
 ) -> list[Flip]:
-    """The images that a corruption flips first, of those [n] that are classified correctly without it: `unbroken`.
+    """Finds the images that a corruption flips first, of those [n] classified correctly without it: `unbroken`.
 
     `predictions` and `confidences` are [SEVERITIES, n]. The least severity comes first, then the highest confidence.
     """
@@ -126,7 +126,7 @@ def _evaluate(
 
 
 def _corrupted(accelerator: Accelerator, data: Data, seed: int) -> Generator[tuple[str, int, torch.Tensor], None, None]:
-    """For each kind and severity the test images, corrupted only where this rank evaluates them."""
+    """Yields for each kind and severity the test images, corrupted only where this rank evaluates them."""
     own = evaluation.rank_indices(accelerator, len(data.test_labels))
     parts = [own[begin : begin + PART] for begin in range(0, len(own), PART)]
     threads = ThreadPoolExecutor(max(1, cores.of_job() // cores.local_processes()), "corruption")

@@ -69,7 +69,7 @@ class Run:
         return self.directory / ("explain" if self.finished else f"explain-{self.path.name}")
 
     def events(self, output: Path) -> Path:
-        """Where the pictures go for TensorBoard: the run's directory, or `output` where that cannot be written.
+        """Returns where the pictures go for TensorBoard: the run's directory, or `output` where that cannot be written.
 
         TensorBoard follows the newest file of a directory: another one would hide the progress of an unfinished run.
         """
@@ -122,7 +122,7 @@ def add_flag(parser: Parser) -> None:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether this is the directory of a finished run. Raises UserError where that cannot be seen."""
+    """Checks whether this is the directory of a finished run. Raises UserError where that cannot be seen."""
     try:
         return all((path / name).is_file() for name in ("config.json", "result.json"))  # written last, in this order
     except OSError as error:  # it is not for this user to read, or its name is too long for any file
@@ -171,7 +171,7 @@ def _is_explanation(result: Path) -> bool:
 
 
 def can_be_written(folder: Path) -> bool:
-    """Whether files could be written into a folder, which need not exist yet."""
+    """Checks whether files could be written into a folder, which need not exist yet."""
     place = folder.absolute()
     try:
         while not place.exists():
@@ -183,7 +183,7 @@ def can_be_written(folder: Path) -> bool:
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Whatever cannot be written within the block is a UserError."""
+    """Runs the block; whatever cannot be written within it is a UserError."""
     try:
         yield
     except OSError as error:
@@ -192,7 +192,7 @@ def written_to(folder: Path) -> Iterator[None]:
 
 
 def load(run: Run, device: "torch.device") -> "nn.Module":
-    """The network with the run's weights, float32, in evaluation mode.
+    """Loads the network with the run's weights, float32, in evaluation mode.
 
     Raises UserError where the weights are not those of the network and the classes that the run names.
     """
@@ -207,7 +207,7 @@ def load(run: Run, device: "torch.device") -> "nn.Module":
 
 
 def logits(run: Run, network: "nn.Module", pixels: UInt8) -> "torch.Tensor":
-    """Logits float32 [n, C] of the run's network for pictures [n, 32, 32, 3], on its device."""
+    """Returns logits float32 [n, C] of the run's network for pictures [n, 32, 32, 3], on its device."""
     import torch
 
     from cifar.data.augment import normalize
@@ -219,7 +219,7 @@ def logits(run: Run, network: "nn.Module", pixels: UInt8) -> "torch.Tensor":
 
 
 def images(run: Run, data: str | None) -> "Data":
-    """The images that the run was trained on, or those at `data` (as --data), prepared in the same way.
+    """Returns the images that the run was trained on, or those at `data` (as --data), prepared in the same way.
 
     Raises UserError for whatever is wrong with them.
     """
@@ -229,7 +229,7 @@ def images(run: Run, data: str | None) -> "Data":
 
 
 def as_trained(data: "Data", run: Run) -> "Data":
-    """The images with the normalisation that the network was trained with. Raises UserError for other classes."""
+    """Returns the images with the normalisation the network was trained with. Raises UserError for other classes."""
     if data.classes != run.classes:
         raise UserError(
             f"the images have the classes {', '.join(data.classes)}, but {run.path} was trained on "
@@ -239,7 +239,7 @@ def as_trained(data: "Data", run: Run) -> "Data":
 
 
 def recipe_name(run: Run) -> str:
-    """The recipe's name, or '' where the version that trained the run did not keep it."""
+    """Returns the recipe's name, or '' where the version that trained the run did not keep it."""
     try:
         name = json.loads((run.directory / "recipe.json").read_bytes()).get("name")
     except (OSError, ValueError, AttributeError):
@@ -248,7 +248,7 @@ def recipe_name(run: Run) -> str:
 
 
 def own_accuracy(run: Run, precision: str) -> str:
-    """What a finished run measured itself, and in which precision if that is not the one here; '' for a checkpoint."""
+    """Returns what a finished run measured itself, and in which precision if not the one here; '' for a checkpoint."""
     if run.test_accuracy is None:
         return ""
     other = "" if run.precision in {None, precision} else f" in precision {run.precision}, here {precision}"
@@ -256,7 +256,7 @@ def own_accuracy(run: Run, precision: str) -> str:
 
 
 def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
-    """The lines about the run that stand above a report."""
+    """Returns the lines about the run that stand above a report."""
     recipe = run.recipe
     epochs = f"{recipe['epochs']} epoch{'s' if recipe['epochs'] > 1 else ''}"
     lengths = f"{epochs}, global batch {recipe['global_batch_size']}, seed {recipe['seed']}"
@@ -274,7 +274,7 @@ def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, 
 
 
 def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
-    """The epochs [E] that the run evaluated on these images, if any, and the class [E, n] it predicted then.
+    """Returns the epochs [E] that the run evaluated on these images, if any, and the class [E, n] it predicted then.
 
     Of a checkpoint, the epochs that it had completed. Raises UserError for a file that is damaged.
     """
@@ -294,7 +294,7 @@ def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
 
 
 def others(run: Run, paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Those of the paths that are runs other than `run` and each other, and a line about each of the rest.
+    """Returns those of the paths that are runs other than `run` and each other, and a line about each of the rest.
 
     Raises UserError for a run that is not finished.
     """
@@ -314,7 +314,7 @@ def others(run: Run, paths: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:
-    """For each run, by its path: which of the test images [n] its network got wrong at the end.
+    """Returns for each run, by its path, which of the test images [n] its network got wrong at the end.
 
     Raises UserError for a run that is not finished, or was trained and evaluated on other images.
     """

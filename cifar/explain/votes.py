@@ -15,7 +15,7 @@ from cifar.explain.findings import Float
 
 
 def compute(network: nn.Module, layer: str, images: torch.Tensor, targets: torch.Tensor) -> tuple[Float, Float, Float]:
-    """Votes [n, h, w] at the last stage `layer`, biases [n] and margins [n].
+    """Returns votes [n, h, w] at the last stage `layer`, biases [n] and margins [n].
 
     A margin is the logit of class `targets[:, 0]` less that of `targets[:, 1]`, and the sum of votes and bias.
     """
@@ -30,7 +30,7 @@ def compute(network: nn.Module, layer: str, images: torch.Tensor, targets: torch
 
 
 def bias(network: nn.Module, layer: str, image: torch.Tensor) -> Float:
-    """The logits [C] if every activation at `layer` is zero."""
+    """Returns the logits [C] if every activation at `layer` is zero."""
     hook = network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
     try:
         with torch.no_grad():

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    """The networks there are, without importing any of them (nor torch)."""
+    """Lists the networks there are, without importing any of them (nor torch)."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def build(name: str, classes: int, dropout: float) -> "nn.Module":
-    """The named network, freshly initialised from torch's global generator. Raises UserError for an unknown name."""
+    """Builds the named network, freshly initialised from torch's global generator.
+
+    Raises UserError for an unknown name.
+    """
     if name not in names():
         raise UserError(f"network {name!r} is unknown; choose one of: {', '.join(names())}")
     network: nn.Module = importlib.import_module(f"{__name__}.{name}").build(classes, dropout)

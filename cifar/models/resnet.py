@@ -38,7 +38,7 @@ class SmallMapConv2d(nn.Conv2d):
 def conv_block(
     channels_in: int, channels_out: int, pool: bool = False, convolution: type[nn.Conv2d] = nn.Conv2d
 ) -> nn.Sequential:
-    """A 3x3 convolution, batch-norm and ReLU; with `pool`, a 2x2 max-pool halves the map.
+    """Builds a 3x3 convolution, batch-norm and ReLU; with `pool`, a 2x2 max-pool halves the map.
 
     Pooling before the ReLU gives the same values and gradients, since both are monotonic, and leaves the ReLU a quarter
     of the work.
