@@ -373,11 +373,11 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    failure.step_progressed()
+    failure.report_progress()
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        failure.step_progressed()
+        failure.report_progress()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -39,7 +39,7 @@ HANG_SECONDS = 120
 SETUP_SECONDS = 900  # hang timeout until all ranks have opened their data: imports from a slow disk, a download
 GRACE_SECONDS = 4  # to wait for heartbeats in a roll call, and for the main thread to end by itself
 SILENT_SECONDS = 5  # without a heartbeat before a roll call
-SETUP_SILENT_SECONDS = 30  # the same until the first step: imports and a device's start stop all threads for seconds
+SETUP_SILENT_SECONDS = 120  # the same until the first step: imports and a device's start may stop all threads
 PATIENCE_SECONDS = 10  # without progress before a repeated stop request ends the process
 TICK_SECONDS = 1.0
 LAST_SECONDS = 2  # how much later than the others rank 0 exits: see `leave`
@@ -119,9 +119,7 @@ class _Watch:
 
     def _stopped_before_the_first_step(self) -> End:
         """Names a rank that died, if there is one: it is why the launcher asks the others to stop."""
-        by_launcher = os.getppid() == self.launcher
-        gone = self.peers.roll_call("asked to stop") if self.peers and by_launcher else None
-        return gone or End("stopped on request before the first step", 0)
+        return _who_died(self) or End("stopped on request before the first step", 0)
 
     def _stopped_again(self, number: int, still: float) -> End:
         line = (
@@ -134,7 +132,7 @@ class _Watch:
         reason, peers = f"no step for {self.limit:.0f} s", self.peers
         if peers is None:
             return End(f"this process is in {self.position()} ({reason})", 1)
-        found = peers.roll_call(reason)
+        found = peers.roll_call(reason, late=True)
         if found is None and (still := peers.still()) < self.limit:
             # Another rank makes progress, e.g. in a download, and the others wait for it.
             self.moved = max(self.moved, time.monotonic() - still)
@@ -208,12 +206,13 @@ class _Peers:
         self.said: list[str] = []  # what the ranks said at the last roll call that all have answered
         self.leaving = threading.Event()
         self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection serves one thread at a time.
-        self.store, own_store = self._connect(), self._connect()
+        # A connection serves one thread at a time. One that has timed out is of no use any more: the heartbeat's waits
+        # longer, so that a launcher that stalls for a while ends no rank.
+        self.store, own_store = self._connect(GRACE_SECONDS), self._connect(SETUP_SILENT_SECONDS)
         self.teller = threading.Thread(target=self._tell, args=(own_store,), name="heartbeat", daemon=True)
         self.teller.start()
 
-    def _connect(self) -> Any:
+    def _connect(self, seconds: int) -> Any:
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
 
         address, port = self.address
@@ -223,7 +222,7 @@ class _Peers:
             _say_and_exit(End(f"rank {self.rank} on {socket.gethostname()} does not reach {address}, port {port}", 1))
         # The launcher's store outlives a restart in place, and what the attempt before said must not count again.
         own = PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        own.set_timeout(timedelta(seconds=GRACE_SECONDS))
+        own.set_timeout(timedelta(seconds=seconds))
         return own
 
     def name(self, rank: int) -> str:
@@ -253,15 +252,20 @@ class _Peers:
         with it, and then the ranks are to save and stop, which takes as long as a slow disk or a step on a CPU does.
         """
         watch = self.watch
-        seconds = SILENT_SECONDS if watch.training or watch.asked else SETUP_SILENT_SECONDS
+        seconds = SILENT_SECONDS if watch.training else SETUP_SILENT_SECONDS
         if not self.heartbeat or now - self.heard <= seconds:
             return 0
-        if now - self.told >= SILENT_SECONDS:
+        if not self.answers(now):
             if still <= PATIENCE_SECONDS:
                 return 0
-            if (watch.saving or watch.on_cpu) and still <= watch.limit and self._launcher_was_killed():
+            slow = watch.saving or watch.on_cpu or not watch.training
+            if slow and still <= watch.limit and self._launcher_was_killed():
                 return 0
         return seconds
+
+    def answers(self, now: float) -> bool:
+        """Returns whether the store has answered lately."""
+        return now - self.told < SILENT_SECONDS
 
     def _launcher_was_killed(self) -> bool:
         """Returns whether the first node answers, but not its launcher's store."""
@@ -293,21 +297,21 @@ class _Peers:
         """Returns the failure that any rank reported first; `end`, which is then reported, if there was none before."""
         return self.ask(lambda: End(*json.loads(self.store.compare_set("first", "", json.dumps(end)))), end) or end
 
-    def roll_call(self, reason: str) -> End | None:
+    def roll_call(self, reason: str, late: bool = False) -> End | None:
         """Names the ranks that have no heartbeat within GRACE_SECONDS; None if all have one."""
         unreachable = End(f"{self.name(0)}: its node does not answer ({reason})", 1, self.rank)
-        found = self.ask(lambda: self._roll_call(reason), unreachable)
+        found = self.ask(lambda: self._roll_call(reason, late), unreachable)
         if found is None:
             self.heard = time.monotonic()
         return found
 
-    def _roll_call(self, reason: str) -> End | None:
+    def _roll_call(self, reason: str, late: bool) -> End | None:
         ranks = range(len(self.hosts))
         before = [_get(self.store, f"alive/{rank}") for rank in ranks]
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
             now = [_get(self.store, f"alive/{rank}") for rank in ranks]
-            absent = [rank for rank in ranks if now[rank] in (before[rank], "") and now[rank] != LEFT]
+            absent = [rank for rank in ranks if now[rank] == before[rank] != LEFT and (now[rank] or late)]
             if first := _get(self.store, "first"):
                 return End(*json.loads(first))
             if not absent:
@@ -317,7 +321,7 @@ class _Peers:
                 break
             time.sleep(0.1)
         who = ", ".join(self.name(rank) for rank in absent)
-        successor = min(set(ranks) - set(absent)) if absent[0] == 0 else 0
+        successor = min(set(ranks) - set(absent), default=self.rank) if absent[0] == 0 else 0
         return End(f"{who}: no answer, so killed, frozen or cut off ({reason})", 1, successor)
 
     def still(self) -> float:
@@ -508,8 +512,7 @@ def cause(error: BaseException) -> End:
 def _own_end(peers: _Peers, error: BaseException, own: str, status: int) -> End:
     """Returns what this rank says of its error, unless another rank is the cause."""
     if isinstance(error, UserError):
-        # A rank that died is why the launcher asks the others to stop.
-        return (peers.roll_call("asked to stop") if status == 0 else None) or End(own, status)
+        return (_who_died(peers.watch) if status == 0 else None) or End(own, status)
     if not _caused_by_a_peer(error):
         return End(f"{peers.name(peers.rank)}: {own}", status)
     text = str(error)
@@ -520,6 +523,15 @@ def _own_end(peers: _Peers, error: BaseException, own: str, status: int) -> End:
         return peers.roll_call(reason) or End(f"{peers.name(peers.rank)}: {reason}", 1)
     reason = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # gloo adds its source file and advice
     return peers.roll_call(reason) or peers.where_all_are(reason)
+
+
+def _who_died(watch: _Watch) -> End | None:
+    """Names the rank that has died, if that is why the launcher asks the others to stop, by SIGTERM."""
+    peers = watch.peers
+    by_launcher = stop.requested() == signal.SIGTERM and os.getppid() == watch.launcher
+    if peers and by_launcher and peers.answers(time.monotonic()):
+        return peers.roll_call("asked to stop")
+    return None
 
 
 def in_place_of_rank_0() -> bool:
@@ -589,9 +601,10 @@ def _tell_the_job(status: int) -> None:
     """
     path = os.environ.get("CIFAR_USER_ERROR_FILE")
     if path and status == USER_ERROR:
-        # It is not created: a rank that ends after the job script has read and removed it would leave one behind.
+        # Not created: a rank that ends after the job script has read and removed it would leave one behind. And as long
+        # as what is there: the disk may be full.
         with suppress(OSError), Path(path).open("r+") as file:
-            file.write("user error\n")
+            file.write("user error")
     restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if restarts < most and os.environ.get("LOCAL_RANK") == "0":
         os.kill(os.getppid(), signal.SIGTERM)

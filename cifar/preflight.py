@@ -54,8 +54,10 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
     def add_up() -> None:
         nonlocal error
         try:
+            # A store of its own: one that waits lets no other thread use its connection.
+            own = TCPStore(nodes[0], port, is_master=False, timeout=wait, wait_for_workers=False)
             distributed.init_process_group(
-                decided.backend, store=PrefixStore("group", store), rank=rank, world_size=len(nodes), timeout=limit
+                decided.backend, store=PrefixStore("group", own), rank=rank, world_size=len(nodes), timeout=limit
             )
             total = torch.ones(1, device=decided.kind)
             distributed.all_reduce(total)

@@ -345,14 +345,14 @@ class RunRecord:
         """Writes how the run ended, and its result unless it was `stopped` on request. The other ranks may be gone."""
         if self.attempt is None or self.tracker is None:
             return
-        self.drawer.wait()  # here, where no other rank waits for it
+        self.drawer.wait(PICTURE_SECONDS)  # here, where no other rank waits for it
         self.history.export()
         self._say_if_images_are_late()
         if stopped:
             self._write_status("preempted", f"{stop.name() or 'another rank'} asked to stop", last=True)
             step = self.progress.step
             self.tracker.say(f"stopped on request after step {step}; the same command resumes from there")
-        if self.history.epochs:
+        if self.history.epochs and self.drawer.idle():
             self._draw()
         if stopped:
             return

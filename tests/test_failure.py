@@ -390,7 +390,8 @@ def test_a_launcher_that_is_killed_costs_no_slow_save_and_no_slow_step(
 ) -> None:
     """Its store is gone, which must not be taken for a node that does not answer."""
     slow_save = (
-        "from cifar import files, stop\nreal_write, slow = files.write, True\n"
+        "from cifar import failure, files, stop\nreal_write, slow = files.write, True\n"
+        "failure.computes_on_cpu = lambda: None\n"  # as on a GPU
         "def write(path, content):\n"
         "    global slow\n"
         "    if stop.requested() and 'step-' in str(path) and slow: slow = False; time.sleep(20)\n"
@@ -576,6 +577,27 @@ def test_one_request_ends_what_waits_before_the_first_step(
     assert processes[0].returncode == 0, output
     assert output.count("train.py: stopped on request before the first step") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_request_before_all_ranks_have_begun_blames_none_of_them(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "from cifar import failure\nreal_exchange = failure.exchange\n"
+        "def exchange(*what):\n"
+        "    open(os.environ['WAITS'], 'w').close()\n"
+        "    return real_exchange(*what)\n"
+        "failure.exchange = exchange\n"
+        "if os.environ['RANK'] == '1': time.sleep(40)"  # imports from a slow disk
+    )
+    waits = tmp_path / "waits"
+    processes.append(started(project(tmp_path, patch), shapes, tmp_path / "run", TWO, env={"WAITS": str(waits)}))
+    wait_for(waits, processes[0])
+    ranks(processes[0])[0].send_signal(signal.SIGTERM)
+    output = processes[0].communicate(timeout=900)[0]
+    assert processes[0].returncode == 0, output
+    assert lines(output) == []
+    assert output.count("train.py: stopped on request before the first step") == 1
 
 
 def test_processes_that_were_all_suspended_go_on(
