@@ -150,8 +150,8 @@ def test_a_process_that_is_killed_is_one_line(folder: Path, tmp_path: Path, monk
     with pytest.raises(LostError) as error:
         decoding.decode_all(decoding.parts("it", Deadly(folder), names, tmp_path / "images.npy"))
     assert str(error.value) == (
-        "it: the process that decoded train/a/28.png to train/a/40.png was ended by SIGKILL, most likely for want of "
-        "memory: give the job more; start the same command again"
+        "it: the process that decoded train/a/28.png to train/a/40.png was ended by SIGKILL, most likely out of "
+        "memory: request more for the job; start the same command again"
     )
 
 
