@@ -11,8 +11,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from cifar import device
@@ -36,16 +37,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
         reason = str(refused).splitlines()[0].partition(". ")[0]
         raise UserError(f"{nodes[rank]} does not reach {nodes[0]}, port {port}: {reason}; check the network") from None
 
-    def meet(stage: str, word: str = "") -> None:
-        store.set(f"{stage}/{rank}", word)
-        deadline = time.monotonic() + seconds
-        while silent := [node for r, node in enumerate(nodes) if not store.check([f"{stage}/{r}"])]:
-            if time.monotonic() > deadline:
-                if rank == 0:
-                    time.sleep(2)  # this process hosts the store, from which the others still read
-                raise UserError(f"no answer from {', '.join(silent)} within {seconds} s; check or exclude it")
-            time.sleep(0.1)
-
+    meet = partial(_meet, store, nodes, rank, seconds)
     meet("began", decided.kind)
     kinds = [store.get(f"began/{r}").decode() for r in range(len(nodes))]
     device.compare(zip(nodes, kinds, strict=True))
@@ -72,7 +64,7 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
     meet("added up")  # also after a failure: a frozen node is named here, not those that waited for it
     if not error:
         distributed.destroy_process_group()
-    _leave(store, rank, len(nodes), seconds)
+    _leave(store, rank, range(1, len(nodes)), seconds)
     if error:
         raise UserError(
             f"{nodes[rank]}: the nodes answer but their all-reduce fails ({error}); set the interface that "
@@ -80,13 +72,32 @@ def check(nodes: Sequence[str], rank: int, port: int, processes_per_node: int, s
         )
 
 
-def _leave(store: Any, rank: int, ranks: int, seconds: int) -> None:
-    """Returns on rank 0 last: the store is in its process, and the others are still reading it."""
+def _meet(store: Any, nodes: Sequence[str], rank: int, seconds: int, stage: str, word: str = "") -> None:
+    """Waits until every node has come as far. Raises UserError, the same on all that are there, if one does not."""
+    deadline = time.monotonic() + seconds
+    try:
+        store.set(f"{stage}/{rank}", word)
+        while silent := [other for other in range(len(nodes)) if not store.check([f"{stage}/{other}"])]:
+            line = store.get("failed").decode() if store.check(["failed"]) else ""
+            if not line and time.monotonic() > deadline:
+                names = ", ".join(nodes[other] for other in silent)
+                line = f"no answer from {names} within {seconds} s; check or exclude it"
+                store.set("failed", line)
+            if line:
+                _leave(store, rank, {*range(1, len(nodes))} - {*silent}, seconds)
+                raise UserError(line)
+            time.sleep(0.1)
+    except RuntimeError:  # the store is in the first node's process
+        raise UserError(f"{nodes[rank]}: {nodes[0]} has ended; see its message") from None
+
+
+def _leave(store: Any, rank: int, others: Iterable[int], seconds: int) -> None:
+    """Returns on rank 0 after the others: the store is in its process, and they are still reading it."""
     if rank:
         store.set(f"left/{rank}", "")
         return
-    deadline = time.monotonic() + seconds
-    while not store.check([f"left/{other}" for other in range(1, ranks)]) and time.monotonic() < deadline:
+    deadline, left = time.monotonic() + seconds, [f"left/{other}" for other in others]
+    while left and not store.check(left) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

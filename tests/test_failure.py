@@ -793,10 +793,19 @@ def test_nodes_that_answer_pass_the_preflight(processes: list["subprocess.Popen[
 
 def test_a_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[str]"]) -> None:
     port = free_port()
-    processes += [preflight(rank, "localhost", "second", "third", port=port) for rank in (0, 2)]
+    processes.append(preflight(0, "localhost", "second", "third", port=port))
+    time.sleep(4)  # one that comes later hears of it from the first, which waits for it
+    processes.append(preflight(2, "localhost", "second", "third", port=port))
     for process in processes:
-        assert "preflight: error: no answer from second within 10 s; check or exclude it" in process.communicate()[1]
+        line = "preflight: error: no answer from second within 10 s; check or exclude it\n"
+        assert process.communicate(timeout=900)[1] == line
         assert process.returncode == 2
+
+
+def test_the_first_node_alone_names_the_other(processes: list["subprocess.Popen[str]"]) -> None:
+    processes.append(preflight(0, "localhost", "second", port=free_port()))
+    line = "preflight: error: no answer from second within 10 s; check or exclude it\n"
+    assert processes[0].communicate(timeout=900)[1] == line
 
 
 def test_nodes_that_cannot_make_a_group_end_in_time(processes: list["subprocess.Popen[str]"]) -> None:

@@ -104,8 +104,8 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_the_run_goes_on(
         process.kill()
     assert process.returncode == 1, errors
     assert re.fullmatch(
-        r"train.py: error: loader worker \d of \d \(process \d+ on \S+\) was ended by SIGKILL, most likely for want of "
-        r"memory: give the job more; the same command resumes .*\n",
+        r"train.py: error: loader worker \d of \d \(process \d+ on \S+\) was ended by SIGKILL, most likely out of "
+        r"memory: request more for the job; the same command resumes .*\n",
         errors,
     )
     status = json.loads((tmp_path / "run" / "status.json").read_text())
