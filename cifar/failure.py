@@ -493,28 +493,28 @@ def _outlive_the_others() -> None:
 
 def cause(error: BaseException) -> End:
     """Returns why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
-    own, status = " ".join(f"{type(error).__name__}: {error}".split()), 1
+    own = End(" ".join(f"{type(error).__name__}: {error}".split()), 1)
     if isinstance(error, UserError):
-        own, status = str(error), error.status
+        own = End(str(error), error.status)
     watch = _watch
     if watch is None:
-        return End(own, status)
+        return own
     peers = watch.peers
     with watch.lock:
         if watch.failed is None and peers is None:
-            watch.failed = End(own, status)
+            watch.failed = own
         elif watch.failed is None and peers is not None:
-            watch.failed = peers.first_failure(_own_end(peers, error, own, status))
+            watch.failed = peers.first_failure(_own_end(peers, error, own))
         assert watch.failed is not None
         return watch.failed
 
 
-def _own_end(peers: _Peers, error: BaseException, own: str, status: int) -> End:
+def _own_end(peers: _Peers, error: BaseException, own: End) -> End:
     """Returns what this rank says of its error, unless another rank is the cause."""
     if isinstance(error, UserError):
-        return (_who_died(peers.watch) if status == 0 else None) or End(own, status)
+        return (_who_died(peers.watch) if own.status == 0 else None) or own
     if not _caused_by_a_peer(error):
-        return End(f"{peers.name(peers.rank)}: {own}", status)
+        return own._replace(line=f"{peers.name(peers.rank)}: {own.line}")
     text = str(error)
     if "Duplicate GPU detected" in text:
         return End("two processes share one GPU; set --num_processes to the number of GPUs", USER_ERROR)

@@ -44,45 +44,32 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
     """
     parts, machine = scaling_model.buckets(RECIPES[bench.recipe]().network), scaling_model.Machine()
 
-    def images_per_second(gpus: int, batch: int, steps: list[float]) -> list[float]:
-        return [batch / scaling_model.on_gpus(gpus, step, parts, machine).seconds for step in steps]
+    def rates(gpus: int, batch: int, seconds: list[float]) -> list[float]:
+        return [batch / scaling_model.on_gpus(gpus, computing, parts, machine).seconds for computing in seconds]
+
+    def computed(what: str, of_all: list[float], of_one: list[float]) -> Measurement:
+        return Measurement("scaling", what, "images/s", of_all, None, "1 GPU", interleave.quotients(of_all, of_one))
 
     figures: list[Measurement] = []
     for graph in GRAPHS:
         with ExitStack() as stack:
+            # Augmented on the device: one process may have more loader workers than each of eight would.
+            flags = ("--cuda-graph", graph, "--augment", "device", "--global-batch-size")
             programs = {
-                ranks: stack.enter_context(
-                    # Augmented on the device: one process may have more loader workers than each of eight would.
-                    bench.ours(
-                        f"{graph}-{ranks}",
-                        "--global-batch-size",
-                        bench.batch // ranks,
-                        "--cuda-graph",
-                        graph,
-                        "--augment",
-                        "device",
-                    )
-                )
+                ranks: stack.enter_context(bench.ours(f"{graph}-{ranks}", *flags, bench.batch // ranks))
                 for ranks in RANKS
             }
             contestants = {str(ranks): (program, {"do": "train"}) for ranks, program in programs.items()}
             answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
-        how, rates = "by graph" if graph == "auto" else "eager", {}
-        for ranks in RANKS:
-            seconds = [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]]
-            rates[ranks] = images_per_second(ranks, bench.batch, seconds)
-            if ranks == 1:
-                whole = seconds
+        how = "by graph" if graph == "auto" else "eager"
+        steps = {ranks: [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]] for ranks in RANKS}
+        one = rates(1, bench.batch, steps[1])
+        for ranks, seconds in steps.items():
             what = f"a step of {bench.batch // ranks} images, {how}"
-            figures += [
-                Measurement("scaling", what, "ms", [1e3 * step for step in seconds]),
-                Measurement("scaling", f"{ranks} GPUs computed from it", "images/s", rates[ranks], None, "1 GPU",
-                            interleave.quotients(rates[ranks], rates[1])),
-            ]  # fmt: skip
-        for gpus in GROWING:
-            of_all = images_per_second(gpus, gpus * bench.batch, whole)
-            figures.append(
-                Measurement("scaling", f"{gpus} GPUs, {bench.batch} images each, {how}", "images/s", of_all, None,
-                            "1 GPU", interleave.quotients(of_all, rates[1]))
-            )  # fmt: skip
+            figures.append(Measurement("scaling", what, "ms", [1e3 * step for step in seconds]))
+            figures.append(computed(f"{ranks} GPUs computed from it", rates(ranks, bench.batch, seconds), one))
+        figures += [
+            computed(f"{gpus} GPUs, {bench.batch} images each, {how}", rates(gpus, gpus * bench.batch, steps[1]), one)
+            for gpus in GROWING
+        ]
     return figures
