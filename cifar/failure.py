@@ -475,6 +475,7 @@ def leave(status: int) -> NoReturn:
     0, whose launcher should be last, exits last.
     """
     if status == USER_ERROR:
+        _await_message_of_rank_0()
         _tell_the_job(status)
     if os.environ.get("WORLD_SIZE", "1") == "1" or _watch is None:
         sys.exit(status)
@@ -483,6 +484,18 @@ def leave(status: int) -> NoReturn:
     sys.stderr.flush()
     _outlive_the_others()
     os._exit(status)
+
+
+def _await_message_of_rank_0() -> None:
+    """Waits, on rank 0's machine, for rank 0's exit, for at most PATIENCE_SECONDS: rank 0 prints a user's error.
+
+    The launcher ends the others by SIGTERM as soon as one rank has exited. A rank 0 that has just started and does not
+    catch it yet would print nothing.
+    """
+    if not _prints_shared_messages() and os.environ.get("GROUP_RANK") == "0":
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not stop.requested() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _outlive_the_others() -> None:
@@ -588,6 +601,8 @@ def _say_and_exit(end: End) -> NoReturn:
         else:
             sys.stderr.write(f"{program}: error: {line}\n")
         sys.stderr.flush()
+    if status == USER_ERROR:
+        _await_message_of_rank_0()
     if status not in (0, 1):
         _tell_the_job(status)
     _outlive_the_others()

@@ -126,14 +126,23 @@ def test_the_traceback_of_a_rank_that_raises_while_a_save_is_under_way_is_there(
     assert ", in step\n" in output  # where it was raised
 
 
-def test_what_keeps_a_rank_from_coming_is_said_by_the_first(
-    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
-) -> None:
-    patch = "if os.environ['RANK'] == '1': os.environ['CIFAR_DEVICE'] = 'cuda'"  # as on a node without a driver
-    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO)
+@pytest.mark.parametrize(
+    ("patch", "flags", "words"),
+    [
+        ("if os.environ['RANK'] == '1': os.environ['CIFAR_DEVICE'] = 'cuda'", (), "no GPU"),  # a node without a driver
+        ("", ("--recipe", "digitz"), "digitz"),
+    ],
+    ids=["one rank", "all ranks"],
+)
+def test_what_keeps_ranks_from_coming_is_said_by_the_first_even_if_it_comes_last(
+    patch: str, flags: tuple[str, ...], words: str, shapes: Path, tmp_path: Path,
+    processes: list["subprocess.Popen[str]"],
+) -> None:  # fmt: skip
+    patch += "\nif os.environ['RANK'] == '0': time.sleep(5)"  # a launcher ends it by SIGTERM when another has exited
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO, more=flags)
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
-    assert "no GPU" in lines(output)[0]
+    assert words in lines(output)[0]
     assert not (tmp_path / "run").exists()
 
 
