@@ -39,7 +39,8 @@ HANG_SECONDS = 120
 SETUP_SECONDS = 900  # hang timeout until all ranks have opened their data: imports from a slow disk, a download
 GRACE_SECONDS = 4  # to wait for heartbeats in a roll call, and for the main thread to end by itself
 SILENT_SECONDS = 5  # without a heartbeat before a roll call
-SETUP_SILENT_SECONDS = 120  # the same until the first step: imports and a device's start may stop all threads
+SETUP_SILENT_SECONDS = 120  # the same until all have opened their data: imports and CUDA's start may stop all threads
+OPENED_SILENT_SECONDS = 10  # and from then on until the first step, which loads a library or two
 PATIENCE_SECONDS = 10  # without progress before a repeated stop request ends the process
 TICK_SECONDS = 1.0
 LAST_SECONDS = 2  # how much later than the others rank 0 exits: see `leave`
@@ -70,7 +71,8 @@ class _Watch:
     def __init__(self) -> None:
         self.hang_seconds = hang_seconds()
         self.tick = min(TICK_SECONDS, self.hang_seconds / 10)
-        self.limit, self.training, self.saving = float(SETUP_SECONDS), False, False
+        self.limit, self.silent = float(SETUP_SECONDS), SETUP_SILENT_SECONDS
+        self.training, self.saving = False, False
         self.moved, self.computed = time.monotonic(), time.process_time()  # at the last progress
         self.on_cpu = False
         self.peers: _Peers | None = None
@@ -252,8 +254,7 @@ class _Peers:
         with it, and then the ranks are to save and stop, which takes as long as a slow disk or a step on a CPU does.
         """
         watch = self.watch
-        seconds = SILENT_SECONDS if watch.training else SETUP_SILENT_SECONDS
-        if not self.heartbeat or now - self.heard <= seconds:
+        if not self.heartbeat or now - self.heard <= watch.silent:
             return 0
         if not self.answers(now):
             if still <= PATIENCE_SECONDS:
@@ -261,7 +262,7 @@ class _Peers:
             slow = watch.saving or watch.on_cpu or not watch.training
             if slow and still <= watch.limit and self._launcher_was_killed():
                 return 0
-        return seconds
+        return watch.silent
 
     def answers(self, now: float) -> bool:
         """Returns whether the store has answered lately."""
@@ -387,7 +388,7 @@ def shorten_hang_timeout() -> None:
     """Marks that all ranks have opened their data: until the first step the hang timeout is at least HANG_SECONDS."""
     if _watch:
         _move(_watch)
-        _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
+        _watch.limit, _watch.silent = max(HANG_SECONDS, _watch.hang_seconds), OPENED_SILENT_SECONDS
 
 
 def allow_compilation() -> None:
@@ -400,7 +401,8 @@ def step_progressed() -> None:
     """Reports progress: call it after every step, evaluation batch and checkpoint file."""
     if _watch:
         _move(_watch)
-        _watch.limit, _watch.training, _watch.saving = _watch.hang_seconds, True, False
+        _watch.limit, _watch.silent = _watch.hang_seconds, SILENT_SECONDS
+        _watch.training, _watch.saving = True, False
 
 
 def save_begins() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, command, poisoned
-from helpers.launching import THREE, TWO, project
+from helpers.launching import THREE, TWO, TwoLaunchers, project
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import DistBackendError
 
@@ -295,6 +295,28 @@ def test_a_rank_that_is_killed_before_the_first_step_is_named(
     assert all(line.startswith(words) for line in lines(output)), output
     assert "received while" not in output
     assert "stopped on request" not in output
+
+
+def test_a_rank_of_another_machine_that_is_killed_between_its_data_and_the_first_step_is_named_soon(
+    shapes: Path, tmp_path: Path
+) -> None:
+    patch = (
+        "import signal\n"
+        "def build(*arguments):\n"
+        "    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    time.sleep(600)\n"  # as over NCCL, where no error comes from a collective
+        "cifar.models.build = build"
+    )
+    script = project(tmp_path, patch)
+    pair = TwoLaunchers(script, "--data", shapes, "--run", tmp_path / "run", "--global-batch-size", 12,
+                        precision="no", variables=[dict(os.environ)] * 2)  # fmt: skip
+    try:
+        line, *rest = lines(pair.outputs()[0])
+    finally:
+        pair.end()
+    assert not rest
+    assert "rank 1 on" in line
+    assert f"(no heartbeat for {failure.OPENED_SILENT_SECONDS} s)" in line
 
 
 def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -28,6 +27,7 @@ import pytest
 import safetensors.numpy
 import test_parallel
 from conftest import GPU_ENVIRONMENT, REHEARSAL, ROOT, command
+from helpers.launching import TwoLaunchers
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -408,57 +408,21 @@ def test_a_failed_capture_leaves_nothing_behind() -> None:
 # ---- two ranks on one GPU, over NCCL
 
 
-class Two:
-    """Two launchers of one rank each: NCCL takes them for two machines, and does not mind that they share a GPU."""
-
-    def __init__(
-        self, *arguments: object, precision: str, hang_seconds: int = 60, script: Path = ROOT / "train.py"
-    ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.launchers = [
-            subprocess.Popen(
-                command(
-                    script, *arguments,
-                    launcher=("--config_file", str(ROOT / "accelerate_configs/multi_node.yaml"), "--num_processes", "2",
-                              "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
-                              "--main_process_port", str(port), "--mixed_precision", precision),
-                ),
-                env=environment(NCCL_HOSTID=f"host{rank}", NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo",
-                                CIFAR_HANG_SECONDS=str(hang_seconds)),
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )
-            for rank in (0, 1)
-        ]  # fmt: skip
-
-    def rank(self, number: int) -> psutil.Process:
-        """A rank's process."""
-        found = [p for p in psutil.Process(self.launchers[number].pid).children() if "RANK" in p.environ()]
-        return found[0]
-
-    def outputs(self) -> list[str]:
-        """What each launcher and its rank have said, once both have ended."""
-        return [launcher.communicate(timeout=600)[0] for launcher in self.launchers]
-
-    def end(self) -> None:
-        """Kills what is left."""
-        for launcher in self.launchers:
-            if launcher.poll() is None:
-                for child in psutil.Process(launcher.pid).children(recursive=True):
-                    child.kill()
-                launcher.kill()
-                launcher.wait()
-            assert launcher.stdout is not None
-            launcher.stdout.close()
+def variables(hang_seconds: int) -> list[dict[str, str]]:
+    """Those of the two ranks: NCCL takes them for two machines, and does not mind that they share a GPU."""
+    return [environment(NCCL_HOSTID=f"host{rank}", NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo",
+                        CIFAR_HANG_SECONDS=str(hang_seconds)) for rank in (0, 1)]  # fmt: skip
 
 
 @pytest.fixture
-def two() -> Iterator[Callable[..., Two]]:
-    made: list[Two] = []
+def two() -> Iterator[Callable[..., TwoLaunchers]]:
+    made: list[TwoLaunchers] = []
 
-    def start(run: Path, *arguments: object, **more: object) -> Two:
-        made.append(Two(*DIGITS, "--run", run, *arguments, **more))  # type: ignore[arg-type]
+    def start(
+        run: Path, *arguments: object, precision: str, hang_seconds: int = 60, script: Path = ROOT / "train.py"
+    ) -> TwoLaunchers:
+        words = (script, *DIGITS, "--run", run, *arguments)
+        made.append(TwoLaunchers(*words, precision=precision, variables=variables(hang_seconds)))
         return made[-1]
 
     yield start
@@ -471,7 +435,7 @@ def test_batches_gradient_and_evaluation_of_two_ranks_are_those_of_one(shapes: P
     done = subprocess.run(command(parity, shapes, tmp_path, 1, launcher=(*ONE, "--mixed_precision", "no")),
                           env=environment(), capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    pair = Two(shapes, tmp_path, 1, precision="no", script=parity)
+    pair = TwoLaunchers(parity, shapes, tmp_path, 1, precision="no", variables=variables(60))
     try:
         outputs = pair.outputs()
         assert [launcher.returncode for launcher in pair.launchers] == [0, 0], outputs
@@ -482,7 +446,7 @@ def test_batches_gradient_and_evaluation_of_two_ranks_are_those_of_one(shapes: P
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_two_ranks_learn_the_digits(precision: str, two: Callable[..., Two], tmp_path: Path) -> None:
+def test_two_ranks_learn_the_digits(precision: str, two: Callable[..., TwoLaunchers], tmp_path: Path) -> None:
     pair = two(tmp_path / "run", precision=precision)
     outputs = pair.outputs()
     assert [launcher.returncode for launcher in pair.launchers] == [0, 0], outputs
@@ -491,7 +455,7 @@ def test_two_ranks_learn_the_digits(precision: str, two: Callable[..., Two], tmp
     assert float(str(measured["test_accuracy"])) > 0.9
 
 
-def test_two_ranks_learn_the_digits_by_graphs(two: Callable[..., Two], tmp_path: Path) -> None:
+def test_two_ranks_learn_the_digits_by_graphs(two: Callable[..., TwoLaunchers], tmp_path: Path) -> None:
     arguments = ("--cuda-graph", "auto", "--gradient-compression", "none" if REHEARSAL else "bf16")
     pair = two(tmp_path / "run", *arguments, precision=PRECISIONS[0], script=patched(tmp_path, COUNTED))
     outputs = pair.outputs()
@@ -500,7 +464,9 @@ def test_two_ranks_learn_the_digits_by_graphs(two: Callable[..., Two], tmp_path:
     assert float(str(result(tmp_path / "run")["test_accuracy"])) > 0.9
 
 
-def test_if_one_of_two_ranks_fails_to_capture_both_go_on_without(two: Callable[..., Two], tmp_path: Path) -> None:
+def test_if_one_of_two_ranks_fails_to_capture_both_go_on_without(
+    two: Callable[..., TwoLaunchers], tmp_path: Path
+) -> None:
     patch = f"{COUNTED}if os.environ['RANK'] == '1':\n" + textwrap.indent(READS, "    ")
     pair = two(tmp_path / "run", "--cuda-graph", "auto", precision=PRECISIONS[0], script=patched(tmp_path, patch))
     outputs = pair.outputs()
@@ -510,7 +476,7 @@ def test_if_one_of_two_ranks_fails_to_capture_both_go_on_without(two: Callable[.
     assert float(str(result(tmp_path / "run")["test_accuracy"])) > 0.9
 
 
-def test_two_ranks_stop_together_and_go_on(two: Callable[..., Two], tmp_path: Path) -> None:
+def test_two_ranks_stop_together_and_go_on(two: Callable[..., TwoLaunchers], tmp_path: Path) -> None:
     run = tmp_path / "run"
     pair = two(run, "--epochs", 40, precision=PRECISIONS[0])
     wait_for((run / "checkpoints/step-0000005").exists, *pair.launchers)
@@ -529,7 +495,7 @@ def errors(output: str) -> list[str]:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_rank_that_is_gone_ends_the_other_with_a_line_that_names_it(
-    number: signal.Signals, rank: int, two: Callable[..., Two], tmp_path: Path
+    number: signal.Signals, rank: int, two: Callable[..., TwoLaunchers], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     pair = two(run, "--epochs", 400, precision=PRECISIONS[0])
@@ -550,7 +516,9 @@ def test_a_rank_that_is_gone_ends_the_other_with_a_line_that_names_it(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_raises_ends_both_with_its_line(rank: int, two: Callable[..., Two], tmp_path: Path) -> None:
+def test_a_rank_that_raises_ends_both_with_its_line(
+    rank: int, two: Callable[..., TwoLaunchers], tmp_path: Path
+) -> None:
     patch = (
         "from cifar import loop\nreal, count = loop.accumulate_gradients, 0\n"
         "def raising(*arguments):\n"

@@ -3,9 +3,13 @@
 `--network small` is there, too: helpers/networks/small.py.
 """
 
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from conftest import ROOT
+import psutil
+from conftest import ROOT, command
 
 TWO = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
        "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
@@ -42,3 +46,47 @@ def project(tmp_path: Path, patch: str) -> Path:
         "    module.main()\n"
     )
     return script
+
+
+class TwoLaunchers:
+    """Two launchers of one rank each, as on two machines: neither sees how the other's rank ends."""
+
+    def __init__(
+        self, script: Path, *arguments: object, precision: str, variables: Sequence[Mapping[str, str]]
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.launchers = [
+            subprocess.Popen(
+                command(
+                    script, *arguments,
+                    launcher=("--config_file", str(ROOT / "accelerate_configs/multi_node.yaml"), "--num_processes", "2",
+                              "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+                              "--main_process_port", str(port), "--mixed_precision", precision),
+                ),
+                env=variables[rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+
+    def rank(self, number: int) -> psutil.Process:
+        """A rank's process."""
+        found = [p for p in psutil.Process(self.launchers[number].pid).children() if "RANK" in p.environ()]
+        return found[0]
+
+    def outputs(self) -> list[str]:
+        """What each launcher and its rank have said, once both have ended."""
+        return [launcher.communicate(timeout=600)[0] for launcher in self.launchers]
+
+    def end(self) -> None:
+        """Kills what is left."""
+        for launcher in self.launchers:
+            if launcher.poll() is None:
+                for child in psutil.Process(launcher.pid).children(recursive=True):
+                    child.kill()
+                launcher.kill()
+                launcher.wait()
+            assert launcher.stdout is not None
+            launcher.stdout.close()
