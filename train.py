@@ -71,7 +71,7 @@ def train(recipe: Recipe, options: RunOptions) -> None:
             if schedule.completes_epoch(step):
                 if schedule.epochs_completed(step) > record.evaluated:
                     tta = recipe.test_time_augmentation and step == schedule.total_steps
-                    with clock.within("evaluation"):
+                    with clock.within("evaluation" if step < schedule.total_steps else "final evaluation"):
                         evaluated = evaluation.evaluate(accelerator, network, test_images, data, tta)
                     if evaluated is None:
                         stopping = True

@@ -221,10 +221,8 @@ def native_bf16(device: torch.device) -> bool:
     """Returns whether the device computes in bf16 itself, instead of emulating it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def fix_bucket_order(accelerator: Accelerator, model: nn.Module, network: nn.Module) -> None:

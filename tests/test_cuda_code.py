@@ -9,78 +9,192 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
-import test_gpu
 import torch
 from conftest import FOUND, ROOT, command
-from helpers.launching import project
+from helpers.launching import THREE, project
 from test_counts import Operations
+from test_graph import FAITHFUL
 from torch.nn import functional as F
 
 from cifar import graph, launch
 from cifar.data.augment import resize
 
-# The functions and constants that do something else on a GPU, and the tests in test_gpu.py that run them there.
-ON_A_GPU = {
-    "cifar/data/augment_device.py plan": "test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu",
-    "cifar/data/loading.py _received": "test_batches_that_are_sent_beside_the_steps_arrive_whole",
-    "cifar/data/loading.py _uploaded": "test_batches_that_are_sent_beside_the_steps_arrive_whole",
-    "cifar/device.py decide": "test_two_processes_for_one_gpu_are_one_line",
-    "cifar/device.py kind": "test_every_precision_learns_the_digits",
-    "cifar/device.py __init__": "test_no_step_reads_from_the_device",
-    "cifar/evaluation.py STOP_EVERY": "test_two_ranks_stop_together_and_go_on",
-    "cifar/graph.py KINDS": "test_a_run_by_graphs_is_the_same_run",
-    "cifar/graph.py _captured": "test_a_run_by_graphs_is_the_same_run",
-    "cifar/graph.py _clean_up": "test_a_failed_capture_leaves_nothing_behind",
-    "cifar/graph.py _pool": "test_a_failed_capture_leaves_nothing_behind",
-    "cifar/graph.py capture": "test_a_run_by_graphs_is_the_same_run",
-    "cifar/graph.py dropout_generator": "test_a_run_by_graphs_is_the_same_run",
-    "cifar/graph.py side_stream": "test_a_run_by_graphs_is_the_same_run",
-    "cifar/launch.py computed_on": "test_a_killed_run_goes_on_to_the_same_bytes",
-    "cifar/launch.py memory_bytes": "test_every_precision_learns_the_digits",
-    "cifar/launch.py native_bf16": "test_every_precision_learns_the_digits",
-    "cifar/launch.py start": "test_a_compiled_network_learns_in_real_float32_and_without_a_graph",
-    "cifar/launch.py topology": "test_every_precision_learns_the_digits",
-    "cifar/loop.py DELAY": "test_no_step_reads_from_the_device",
-    "cifar/profiling.py _computes": "test_a_profile_sees_the_gpu",
-    "cifar/profiling.py activities": "test_a_profile_sees_the_gpu",
-    "cifar/profiling.py seconds_by_kind": "test_a_profile_sees_the_gpu",
+# The tests that run what the programs below do not run, on a CPU, of the modules that mention CUDA: each piece's first
+# line, or a condition that always holds there.
+NOT_ON_A_CPU = {
+    "test_loading.py::test_a_worker_that_cannot_be_started_is_one_line_and_the_others_end": {
+        "cifar/data/loading.py __init__: except OSError as error:",
+    },
+    "test_loading.py::test_batches_need_no_shared_memory_and_no_temporary_folder": {
+        "cifar/data/loading.py _traced: return",
+    },
+    "test_loading.py::test_a_worker_that_was_killed_is_named": {
+        "cifar/data/loading.py _fill: self.process.join(1)",
+    },
+    "test_gpu.py::test_batches_that_are_sent_beside_the_steps_arrive_whole": {
+        "cifar/data/loading.py _received: content = _uploaded(content, uploads)",
+        "cifar/data/loading.py _uploaded: with torch.cuda.stream(uploads):",
+    },
+    "test_loading.py::test_a_users_error_in_a_worker_stays_one": {
+        "cifar/data/loading.py _work: except UserError as error:",
+    },
+    "test_loading.py::test_workers_do_not_outlive_the_process_that_trains": {
+        "cifar/data/loading.py _work: return  # the parent died before this process could ask to d",
+    },
+    "test_launch.py::test_a_compiled_network_trains_stops_and_goes_on_under_its_own_names": {
+        "cifar/data/loading.py open_on_all_ranks: failure.allow_compilation()",
+    },
+    "test_loading.py::test_a_worker_that_hangs_is_named_after_the_hang_limit": {
+        "cifar/data/loading.py receive: except TimeoutError:",
+    },
+    "test_loading.py::test_an_error_in_a_worker_is_told_with_its_place": {
+        "cifar/data/loading.py receive: words = bytearray()",
+    },
+    "test_gpu.py::test_no_step_reads_from_the_device": {
+        "cifar/device.py __init__: self._event = torch.cuda.Event(enable_timing=timed, blocking",
+        "cifar/device.py wait: self._event.synchronize()",
+    },
+    "test_gpu.py::test_two_ranks_learn_the_digits": {
+        "cifar/device.py seconds_since: return float(earlier._event.elapsed_time(self._event)) / 100",
+    },
+    "test_failure.py::test_what_one_rank_is_asked_in_a_step_all_do_right_after_it": {
+        "cifar/evaluation.py _predict: return None",
+        "cifar/evaluation.py evaluate: return None",
+    },
+    "test_failure.py::test_a_rank_that_dies_is_started_again_in_place": {
+        "cifar/launch.py _rejoin: from torch.distributed import PrefixStore, TCPStore, init_pr",
+    },
+    "test_explain.py::test_the_accuracy_is_the_runs_own_and_every_count_agrees": {
+        "cifar/evaluation.py evaluate_whole: evaluated = evaluate(accelerator, network, images, data)",
+    },
+    "test_graph.py::test_a_graph_that_cannot_be_trusted_is_not_used": {
+        "cifar/graph.py __call__: return self.eager(model, images, labels, write_failed)",
+        "cifar/graph.py _capture: except torch.OutOfMemoryError as error:",
+        "cifar/graph.py _capture: self.graphs.clear()",
+        'cifar/graph.py _first_line: return f"{type(error).__name__}: {str(error).splitlines()[0]',
+        "cifar/graph.py problem: except (RuntimeError, ValueError) as error:  # ValueError: b",
+        'cifar/graph.py problem: return f"its gradients differ by {difference:.3g} from the e',
+    },
+    "test_gpu.py::test_a_run_by_graphs_is_the_same_run": {
+        'cifar/graph.py _captured: return torch.cuda.graph(graph, pool, capture_error_mode="thr',
+        "cifar/graph.py _pool: return torch.cuda.graph_pool_handle()",
+        "cifar/graph.py capture: torch.cuda.synchronize()",
+        "cifar/graph.py side_stream: stream, current = torch.cuda.Stream(device), torch.cuda.curr",
+    },
+    "test_gpu.py::test_a_failed_capture_leaves_nothing_behind": {
+        "cifar/graph.py _clean_up: device = torch.cuda.current_device()",
+    },
+    "test_graph.py::test_a_run_by_graphs_is_the_same_run": {
+        "cifar/graph.py average_gradients: if self.accelerator.num_processes > 1: (never skipped)",
+        "cifar/graph.py problem: allowed += TOLERANCE * eager.norm()",
+    },
+    "test_augment.py::test_both_ways_draw_the_same_values_equally_often": {
+        "cifar/data/augment_device.py augment: if pipeline.cutout: (never skipped)",
+        "cifar/data/augment_device.py augment: shift, scale = _light(pipeline.brightness, pipeline.contrast",
+        "cifar/data/augment_device.py _light: levels = np.arange(LEVELS)",
+        "cifar/data/augment_device.py draw: own = philox.words(seed, indices, np.uint64(0), np.uint64(2)",
+    },
+    "test_graph.py::test_two_ranks_by_graphs_train_as_with_ddp": {
+        "cifar/graph.py average_gradients: if sent is not self.flat: (never skipped)",
+    },
+    "test_gpu.py::test_a_compiled_network_learns_in_real_float32_and_without_a_graph": {
+        'cifar/graph.py problem: return "the network is compiled"',
+    },
+    "test_launch.py::test_what_was_launched_wrongly_is_refused_in_one_line": {
+        'cifar/launch.py _check_numbers: os.environ["RANK"] = "0"  # so that this process prints the ',
+        'cifar/launch.py _check_numbers: what = "WORLD_SIZE" if several else "LOCAL_RANK"',
+    },
+    "test_gpu.py::test_a_killed_run_goes_on_to_the_same_bytes": {
+        'cifar/launch.py computed_on: found["device"] = torch.cuda.get_device_name(accelerator.dev',
+        "cifar/launch.py prepare: accelerator.scaler.load_state_dict(scaler)",
+    },
+    "test_gpu.py::test_every_precision_learns_the_digits": {
+        "cifar/launch.py memory_bytes: return torch.cuda.max_memory_allocated(device)",
+        "cifar/launch.py native_bf16: return bool(torch.cuda.is_bf16_supported(including_emulation",
+        "cifar/launch.py start: if on_cpu: (never skipped)",
+    },
+    "test_gpu.py::test_a_profile_sees_the_gpu": {
+        'cifar/profiling.py _computes: on_gpu = event.device_type.name == "CUDA" and not event.is_u',
+    },
+    "test_profiling.py::test_an_attempt_with_few_steps_left_and_one_without_room_train_on": {
+        "cifar/profiling.py _write: except OSError as error:",
+        "cifar/profiling.py of_steps: steps = 0",
+    },
 }
+# What depends on the processor or the C library.
+OF_THIS_MACHINE = ("topology:", "_keep_freed_memory:")
 
 
-def mentions_cuda(tree: ast.AST) -> bool:
-    return any(
-        (isinstance(node, ast.Attribute) and node.attr == "cuda")
-        or (isinstance(node, ast.Constant) and node.value == "cuda")
-        for node in ast.walk(tree)
-    )
-
-
-def places(path: Path) -> Iterator[str]:
-    """Each innermost function, and each assignment outside of them, that mentions CUDA."""
-
-    def below(node: ast.AST) -> Iterator[str]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                if not isinstance(child, ast.ClassDef) and mentions_cuda(child):
-                    yield child.name
-                elif isinstance(child, ast.ClassDef):
-                    yield from below(child)
-            elif isinstance(child, ast.Assign | ast.AnnAssign) and mentions_cuda(child):
-                target = child.targets[0] if isinstance(child, ast.Assign) else child.target
-                yield ast.unparse(target)
-
-    for name in below(ast.parse(path.read_text())):
-        yield f"{path.relative_to(ROOT)} {name}"
-
-
-def test_everything_that_is_different_on_a_gpu_has_a_test_there() -> None:
+def modules() -> list[str]:
+    """Those that do something else on a GPU."""
     paths = [*ROOT.glob("cifar/**/*.py"), ROOT / "train.py", ROOT / "explain.py"]
-    found = {place for path in paths if path.parent.name != "bench" for place in places(path)}
-    assert found == set(ON_A_GPU)
-    for test in ON_A_GPU.values():
-        assert callable(getattr(test_gpu, test))
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted(paths)
+        if path.parent.name != "bench" and re.search(r"[.\"]cuda\b", path.read_text())
+    ]
+
+
+def pieces(path: str, measured: dict[str, Any]) -> Iterator[str]:
+    """The first line of each piece of a module that was not run, after its function; and each branch not taken."""
+    source = (ROOT / path).read_text()
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    lines, missing = source.splitlines(), set(measured["missing_lines"])
+    skipped = missing | set(measured["excluded_lines"])
+
+    def piece(number: int, branch: str = "") -> str:
+        within = [node for node in functions if node.lineno <= number <= (node.end_lineno or 0)]
+        name = max(within, key=lambda node: node.lineno).name
+        return f"{path} {name}: {lines[number - 1].strip()[:60]}{branch}"
+
+    run = sorted(set(measured["executed_lines"]))
+    for number in sorted(missing):
+        before = max((other for other in (*run, *missing) if other < number), default=0)
+        if before not in missing:
+            yield piece(number)
+    for line, to in measured["missing_branches"]:
+        if line not in missing and to not in skipped and not lines[line - 1].lstrip().startswith("for "):
+            yield piece(line, " (never skipped)")
+
+
+@pytest.mark.slow
+def test_everything_that_no_cpu_runs_has_a_test_that_runs_it(shapes: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "coverage.ini"
+    settings.write_text(
+        f"[run]\nbranch = true\nparallel = true\ndata_file = {tmp_path / 'data'}\nsource = cifar\n"
+        "patch =\n    subprocess\n    _exit\n[report]\nexclude_also =\n    raise UserError\n    raise AssertionError\n"
+        f"include =\n{''.join(f'    {name}{chr(10)}' for name in modules())}"
+    )
+    unit_tests = [f"tests/test_{name}.py" for name in ("device", "loop", "evaluation")]
+    few = tmp_path / "few"  # test images: test-time augmentation takes a quarter, which is fewer than there are ranks
+    for folder in shapes.glob("test/*"):
+        (few / "test" / folder.name).mkdir(parents=True)
+        (few / "test" / folder.name / "00.png").symlink_to(folder / "00.png")
+    (few / "train").symlink_to(shapes / "train")
+    train = (str(project(tmp_path, FAITHFUL)), "--data", str(few), "--epochs", "3")
+    for words in (
+        ("run", "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", "not slow", *unit_tests),
+        ("run", *train, "--run", str(tmp_path / "1"), "--peak-epoch", "1", "--network", "small",
+         "--augment", "device", "--global-batch-size", "16", "--gradient-accumulation-steps", "2"),
+        ("run", "-m", "accelerate.commands.launch", *THREE, *train, "--run", str(tmp_path / "3"),
+         "--recipe", "speedrun", "--global-batch-size", "15", "--freeze-at", "0.5", "--peak-epoch", "0",
+         "--cuda-graph", "auto", "--profile", "2", "--deterministic", "--augment", "albumentations",
+         "--gradient-compression", "bf16"),
+        ("combine",), ("json", "-o", str(tmp_path / "found.json")),
+    ):  # fmt: skip
+        coverage = [sys.executable, "-m", "coverage", words[0], f"--rcfile={settings}", *words[1:]]
+        done = subprocess.run(coverage, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    files = json.loads((tmp_path / "found.json").read_text())["files"]
+    found = {piece for path, measured in files.items() for piece in pieces(path, measured)}
+    found = {each for each in found if each.split(" ")[1] not in OF_THIS_MACHINE}
+    assert found == set().union(*NOT_ON_A_CPU.values())
+    for test in NOT_ON_A_CPU:
+        module, name = test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / module).read_text()
 
 
 @pytest.mark.slow

@@ -476,9 +476,10 @@ def test_if_one_of_two_ranks_fails_to_capture_both_go_on_without(
     assert float(str(result(tmp_path / "run")["test_accuracy"])) > 0.9
 
 
-def test_two_ranks_stop_together_and_go_on(two: Callable[..., TwoLaunchers], tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", ["auto", "off"])
+def test_two_ranks_stop_together_and_go_on(graph: str, two: Callable[..., TwoLaunchers], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    pair = two(run, "--epochs", 40, precision=PRECISIONS[0])
+    pair = two(run, "--epochs", 40, "--cuda-graph", graph, precision=PRECISIONS[0])
     wait_for((run / "checkpoints/step-0000005").exists, *pair.launchers)
     pair.rank(1).send_signal(signal.SIGTERM)
     outputs = pair.outputs()

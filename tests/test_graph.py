@@ -85,15 +85,20 @@ def test_two_ranks_by_graphs_train_as_with_ddp(finished: Finished) -> None:
 
 FAILING = "def capture(step):\n    raise RuntimeError('CUDA error: operation not permitted')\n"
 WRONG = "def capture(step):\n    return lambda: (step(), [a.mul_(1.1) for a in step.__self__.gradients])\n"
+FULL = (
+    "import torch\ndef init(*arguments):\n    raise torch.OutOfMemoryError('CUDA out of memory.\\nMore')\n"
+    "graph._Graph.__init__, capture = init, None\n"
+)
 
 
 @pytest.mark.parametrize(
     ("capture", "reason"),
     [
+        (FULL, "OutOfMemoryError: CUDA out of memory."),
         (FAILING, "RuntimeError: CUDA error: operation not permitted"),
         (WRONG, "its gradients differ by "),
     ],
-    ids=["failing", "wrong"],
+    ids=["full", "failing", "wrong"],
 )
 def test_a_graph_that_cannot_be_trusted_is_not_used(capture: str, reason: str, finished: Finished) -> None:
     output, directory = finished("dropout", f"{ON_A_CPU}{capture}graph.capture = capture", ONE)
