@@ -39,13 +39,13 @@ VIEWS = tuple(
 class Evaluation(NamedTuple):
     """Probabilities float32 [n, classes] in the order of the test images, mean cross-entropy, and accuracy.
 
-    `accuracy_of_views` is the accuracy with test-time augmentation, where that was asked for.
+    `accuracy_tta` is the accuracy with test-time augmentation, where that was asked for.
     """
 
     probabilities: npt.NDArray[np.float32]
     loss: float
     accuracy: float
-    accuracy_of_views: float | None
+    accuracy_tta: float | None
 
 
 @record_function(profiling.EVALUATION)
@@ -64,15 +64,15 @@ def evaluate(
         return None
     loss = float(-log_probabilities[np.arange(len(labels)), labels].mean(dtype=np.float64))
     predicted = log_probabilities.argmax(axis=1)
-    accuracy, accuracy_of_views = float((predicted == labels).mean()), None
+    accuracy, accuracy_tta = float((predicted == labels).mean()), None
     if tta:
         unsure = np.sort(log_probabilities.max(axis=1).argsort(kind="stable")[: len(labels) // 4])
         again = _predict(accelerator, network, images, data, unsure, VIEWS)
         if again is None:
             return None
         predicted[unsure] = again.argmax(axis=1)
-        accuracy_of_views = float((predicted == labels).mean())
-    return Evaluation(np.exp(log_probabilities), loss, accuracy, accuracy_of_views)
+        accuracy_tta = float((predicted == labels).mean())
+    return Evaluation(np.exp(log_probabilities), loss, accuracy, accuracy_tta)
 
 
 def evaluate_whole(accelerator: Accelerator, network: nn.Module, images: torch.Tensor, data: Data) -> Evaluation:

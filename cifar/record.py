@@ -286,7 +286,7 @@ class RunRecord:
             learning_rate=self.schedule.learning_rate(progress.step - 1),
             images_per_second=self.tracker.epochs_images_per_second(),
             seconds=self._seconds(),
-            test_accuracy_of_views=evaluation.accuracy_of_views,
+            test_accuracy_tta=evaluation.accuracy_tta,
         )
         self.tracker.say_epoch(metrics)
         if not math.isnan(sum(own_works)):
@@ -363,7 +363,7 @@ class RunRecord:
         )
         result = {
             "test_accuracy": final.test_accuracy,
-            "test_accuracy_of_views": final.test_accuracy_of_views,
+            "test_accuracy_tta": final.test_accuracy_tta,
             "test_loss": final.test_loss,
             "images_per_second": self.tracker.images_per_second(),
             "seconds": self._seconds(),

@@ -30,6 +30,7 @@ from cifar.recipes import Recipe, RunOptions
 # Restart counters of the launcher and of Slurm: `--resume never` only applies to the first start.
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 VERSIONS_OF = ("torch", "torchvision", "accelerate", "albumentations", "numpy", "safetensors")
+EARLIER_NAMES = {"test_accuracy_of_views": "test_accuracy_tta"}  # in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class EpochMetrics:
     learning_rate: float
     images_per_second: float
     seconds: float
-    test_accuracy_of_views: float | None = None  # with test-time augmentation
+    test_accuracy_tta: float | None = None  # with test-time augmentation (TTA)
 
 
 def read_status(directory: Path) -> dict[str, Any]:
@@ -206,7 +207,9 @@ def _read_metrics(directory: Path) -> list[EpochMetrics]:
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError, TypeError):  # a line that a crash cut short: its epoch is evaluated again
-            found.append(EpochMetrics(**json.loads(line)))
+            found.append(
+                EpochMetrics(**{EARLIER_NAMES.get(name, name): value for name, value in json.loads(line).items()})
+            )
     return found
 
 

@@ -159,8 +159,8 @@ class Tracker:
         for part in hparams(fields, accuracy):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
         self.writer.add_scalar(*accuracy.popitem(), result["steps"])
-        views = result["test_accuracy_of_views"]
-        of_views = "" if views is None else f" ({views:.2%} with test-time augmentation)"
+        with_tta = result["test_accuracy_tta"]
+        tta = "" if with_tta is None else f" ({with_tta:.2%} with test-time augmentation)"
         spent = result["seconds_of_this_attempt"]
         most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
         works = [1000 * seconds for seconds in result["step_seconds_of_ranks"]]
@@ -168,7 +168,7 @@ class Tracker:
             fast, slow = (f"{end(works):,.2f} ms (rank {works.index(end(works))})" for end in (min, max))
             self.say(f"own work in a step: {fast} to {slow}")
         self.say(
-            f"finished: test accuracy {result['test_accuracy']:.2%}{of_views} in {result['seconds']:.0f} s "
+            f"finished: test accuracy {result['test_accuracy']:.2%}{tta} in {result['seconds']:.0f} s "
             f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run_dir}"
         )
 

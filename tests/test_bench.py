@@ -98,6 +98,16 @@ def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
     assert f"train.py: error: --data {tmp_path / 'missing'} does not exist" in capfd.readouterr().err
 
 
+def test_a_gpu_is_measured_in_fewer_and_shorter_turns_unless_told_otherwise(tmp_path: Path) -> None:
+    found = []
+    for gpus in (0, 1):
+        for turns in ((0, 0.0), (9, 0.5)):
+            bench = Bench("resnet", *turns, tmp_path)
+            bench.runs_on({"gpus": gpus})
+            found.append((bench.repeats, bench.seconds))
+    assert found == [(5, 5.0), (9, 0.5), (3, 1.0), (9, 0.5)]
+
+
 def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> None:
     bench = Bench("resnet", 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0})
     run = tmp_path / "run"
@@ -297,11 +307,11 @@ def test_the_model_is_measured_only_where_namespaces_can_be_made(tmp_path: Path)
 
 
 def test_curves_of_one_name_share_a_colour_and_a_mean(tmp_path: Path) -> None:
-    def run(name: str, accuracies: list[float], of_views: float | None = None) -> Path:
+    def run(name: str, accuracies: list[float], tta: float | None = None) -> Path:
         lines = [{"seconds": 60.0 * (n + 1), "test_accuracy": accuracy} for n, accuracy in enumerate(accuracies)]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(
-            "\n".join(json.dumps(line) for line in [*lines[:-1], {**lines[-1], "test_accuracy_of_views": of_views}])
+            "\n".join(json.dumps(line) for line in [*lines[:-1], {**lines[-1], "test_accuracy_tta": tta}])
         )
         return tmp_path / name
 

@@ -49,9 +49,9 @@ def test_views_are_of_the_least_sure_quarter_and_change_nothing_else(shapes: Pat
     once, again = (evaluation.evaluate(accelerator, network, images, data, tta=tta) for tta in (False, True))
     assert once is not None
     assert again is not None
-    assert once.accuracy_of_views is None
+    assert once.accuracy_tta is None
     assert network.shown == [22, 22, *[22 // 4] * 10]
     assert np.array_equal(again.probabilities, once.probabilities)
     assert (again.loss, again.accuracy) == (once.loss, once.accuracy)
     # Mirrored, moved by a pixel or made smaller these images are as bright, so that every view says the same.
-    assert again.accuracy_of_views == again.accuracy
+    assert again.accuracy_tta == again.accuracy

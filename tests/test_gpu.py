@@ -323,7 +323,7 @@ def test_a_run_by_graphs_is_the_same_run(name: str, tmp_path: Path) -> None:
         output = ended_well(*words)
         assert "no CUDA graph" not in output
         assert (f"replayed {STEPS}" in output) == (graph == "auto")
-        assert (result(tmp_path / graph)["test_accuracy_of_views"] is None) == (name != "speedrun")
+        assert (result(tmp_path / graph)["test_accuracy_tta"] is None) == (name != "speedrun")
     for file in ("model.safetensors", "predictions.safetensors"):
         assert (tmp_path / "auto" / file).read_bytes() == (tmp_path / "off" / file).read_bytes(), file
 

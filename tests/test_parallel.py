@@ -99,7 +99,7 @@ def test_two_processes_run_a_speedrun_with_compressed_gradients(shapes: Path, tr
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["world_size"], result["steps"]) == (2, 12)
-    assert result["test_accuracy_of_views"] > 1 / 2  # four shapes: it has learned something
+    assert result["test_accuracy_tta"] > 1 / 2  # four shapes: it has learned something
     weights = load_file(tmp_path / "run" / "model.safetensors")
     state = load_file(tmp_path / "run" / "checkpoints/step-0000012/optimizer.safetensors")
     assert not any(name.startswith("whitening") for name in state)  # set once, and not learned

@@ -125,8 +125,12 @@ def test_a_crash_before_the_export_costs_no_probabilities(tmp_path: Path) -> Non
 def test_files_of_an_earlier_version_are_taken_up(tmp_path: Path) -> None:
     history(attempt.claim(tmp_path, 1), 0, 1, 5).export()
     (tmp_path / "predictions.log").unlink()
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(lines.replace('test_accuracy_tta": null', 'test_accuracy_of_views": 0.5'))
     history(attempt.claim(tmp_path, 1), 50, 6, 7).export()
     assert_holds(tmp_path, 7)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["test_accuracy_tta"] for line in lines.splitlines()] == [0.5] * 5 + [None] * 2
     assert_exported(tmp_path, 7)
 
 

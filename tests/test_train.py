@@ -74,7 +74,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert set(result) == {
         "test_accuracy", "test_loss", "images_per_second", "seconds", "steps", "epochs", "world_size", "precision",
-        "parameters", "test_accuracy_of_views", "seconds_of_this_attempt", "step_seconds_of_ranks",
+        "parameters", "test_accuracy_tta", "seconds_of_this_attempt", "step_seconds_of_ranks",
     }  # fmt: skip
     spent = result["seconds_of_this_attempt"]
     assert set(spent) == {
@@ -285,15 +285,15 @@ def test_views_are_evaluated_at_the_end_alone_and_told_beside_the_plain_accuracy
     finished: Path, variants: Callable[[str], Path]
 ) -> None:
     directory = variants("speedrun")
-    of_views = [metrics["test_accuracy_of_views"] for metrics in without_times(directory)]
-    assert of_views[:-1] == [None, None]
+    tta = [metrics["test_accuracy_tta"] for metrics in without_times(directory)]
+    assert tta[:-1] == [None, None]
     result = json.loads((directory / "result.json").read_text())
-    assert result["test_accuracy_of_views"] == of_views[-1]
+    assert result["test_accuracy_tta"] == tta[-1]
     predictions = safetensors.torch.load_file(directory / "predictions.safetensors")
     plain = (predictions["predictions"][-1] == predictions["labels"]).float().mean().item()
     assert result["test_accuracy"] == pytest.approx(plain)
-    assert abs(of_views[-1] - plain) <= 5 / 22 + 1e-9  # only the least sure quarter may change
-    assert json.loads((finished / "result.json").read_text())["test_accuracy_of_views"] is None
+    assert abs(tta[-1] - plain) <= 5 / 22 + 1e-9  # only the least sure quarter may change
+    assert json.loads((finished / "result.json").read_text())["test_accuracy_tta"] is None
 
 
 @pytest.mark.slow

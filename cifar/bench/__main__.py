@@ -45,8 +45,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (everything)")
     parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(recipes.RECIPES)}")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each program (5)")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="seconds per measurement (5)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="measurements of each program (5; on a GPU 3)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="seconds per measurement (5; on a GPU 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement to this file")
     arguments = parser.parse_args(argv)
     for part in arguments.parts:
@@ -54,9 +54,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"part {part!r} is unknown; choose among: {', '.join(PARTS)}")
     if arguments.recipe not in recipes.RECIPES:
         raise UserError(f"--recipe {arguments.recipe!r} is unknown; choose one of: {', '.join(recipes.RECIPES)}")
-    if arguments.repeats < 2:
+    if arguments.repeats is not None and arguments.repeats < 2:
         raise UserError(f"--repeats {arguments.repeats} has no spread; give at least 2")
-    if not 0 < arguments.seconds <= 3600:
+    if arguments.seconds is not None and not 0 < arguments.seconds <= 3600:
         raise UserError(f"--seconds {arguments.seconds:g} is outside 0..3600; give e.g. 5")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no such folder; make it first")
@@ -65,7 +65,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Measures the parts that are asked for, and prints each when it is done."""
-    bench = Bench(arguments.recipe, arguments.repeats, arguments.seconds, folder)
+    bench = Bench(arguments.recipe, arguments.repeats or 0, arguments.seconds or 0.0, folder)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     found: list[Measurement] = []
     for name, (part, _) in PARTS.items():

@@ -18,6 +18,9 @@ from cifar.data.cache import open_data
 
 IMAGES = {"train": 25_000, "test": 5_000}
 EPOCH = 50_000  # images: CIFAR-10's
+# Repeats, and seconds of each turn, by default. A GPU makes hundreds of steps in a second, and the starts of the
+# programs take most of the time there.
+ON_A_CPU, ON_A_GPU = (5, 5.0), (3, 1.0)
 COPY = "memory copy"  # name of the memory-bandwidth limit, in bytes per second
 
 
@@ -31,13 +34,19 @@ class Bench:
     """One invocation of the benchmark. Programs write to `folder`, which is deleted at the end."""
 
     recipe: str
-    repeats: int
+    repeats: int  # 0: the machine's default, as for the next
     seconds: float  # of one turn
     folder: Path
     machine: Answer = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)  # what does not depend on time
     _training: dict[str, list[Answer]] | None = None
+
+    def runs_on(self, machine: Answer) -> None:
+        """Takes what is known of the machine, and its defaults."""
+        self.machine = machine
+        repeats, seconds = ON_A_GPU if machine["gpus"] else ON_A_CPU
+        self.repeats, self.seconds = self.repeats or repeats, self.seconds or seconds
 
     @property
     def precision(self) -> str:

@@ -1,7 +1,7 @@
 """Test accuracy over training time: several runs in one picture.
 
-Reads each run's metrics.jsonl, of which it needs `seconds` and `test_accuracy`, and `test_accuracy_of_views` where it
-is there: other programs' runs can be drawn beside this one's.
+Reads each run's metrics.jsonl, of which it needs `seconds` and `test_accuracy`, and `test_accuracy_tta` where it is
+there: other programs' runs can be drawn beside this one's.
 """
 
 import argparse
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
 
     seconds: list[float]
     accuracies: list[float]
-    of_views: float | None
+    tta: float | None
 
 
 def read(run: Path) -> Curve:
@@ -39,7 +39,8 @@ def read(run: Path) -> Curve:
         raise UserError(f"{path} cannot be read ({error}); name a run's directory") from None
     if not lines:
         raise UserError(f"{path} has no evaluation yet; draw it after the run's first epoch")
-    return Curve(seconds, accuracies, lines[-1].get("test_accuracy_of_views"))
+    tta = lines[-1].get("test_accuracy_tta", lines[-1].get("test_accuracy_of_views"))  # its earlier name
+    return Curve(seconds, accuracies, tta)
 
 
 def draw(runs: dict[str, list[Curve]]) -> Figure:
@@ -49,7 +50,7 @@ def draw(runs: dict[str, list[Curve]]) -> Figure:
     for number, (name, curves) in enumerate(runs.items()):
         colour = f"C{number % 10}"
         label = f"{name}: {_mean([curve.accuracies[-1] for curve in curves])}"
-        seen = [curve.of_views for curve in curves if curve.of_views is not None]
+        seen = [curve.tta for curve in curves if curve.tta is not None]
         if seen:
             label += f", {_mean(seen)} with TTA"
         if len(curves) > 1:
@@ -57,8 +58,8 @@ def draw(runs: dict[str, list[Curve]]) -> Figure:
         for curve in curves:
             minutes = [seconds / 60 for seconds in curve.seconds]
             axes.plot(minutes, [100 * accuracy for accuracy in curve.accuracies], ".-", color=colour, lw=1, label=label)
-            if curve.of_views is not None:
-                axes.plot(minutes[-1], 100 * curve.of_views, "x", color=colour)
+            if curve.tta is not None:
+                axes.plot(minutes[-1], 100 * curve.tta, "x", color=colour)
             label = "_"  # one legend entry per name
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -22,9 +22,9 @@ COPIED = 1 << 28  # bytes, many times the caches
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """Measures the limits; also sets `bench.machine` and `bench.limits`."""
+    """Measures the limits; also sets `bench.limits`, and what depends on the machine."""
     with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
-        bench.machine = program.turn("facts")
+        bench.runs_on(program.turn("facts"))
         shapes = (*SHAPES, FILLS_A_GPU) if bench.machine["gpus"] else SHAPES
         contestants: dict[str, tuple[Program, dict[str, Any]]] = {
             f"{precision} {shape}": (program, {"do": "multiply", "precision": precision, "shape": shape})

@@ -46,7 +46,7 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
             "gradient": network[2].weight.grad,  # type: ignore[dict-item]
             "totals": torch.tensor([metrics.loss, metrics.correct]),
             "probabilities": torch.from_numpy(evaluated.probabilities),
-            "evaluation": torch.tensor([evaluated.loss, evaluated.accuracy, evaluated.accuracy_of_views]),
+            "evaluation": torch.tensor([evaluated.loss, evaluated.accuracy, evaluated.accuracy_tta]),
         },
         Path(output, f"{ranks}-{accumulation_steps}-{rank}.safetensors"),
     )
