@@ -172,11 +172,6 @@ def found(directory: Path) -> list[Path]:
     return sorted((directory / name for name in names if _NAME.fullmatch(name)), key=_order, reverse=True)
 
 
-def step_of(path: Path) -> int:
-    """Returns the step in the name of one of the checkpoints that were `found`."""
-    return _order(path)[0]
-
-
 def _order(path: Path) -> tuple[int, int]:
     """Returns step and attempt: of two checkpoints of the same step, the later one is complete."""
     match = _NAME.fullmatch(path.name)

@@ -228,6 +228,11 @@ def poisoned(step: int) -> str:
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.split("-")[1])
+
+
 def command(*arguments: object, launcher: tuple[str, ...] = ()) -> list[str]:
     """`python train.py ...`, or `accelerate launch <launcher> train.py ...`."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher]

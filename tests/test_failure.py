@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, command, poisoned
+from conftest import ROOT, command, poisoned, step_of
 from helpers.launching import THREE, TWO, TwoLaunchers, project
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import DistBackendError
@@ -91,8 +91,8 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", read: int | None = No
 
 def wait_for_steps(run: Path, steps: int, process: "subprocess.Popen[str]") -> None:
     """Waits for a checkpoint so many steps further, or more: not every step has one."""
-    newest, deadline = checkpoint.step_of(checkpoint.found(run / "checkpoints")[0]), time.monotonic() + 300
-    while checkpoint.step_of(checkpoint.found(run / "checkpoints")[0]) < newest + steps:
+    newest, deadline = step_of(checkpoint.found(run / "checkpoints")[0]), time.monotonic() + 300
+    while step_of(checkpoint.found(run / "checkpoints")[0]) < newest + steps:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -411,7 +411,7 @@ def test_whatever_ends_the_launcher_its_ranks_save_and_stop(
     assert status(run)["reason"] in ("SIGINT asked to stop", "SIGTERM asked to stop")
     newest, broken = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
+    assert (step_of(newest), broken) == (status(run)["step"], [])
     assert f"stopped on request after step {status(run)['step']}; the same command resumes from there" in output
 
 
@@ -446,7 +446,7 @@ def test_a_launcher_that_is_killed_costs_no_slow_save_and_no_slow_step(
     assert status(run)["state"] == "preempted", output
     newest, broken = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
+    assert (step_of(newest), broken) == (status(run)["step"], [])
 
 
 IN_A_STEP = "def step(rank, number):\n    if (rank, number) == (1, 5): os.kill(os.getpid(), signal.SIGTERM)"
@@ -469,7 +469,7 @@ def test_what_one_rank_is_asked_in_a_step_all_do_right_after_it(
     assert status(run) == {"state": "preempted", "step": last_step, "reason": "another rank asked to stop"}
     newest, _ = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    assert checkpoint.step_of(newest) == last_step
+    assert step_of(newest) == last_step
     assert not (
         run / "metrics.jsonl"
     ).read_text()  # the first epoch's end is step 6: its evaluation is not half recorded
@@ -489,7 +489,7 @@ def test_where_metrics_come_back_later_all_ranks_stop_after_the_same_step(
     assert status(run) == {"state": "preempted", "step": 5, "reason": "another rank asked to stop"}
     newest, _ = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    assert checkpoint.step_of(newest) == 5
+    assert step_of(newest) == 5
 
 
 def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
@@ -506,7 +506,7 @@ def test_a_second_signal_does_not_spoil_the_first_ones_checkpoint(
     newest, broken = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert broken == []
     assert newest is not None
-    assert checkpoint.step_of(newest) == status(tmp_path / "run")["step"]
+    assert step_of(newest) == status(tmp_path / "run")["step"]
     assert status(tmp_path / "run")["state"] == "preempted"
 
 
@@ -664,7 +664,7 @@ def test_a_terminal_that_is_closed_is_a_stop_request(
     assert status(run)["reason"] == "SIGHUP asked to stop"
     newest, _ = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    assert checkpoint.step_of(newest) == status(run)["step"]
+    assert step_of(newest) == status(run)["step"]
 
 
 def test_nohup_is_respected(shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]) -> None:

@@ -26,7 +26,7 @@ import psutil
 import pytest
 import safetensors.numpy
 import test_parallel
-from conftest import GPU_ENVIRONMENT, REHEARSAL, ROOT, command
+from conftest import GPU_ENVIRONMENT, REHEARSAL, ROOT, command, step_of
 from helpers.launching import TwoLaunchers
 from PIL import Image
 from safetensors.torch import load_file
@@ -486,7 +486,7 @@ def test_two_ranks_stop_together_and_go_on(graph: str, two: Callable[..., TwoLau
     assert status(run)["state"] == "preempted", outputs
     newest, broken = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    assert (checkpoint.step_of(newest), broken) == (status(run)["step"], [])
+    assert (step_of(newest), broken) == (status(run)["step"], [])
 
 
 def errors(output: str) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, SHAPES, draw, poisoned
+from conftest import ROOT, SHAPES, draw, poisoned, step_of
 from helpers.networks.small import SECONDS
 from helpers.slurm_cluster import Cluster, reason_to_skip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -261,7 +261,7 @@ class Struck:
 
     def newest(self) -> int:
         """The step of the newest checkpoint."""
-        return checkpoint.step_of(checkpoint.found(self.job.run / "checkpoints")[0])
+        return step_of(checkpoint.found(self.job.run / "checkpoints")[0])
 
 
 @pytest.fixture(scope="module")
@@ -454,13 +454,13 @@ def test_the_newest_checkpoint_is_truncated(struck: Struck) -> None:
     job.cluster.wait(lambda: not any(job.cluster.ranks(node) for node in nodes), "the ranks to end")
     newest, _ = checkpoint.newest(job.run / "checkpoints")
     assert newest is not None
-    assert checkpoint.step_of(newest) >= before
+    assert step_of(newest) >= before
     os.truncate(newest / "optimizer.safetensors", 1000)
     job.cluster.call("scontrol", "release", job.number)
     said = struck.goes_on(said_before)
     assert "warned at" not in said
     assert f"skipped a broken checkpoint: {newest}/optimizer.safetensors does not match" in said
-    assert checkpoint.step_of(newest) - EVERY <= resumed_at(said) < checkpoint.step_of(newest)
+    assert step_of(newest) - EVERY <= resumed_at(said) < step_of(newest)
 
 
 def test_the_controller_restarts_and_training_does_not_notice(struck: Struck) -> None:

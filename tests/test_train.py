@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import Disk, Train, command, poisoned
+from conftest import Disk, Train, command, poisoned, step_of
 from helpers.launching import TWO, project
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -254,7 +254,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         process.send_signal(signal.SIGKILL)
         assert resumed in process.communicate()[0]
         for later in checkpoint.found(directory / "checkpoints"):  # as if the kill had come right after this one
-            if checkpoint.step_of(later) > step:
+            if step_of(later) > step:
                 shutil.rmtree(later)
         assert json.loads((directory / "status.json").read_text())["state"] == "running"
         resumed = f"resuming from {directory}/checkpoints/step-{step:07d}"
@@ -315,7 +315,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bytes(
         assert status == {"state": "preempted", "step": status["step"], "reason": f"{number.name} asked to stop"}
         newest, _ = checkpoint.newest(directory / "checkpoints")
         assert newest is not None
-        assert last < checkpoint.step_of(newest) == status["step"] < STEPS
+        assert last < step_of(newest) == status["step"] < STEPS
         last = status["step"]
     done = ended(script, all_arguments)
     assert done.returncode == 0, done.stderr
