@@ -98,7 +98,7 @@ class Job:
     def wait_step(self, step: int) -> None:
         """Waits for the checkpoint of that step."""
         checkpoints = self.run / "checkpoints"
-        newest = lambda: max(map(checkpoint.step_of, checkpoint.found(checkpoints)), default=0)  # noqa: E731
+        newest = lambda: max(map(step_of, checkpoint.found(checkpoints)), default=0)  # noqa: E731
         self.cluster.wait(lambda: newest() >= step, f"step {step} of job {self.number}: {self.text()}")
 
     def wait_state(self, *states: str) -> None:

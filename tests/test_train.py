@@ -204,7 +204,7 @@ def ended(script: Path, arguments: list[object], launcher: tuple[str, ...] = ())
 
 
 def newest_step(directory: Path) -> int:
-    return max(map(checkpoint.step_of, checkpoint.found(directory / "checkpoints")), default=0)
+    return max(map(step_of, checkpoint.found(directory / "checkpoints")), default=0)
 
 
 VARIANTS = {
