@@ -449,7 +449,7 @@ def command_line(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if _prints_shared_messages():
+        if _prints(error.status):
             print(f"{program}: {error.prefix}{error}", file=sys.stderr)
         leave(error.status)
     except KeyboardInterrupt:
@@ -457,12 +457,21 @@ def command_line(program: str) -> Iterator[None]:
     leave(0)
 
 
-def _prints_shared_messages() -> bool:
-    """Returns whether this process prints what all ranks know.
+def _prints(status: int) -> bool:
+    """Returns whether this process prints what all ranks know: rank 0 does, or one that is alone, whatever its RANK.
 
-    Rank 0 does, or a process that is alone, whatever its RANK.
+    A user's error is printed by another rank of rank 0's machine, too, if rank 0 has not done it after some seconds. A
+    launcher ends the others by SIGTERM as soon as one rank has exited, so nobody would: a rank 0 that has just started
+    does not catch it yet. The same signal tells the other ranks that rank 0 has exited.
     """
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return True
+    if status != USER_ERROR or os.environ.get("GROUP_RANK") != "0":
+        return False
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not stop.requested() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not stop.requested()
 
 
 def leave(status: int) -> NoReturn:
@@ -477,7 +486,6 @@ def leave(status: int) -> NoReturn:
     0, whose launcher should be last, exits last.
     """
     if status == USER_ERROR:
-        _await_message_of_rank_0()
         _tell_the_job(status)
     if os.environ.get("WORLD_SIZE", "1") == "1" or _watch is None:
         sys.exit(status)
@@ -486,18 +494,6 @@ def leave(status: int) -> NoReturn:
     sys.stderr.flush()
     _outlive_the_others()
     os._exit(status)
-
-
-def _await_message_of_rank_0() -> None:
-    """Waits, on rank 0's machine, for rank 0's exit, for at most PATIENCE_SECONDS: rank 0 prints a user's error.
-
-    The launcher ends the others by SIGTERM as soon as one rank has exited. A rank 0 that has just started and does not
-    catch it yet would print nothing.
-    """
-    if not _prints_shared_messages() and os.environ.get("GROUP_RANK") == "0":
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not stop.requested() and time.monotonic() < deadline:
-            time.sleep(0.05)
 
 
 def _outlive_the_others() -> None:
@@ -598,13 +594,11 @@ def _say_and_exit(end: End) -> NoReturn:
     # by rank 0 only.
     with suppress(OSError, ValueError):
         if status in (0, USER_ERROR):
-            if _prints_shared_messages():
+            if _prints(status):
                 sys.stderr.write(f"{program}: {'error: ' if status else ''}{line}\n")
         else:
             sys.stderr.write(f"{program}: error: {line}\n")
         sys.stderr.flush()
-    if status == USER_ERROR:
-        _await_message_of_rank_0()
     if status not in (0, 1):
         _tell_the_job(status)
     _outlive_the_others()

@@ -127,18 +127,20 @@ def test_the_traceback_of_a_rank_that_raises_while_a_save_is_under_way_is_there(
 
 
 @pytest.mark.parametrize(
-    ("patch", "flags", "words"),
+    ("patch", "flags", "words", "late"),
     [
-        ("if os.environ['RANK'] == '1': os.environ['CIFAR_DEVICE'] = 'cuda'", (), "no GPU"),  # a node without a driver
-        ("", ("--recipe", "digitz"), "digitz"),
+        ("if os.environ['RANK'] == '1': os.environ['CIFAR_DEVICE'] = 'cuda'", (), "no GPU", 5),  # no driver there
+        ("", ("--recipe", "digitz"), "digitz", 5),
+        ("", ("--recipe", "digitz"), "digitz", 600),
     ],
-    ids=["one rank", "all ranks"],
+    ids=["one rank", "all ranks", "no rank 0"],
 )
-def test_what_keeps_ranks_from_coming_is_said_by_the_first_even_if_it_comes_last(
-    patch: str, flags: tuple[str, ...], words: str, shapes: Path, tmp_path: Path,
+def test_what_keeps_ranks_from_coming_is_said_once_even_if_the_first_comes_last(
+    patch: str, flags: tuple[str, ...], words: str, late: int, shapes: Path, tmp_path: Path,
     processes: list["subprocess.Popen[str]"],
 ) -> None:  # fmt: skip
-    patch += "\nif os.environ['RANK'] == '0': time.sleep(5)"  # a launcher ends it by SIGTERM when another has exited
+    # A launcher ends it by SIGTERM as soon as another has exited.
+    patch += f"\nif os.environ['RANK'] == '0': time.sleep({late})"
     output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO, more=flags)
     assert processes[0].returncode != 0
     assert len(lines(output)) == 1, output
