@@ -103,6 +103,7 @@ def curves(epochs: Sequence[EpochMetrics], label_smoothing: float) -> UInt8:
             axes.legend(frameon=False)
         rate.plot(x, [metrics.learning_rate for metrics in epochs], marker="o", markersize=3)
         rate.set_title("learning rate")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))  # short: there is no room for 0.00175
         for axes in (loss, accuracy, rate):
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -63,6 +63,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m cifar.predict",
         allow_abbrev=False,
         description="Classify pictures with a finished run: a line for each, in order.",
+        epilog="Exit status: 1 if a picture could not be read (the others are classified), 2 for wrong arguments.",
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="a picture, a folder or zip of pictures, or - for paths from stdin")

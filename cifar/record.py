@@ -55,7 +55,7 @@ def finished_before(accelerator: Accelerator, options: RunOptions, recipe: Recip
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             run.check(options.run, recipe, options.resume)
-            line = run.finished(options.run)
+            line = run.finished(options.run, recipe)
     line = broadcast_object_list([line])[0]
     if line and accelerator.is_main_process:
         print(line)

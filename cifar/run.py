@@ -24,6 +24,7 @@ import numpy.typing as npt
 from cifar import attempt as attempts
 from cifar import recipes
 from cifar.attempt import Attempt
+from cifar.data.cache import open_data
 from cifar.errors import FULL, LOST, UserError, disk_error
 from cifar.recipes import Recipe, RunOptions
 
@@ -85,12 +86,24 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"{directory} holds a run with another recipe: {', '.join(different)}; choose another --run")
 
 
-def finished(directory: Path) -> str:
-    """Returns a message if the run is finished, else ''."""
+def finished(directory: Path, recipe: Recipe) -> str:
+    """Returns a message if the run is finished, else ''. Raises UserError if it was trained on other images.
+
+    They are opened, and thus compared, only where --data has changed.
+    """
     result = read_result(directory)
     if not result or read_status(directory).get("state") != "finished":
         return ""
+    before = _read_json(directory / "recipe.json")
+    if before["recipe"]["data"] != recipe.data:
+        _check_images(directory, before, recipe, open_data(recipe.data, fit=recipe.fit > 0).fingerprint)
     return f"{directory} is finished: test accuracy {result['test_accuracy']:.2%}; choose a new --run to train again"
+
+
+def _check_images(directory: Path, before: dict[str, Any], recipe: Recipe, fingerprint: str) -> None:
+    """Raises UserError where the run, whose recipe.json is `before`, was trained on other images."""
+    if before.get("data_fingerprint") != fingerprint:
+        raise UserError(f"{directory} holds a run on other images than --data {recipe.data}; choose another --run")
 
 
 def start(options: RunOptions, recipe: Recipe, fingerprint: str, world_size: int) -> Attempt:
@@ -101,8 +114,8 @@ def start(options: RunOptions, recipe: Recipe, fingerprint: str, world_size: int
     directory = options.run
     path = directory / "recipe.json"
     before = _read_json(path)
-    if before and before.get("data_fingerprint") != fingerprint:
-        raise UserError(f"{directory} holds a run on other images than --data {recipe.data}; choose another --run")
+    if before:
+        _check_images(directory, before, recipe, fingerprint)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):

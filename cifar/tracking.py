@@ -120,11 +120,12 @@ class Tracker:
 
     def say_epoch(self, metrics: EpochMetrics) -> None:
         """Prints an epoch's line on the terminal."""
+        speed = f"{metrics.images_per_second:.0f} images/s  " if metrics.images_per_second else ""  # no step was timed
         self.say(
             f"epoch {metrics.epoch}/{self.recipe.epochs}  "
             f"loss {metrics.train_loss:.3f}  accuracy {metrics.train_accuracy:.2%}  "
             f"test loss {metrics.test_loss:.3f}  test accuracy {metrics.test_accuracy:.2%}  "
-            f"{metrics.images_per_second:.0f} images/s  {metrics.seconds:.0f} s"
+            f"{speed}{metrics.seconds:.0f} s"
         )
 
     def log_epoch(self, metrics: EpochMetrics, evaluation: Evaluation) -> None:

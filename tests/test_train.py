@@ -164,6 +164,16 @@ def test_a_finished_run_says_so_and_changes_nothing(finished: Path, shapes: Path
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_a_finished_run_is_not_passed_off_as_one_on_other_images(
+    finished: Path, shapes_zip: Path, train: Train
+) -> None:
+    for data, words in (("digits", "holds a run on other images than --data digits"), ("nowhere", "does not exist")):
+        done = train(*arguments(Path(data), finished))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+    assert "is finished" in train(*arguments(shapes_zip, finished)).stdout  # the same ones
+
+
 # ---- going on after any end
 
 
