@@ -121,7 +121,8 @@ class _Watch:
 
     def _stopped_before_the_first_step(self) -> End:
         """Names a rank that died, if there is one: it is why the launcher asks the others to stop."""
-        return _who_died(self) or End("stopped on request before the first step", 0)
+        missing = self.peers.never_began() if self.peers else ""
+        return _who_died(self) or End(f"stopped on request before the first step{missing}", 0)
 
     def _stopped_again(self, number: int, still: float) -> End:
         line = (
@@ -137,7 +138,7 @@ class _Watch:
         found = peers.roll_call(reason, late=True)
         if found is None and (still := peers.still()) < self.limit:
             # Another rank makes progress, e.g. in a download, and the others wait for it.
-            self.moved = max(self.moved, time.monotonic() - still)
+            self.moved = max(self.moved, time.monotonic() - still - self.tick)  # reports are up to a tick old
             return None
         return found or peers.where_all_are(reason)
 
@@ -153,20 +154,20 @@ class _Watch:
                 self.failed = found if self.peers is None else self.peers.first_failure(found)
             else:
                 time.sleep(GRACE_SECONDS)  # the main thread knows, and is on its way out
-            self._write(self.failed)
+            self.write(self.failed)
             _say_and_exit(self.failed)
         finally:
             self.lock.release()
 
-    def _write(self, end: End) -> None:
+    def write(self, end: End) -> None:
         """Records the reason in the run directory. In a thread: an unresponsive file system may be the reason."""
         if self.record is not None:
-            arguments = (end.state, end.line, self.succeeds_first())
+            arguments = (end.state, end.line, self._succeeds_first())
             record = threading.Thread(target=self.record, args=arguments, daemon=True)
             record.start()
-            record.join(GRACE_SECONDS)
+            record.join(2 * GRACE_SECONDS)  # a save in progress comes first
 
-    def succeeds_first(self) -> bool:
+    def _succeeds_first(self) -> bool:
         """Returns whether this rank records the failure in place of rank 0."""
         return self.peers is not None and self.failed is not None and self.failed.successor == self.peers.rank > 0
 
@@ -207,6 +208,7 @@ class _Peers:
         self.first: End | None = None  # what the rank said that failed first
         self.said: list[str] = []  # what the ranks said at the last roll call that all have answered
         self.leaving = threading.Event()
+        self.cut_off = False
         self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection serves one thread at a time. One that has timed out is of no use any more: the heartbeat's waits
         # longer, so that a launcher that stalls for a while ends no rank.
@@ -222,8 +224,7 @@ class _Peers:
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
         except RuntimeError:
             _say_and_exit(End(f"rank {self.rank} on {socket.gethostname()} does not reach {address}, port {port}", 1))
-        # The launcher's store outlives a restart in place, and what the attempt before said must not count again.
-        own = PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        own = PrefixStore(_prefix(), store)
         own.set_timeout(timedelta(seconds=seconds))
         return own
 
@@ -259,7 +260,7 @@ class _Peers:
         if not self.answers(now):
             if still <= PATIENCE_SECONDS:
                 return 0
-            slow = watch.saving or watch.on_cpu or not watch.training
+            slow = watch.saving or watch.on_cpu or os.getppid() != watch.launcher
             if slow and still <= watch.limit and self._launcher_was_killed():
                 return 0
         return watch.silent
@@ -278,11 +279,13 @@ class _Peers:
             pass
         return False
 
-    def ask(self, question: Callable[[], End | None], otherwise: End) -> End | None:
-        """Returns what the store answers, or `otherwise` if it does not.
+    def ask(self, question: Callable[[], End | None], otherwise: End | None) -> End | None:
+        """Returns what the store answers, or `otherwise` if it does not; it is not asked again then.
 
         The store is on the first node, which may be cut off.
         """
+        if self.cut_off:
+            return otherwise
         answers: list[End | None] = []
 
         def run() -> None:
@@ -292,7 +295,18 @@ class _Peers:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         thread.join(3 * GRACE_SECONDS)
+        self.cut_off = not answers
         return answers[0] if answers else otherwise
+
+    def never_began(self) -> str:
+        """Says which ranks have had no heartbeat yet, '' if there are none."""
+
+        def find() -> End:
+            absent = [self.name(rank) for rank in range(len(self.hosts)) if not _get(self.store, f"alive/{rank}")]
+            return End(f" ({', '.join(absent)} had not begun)" if absent else "", 0)
+
+        found = self.ask(find, None)
+        return found.line if found else ""
 
     def first_failure(self, end: End) -> End:
         """Returns the failure that any rank reported first; `end`, which is then reported, if there was none before."""
@@ -344,6 +358,7 @@ def _get(store: Any, key: str) -> str:
 
 
 _watch: _Watch | None = None
+_LAUNCHER = os.getppid()
 
 
 def start() -> None:
@@ -432,7 +447,7 @@ def disable_watchdog() -> None:
     if _watch:
         peers, _watch.peers = _watch.peers, None
         _move(_watch)
-        _watch.limit = float(SETUP_SECONDS)
+        _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
         if peers:
             peers.leaving.set()
             peers.teller.join(GRACE_SECONDS)
@@ -449,12 +464,32 @@ def command_line(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if _watch is None and os.environ.get("GROUP_RANK", "0") != "0":
+            _tell_first_node(str(error))
         if _prints(error.status):
             print(f"{program}: {error.prefix}{error}", file=sys.stderr)
         leave(error.status)
     except KeyboardInterrupt:
         leave(130)
     leave(0)
+
+
+def _tell_first_node(line: str) -> None:
+    """Reports a user's error on another node than the first, before there is a watchdog: others would wait for it."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    wait = timedelta(seconds=PATIENCE_SECONDS)
+    # The first node may have ended, with the same error, or the variables be what is wrong.
+    with suppress(RuntimeError, KeyError, ValueError):
+        rank, port = os.environ["RANK"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=wait, wait_for_workers=False)
+        end = End(f"rank {rank} on {socket.gethostname()}: {line}", USER_ERROR)
+        PrefixStore(_prefix(), store).compare_set("first", "", json.dumps(end))
+
+
+def _prefix() -> str:
+    """Returns the beginning of this attempt's keys: a launcher's store outlives a restart in place."""
+    return f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _prints(status: int) -> bool:
@@ -545,25 +580,25 @@ def _who_died(watch: _Watch) -> End | None:
     return None
 
 
-def in_place_of_rank_0() -> bool:
-    """Returns whether this rank records the failure in place of rank 0, which does not answer."""
-    return _watch is not None and _watch.succeeds_first()
-
-
 @contextmanager
 def fail_together() -> Iterator[None]:
     """Wraps everything that ranks do together: an error on one ends all of them, with that error as the last line.
 
-    The rank with the error prints its traceback first. A user error leaves the block as UserError.
+    The rank with the error prints its traceback first. A user error leaves the block as UserError. status.json says
+    `failed` or `preempted`, and why.
     """
     try:
         yield
-    except Exception as error:
-        if _watch is None or _watch.peers is None:
+    except BaseException as error:
+        if _watch is None:
+            raise
+        if _watch.peers is None or not isinstance(error, Exception):
+            _watch.write(cause(error))
             raise
         if not _caused_by_a_peer(error) and not isinstance(error, UserError):
             traceback.print_exception(error)  # at once: the watch may end this process meanwhile
         end = cause(error)
+        _watch.write(end)
         if end.status == USER_ERROR:
             raise UserError(end.line) from None
         _say_and_exit(end)
@@ -586,23 +621,34 @@ def hang_seconds() -> int:
 
 def _say_and_exit(end: End) -> NoReturn:
     """Exits at once: a normal interpreter exit would wait for threads that never end."""
-    line, status, _ = end
-    program = Path(sys.argv[0]).name
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-    # A single write (print makes two), since all ranks print the same line at once. User errors and stops are printed
-    # by rank 0 only.
-    with suppress(OSError, ValueError):
-        if status in (0, USER_ERROR):
-            if _prints(status):
-                sys.stderr.write(f"{program}: {'error: ' if status else ''}{line}\n")
-        else:
-            sys.stderr.write(f"{program}: error: {line}\n")
-        sys.stderr.flush()
-    if status not in (0, 1):
-        _tell_the_job(status)
+    _try_for(GRACE_SECONDS, sys.stdout.flush)
+    _try_for(PATIENCE_SECONDS + GRACE_SECONDS, lambda: _say(end))
+    if end.status not in (0, 1):
+        _tell_the_job(end.status)
     _outlive_the_others()
-    os._exit(status)
+    os._exit(end.status)
+
+
+def _try_for(seconds: int, write: Callable[[], object]) -> None:
+    """Writes output, if somebody reads it: a full pipe blocks, and the main thread may hold the stream's lock."""
+
+    def run() -> None:
+        with suppress(OSError, ValueError):
+            write()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _say(end: End) -> None:
+    """Prints why the job ends; what is no failure, and a user's error, on one rank alone."""
+    line, status, _ = end
+    if status in (0, USER_ERROR) and not _prints(status):
+        return
+    # A single write (print makes two), since all ranks print the same line at once.
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {'error: ' if status else ''}{line}\n")
+    sys.stderr.flush()
 
 
 def _tell_the_job(status: int) -> None:
@@ -617,5 +663,5 @@ def _tell_the_job(status: int) -> None:
         with suppress(OSError), Path(path).open("r+") as file:
             file.write("user error")
     restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    if restarts < most and os.environ.get("LOCAL_RANK") == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+    if restarts < most and os.environ.get("LOCAL_RANK") == "0" and os.getppid() == _LAUNCHER:
+        os.kill(_LAUNCHER, signal.SIGTERM)

@@ -101,6 +101,22 @@ def _leave(store: Any, rank: int, others: Iterable[int], seconds: int) -> None:
         time.sleep(0.1)
 
 
+def _end_after(seconds: int, nodes: Sequence[str]) -> None:
+    """Ends this process after so many seconds, more than all stages take: torch's store does not keep its own limit.
+
+    It waits for ever for a frozen first node, or for another program that has its port.
+    """
+
+    def end() -> None:
+        line = f"{nodes[0]} does not answer, or another program has its port; check or exclude it"
+        print(f"preflight: error: {line}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
 def parse_command_line() -> argparse.Namespace:
     """Raises UserError for a flag that is unknown, missing, or no number."""
     parser = Parser(prog="python -m cifar.preflight", description=__doc__.partition("\n")[0])
@@ -116,6 +132,7 @@ def main() -> None:
     rank = int(os.environ["SLURM_PROCID"])
     try:
         asked = parse_command_line()
+        _end_after(6 * asked.seconds, asked.nodes)
         check(asked.nodes, rank, asked.port, asked.processes_per_node, asked.seconds)
     except UserError as error:
         print(f"preflight: error: {error}", file=sys.stderr, flush=True)

@@ -109,6 +109,8 @@ class RunRecord:
             "world_size": accelerator.num_processes, "precision": accelerator.mixed_precision,
             "resumed_from": self.chosen.origin, "computed_on": launch.computed_on(accelerator),
         }  # fmt: skip
+        self.progress = Progress()
+        failure.when_ended(self._write_end)
 
     # ---- the beginning
 
@@ -124,7 +126,6 @@ class RunRecord:
 
     def resume(self, network: nn.Module, optimizer: optim.Optimizer) -> Progress:
         """Loads the checkpoint to resume from, if there is one, and returns its progress."""
-        self.progress = Progress()
         with raise_on_all_ranks(self.accelerator):
             if self.chosen.path:
                 self.progress = checkpoint.restore(
@@ -153,15 +154,9 @@ class RunRecord:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Records a failure within the block, of any rank, in status.json, as `failed` or `preempted`."""
-        failure.when_ended(self._write_end)
-        try:
-            with run.disk_errors_named():
-                yield
-        except BaseException as error:
-            end = failure.cause(error)
-            self._write_end(end.state, end.line, failure.in_place_of_rank_0())
-            raise
+        """Names the disk's errors within the block, and closes the files that grow at its end."""
+        with run.disk_errors_named():
+            yield
         if self.tracker:
             self.tracker.close()
             self.history.close()

@@ -299,26 +299,80 @@ def test_a_rank_that_is_killed_before_the_first_step_is_named(
     assert "stopped on request" not in output
 
 
+def pair_of_launchers(script: Path, shapes: Path, run: Path) -> list[str]:
+    """The outputs of a job of two launchers with a rank each, as on two machines."""
+    arguments = ("--data", shapes, "--run", run, "--global-batch-size", 12)
+    pair = TwoLaunchers(script, *arguments, precision="no", variables=[dict(os.environ)] * 2)
+    try:
+        return pair.outputs()
+    finally:
+        pair.end()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_of_another_machine_that_is_killed_between_its_data_and_the_first_step_is_named_soon(
-    shapes: Path, tmp_path: Path
+    rank: int, shapes: Path, tmp_path: Path
 ) -> None:
     patch = (
-        "import signal\n"
+        "import signal\nfrom cifar import failure\n"
+        "failure.computes_on_cpu = lambda: None\n"
         "def build(*arguments):\n"
-        "    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    time.sleep(2)\n"
+        f"    if os.environ['RANK'] == '{rank}': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    time.sleep(600)\n"  # as over NCCL, where no error comes from a collective
         "cifar.models.build = build"
     )
-    script = project(tmp_path, patch)
-    pair = TwoLaunchers(script, "--data", shapes, "--run", tmp_path / "run", "--global-batch-size", 12,
-                        precision="no", variables=[dict(os.environ)] * 2)  # fmt: skip
-    try:
-        line, *rest = lines(pair.outputs()[0])
-    finally:
-        pair.end()
+    line, *rest = lines(pair_of_launchers(project(tmp_path, patch), shapes, tmp_path / "run")[1 - rank])
     assert not rest
-    assert "rank 1 on" in line
+    assert f"rank {rank} on" in line
     assert f"(no heartbeat for {failure.OPENED_SILENT_SECONDS} s)" in line
+
+
+def test_a_wrong_command_on_another_machine_alone_is_told_at_once(shapes: Path, tmp_path: Path) -> None:
+    patch = "if os.environ['RANK'] == '1': sys.argv += ['--epochs', 'many']"
+    first, second = pair_of_launchers(project(tmp_path, patch), shapes, tmp_path / "run")
+    (line,) = lines(first)
+    assert line.startswith(f"train.py: error: rank 1 on {HOST}: --epochs many: ")
+    assert not lines(second)
+
+
+def test_a_rank_that_raises_before_the_first_step_leaves_a_run_that_failed(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    processes.append(started(ROOT / "train.py", shapes, run, TWO))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    processes[0].terminate()
+    processes[0].communicate(timeout=900)
+    step = status(run)["step"]
+    patch = (
+        "from cifar import launch\n"
+        "def prepare(*arguments): raise ValueError('boom')\n"
+        "if os.environ['RANK'] == '1': launch.prepare = prepare"
+    )
+    processes.append(started(project(tmp_path, patch), shapes, run, TWO))
+    output = processes[1].communicate(timeout=900)[0]
+    reason = f"rank 1 on {HOST}: ValueError: boom"
+    assert set(lines(output)) == {f"train.py: error: {reason}"}
+    assert status(run) == {"state": "failed", "step": step, "reason": reason}
+
+
+def test_output_that_nobody_reads_does_not_keep_a_job_that_hangs(shapes: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()  # full after some lines, like a terminal that was stopped by Ctrl-S
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = command(ROOT / "train.py", "--data", shapes, "--run", tmp_path / "run", "--network", "whitened",
+                    "--global-batch-size", 8, "--epochs", 400, "--augment", "device")  # fmt: skip
+    job = subprocess.Popen(
+        words, env={**env, "CIFAR_HANG_SECONDS": "8"}, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    errors = job.communicate(timeout=600)[1]
+    os.close(read)
+    assert job.returncode == 1
+    assert len(lines(errors)) == 1, errors
+    assert "(no step for 8 s)" in lines(errors)[0]
+    assert status(tmp_path / "run")["state"] == "failed"
 
 
 def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(
@@ -795,10 +849,11 @@ def test_a_rank_that_dies_is_started_again_in_place(
 # ---- before training
 
 
-def preflight(rank: int, *nodes: str, port: int) -> "subprocess.Popen[str]":
+def preflight(
+    rank: int, *nodes: str, port: int, program: tuple[str, ...] = ("-m", "cifar.preflight"), seconds: int = 10
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "cifar.preflight", "--port", str(port), "--processes-per-node", "1", "--seconds", "10",
-         *nodes],
+        [sys.executable, *program, "--port", str(port), "--processes-per-node", "1", "--seconds", str(seconds), *nodes],
         cwd=ROOT, env={**os.environ, "SLURM_PROCID": str(rank)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -816,6 +871,24 @@ def test_nodes_that_answer_pass_the_preflight(processes: list["subprocess.Popen[
     outputs = [process.communicate(timeout=900) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert outputs[0][0] == "preflight: 3 nodes answer: localhost, second, third\n"
+
+
+def test_a_first_node_that_freezes_keeps_no_other(processes: list["subprocess.Popen[str]"]) -> None:
+    freezing = (
+        "import os, signal\nfrom cifar import preflight\nmeet = preflight._meet\n"
+        "def frozen(store, nodes, rank, seconds, stage, *word):\n"
+        "    if (rank, stage) == (0, 'added up'): os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    meet(store, nodes, rank, seconds, stage, *word)\n"
+        "preflight._meet = frozen\npreflight.main()"
+    )
+    port = free_port()
+    processes += [
+        preflight(rank, "localhost", "second", port=port, program=("-c", freezing), seconds=4) for rank in (0, 1)
+    ]
+    assert (
+        processes[1].communicate(timeout=900)[1].startswith("preflight: error: localhost does not answer, or another")
+    )
+    assert processes[1].returncode == 2
 
 
 def test_a_node_that_does_not_answer_is_named(processes: list["subprocess.Popen[str]"]) -> None:
