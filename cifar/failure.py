@@ -121,8 +121,9 @@ class _Watch:
 
     def _stopped_before_the_first_step(self) -> End:
         """Names a rank that died, if there is one: it is why the launcher asks the others to stop."""
-        missing = self.peers.never_began() if self.peers else ""
-        return _who_died(self) or End(f"stopped on request before the first step{missing}", 0)
+        if died := _who_died(self):
+            return died
+        return End(f"stopped on request before the first step{self.peers.never_began() if self.peers else ''}", 0)
 
     def _stopped_again(self, number: int, still: float) -> End:
         line = (
@@ -217,16 +218,13 @@ class _Peers:
         self.teller.start()
 
     def _connect(self, seconds: int) -> Any:
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
-
-        address, port = self.address
         try:
-            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+            store = _connected(30)
         except RuntimeError:
+            address, port = self.address
             _say_and_exit(End(f"rank {self.rank} on {socket.gethostname()} does not reach {address}, port {port}", 1))
-        own = PrefixStore(_prefix(), store)
-        own.set_timeout(timedelta(seconds=seconds))
-        return own
+        store.set_timeout(timedelta(seconds=seconds))
+        return store
 
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}"
@@ -476,20 +474,20 @@ def command_line(program: str) -> Iterator[None]:
 
 def _tell_first_node(line: str) -> None:
     """Reports a user's error on another node than the first, before there is a watchdog: others would wait for it."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-    wait = timedelta(seconds=PATIENCE_SECONDS)
     # The first node may have ended, with the same error, or the variables be what is wrong.
     with suppress(RuntimeError, KeyError, ValueError):
-        rank, port = os.environ["RANK"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=wait, wait_for_workers=False)
-        end = End(f"rank {rank} on {socket.gethostname()}: {line}", USER_ERROR)
-        PrefixStore(_prefix(), store).compare_set("first", "", json.dumps(end))
+        end = End(f"rank {os.environ['RANK']} on {socket.gethostname()}: {line}", USER_ERROR)
+        _connected(PATIENCE_SECONDS).compare_set("first", "", json.dumps(end))
 
 
-def _prefix() -> str:
-    """Returns the beginning of this attempt's keys: a launcher's store outlives a restart in place."""
-    return f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _connected(seconds: int) -> Any:
+    """Returns a new connection to the launcher's store, which is tried for so long. Raises RuntimeError."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch: not for --help
+
+    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    store = TCPStore(address, port, is_master=False, timeout=wait, wait_for_workers=False)
+    # The store outlives a restart in place, and what the attempt before said must not count again.
+    return PrefixStore(f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _prints(status: int) -> bool:
@@ -537,7 +535,7 @@ def _outlive_the_others() -> None:
         time.sleep(LAST_SECONDS)
 
 
-def cause(error: BaseException) -> End:
+def _cause(error: BaseException) -> End:
     """Returns why the job fails: the same on all ranks. Takes some seconds if a rank does not answer."""
     own = End(" ".join(f"{type(error).__name__}: {error}".split()), 1)
     if isinstance(error, UserError):
@@ -593,11 +591,11 @@ def fail_together() -> Iterator[None]:
         if _watch is None:
             raise
         if _watch.peers is None or not isinstance(error, Exception):
-            _watch.write(cause(error))
+            _watch.write(_cause(error))
             raise
         if not _caused_by_a_peer(error) and not isinstance(error, UserError):
             traceback.print_exception(error)  # at once: the watch may end this process meanwhile
-        end = cause(error)
+        end = _cause(error)
         _watch.write(end)
         if end.status == USER_ERROR:
             raise UserError(end.line) from None

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,62 @@ NOT_ON_A_CPU = {
         "cifar/profiling.py of_steps: steps = 0",
     },
 }
+# What coverage cannot show: functions and constants that mention CUDA within a line that CPUs run, too; and the tests
+# in test_gpu.py that run them.
+WITHIN_A_LINE = {
+    "cifar/data/augment_device.py plan": "test_the_images_that_are_augmented_on_the_device_are_those_of_the_cpu",
+    "cifar/device.py decide": "test_two_processes_for_one_gpu_are_one_line",
+    "cifar/device.py kind": "test_every_precision_learns_the_digits",
+    "cifar/evaluation.py STOP_EVERY": "test_two_ranks_stop_together_and_go_on",
+    "cifar/graph.py KINDS": "test_a_run_by_graphs_is_the_same_run",
+    "cifar/graph.py dropout_generator": "test_a_run_by_graphs_is_the_same_run",
+    "cifar/launch.py topology": "test_every_precision_learns_the_digits",
+    "cifar/loop.py DELAY": "test_no_step_reads_from_the_device",
+    "cifar/profiling.py activities": "test_a_profile_sees_the_gpu",
+    "cifar/profiling.py seconds_by_kind": "test_a_profile_sees_the_gpu",
+}
 # What depends on the processor or the C library.
 OF_THIS_MACHINE = ("topology:", "_keep_freed_memory:")
+
+
+def mentions_cuda(tree: ast.AST) -> bool:
+    return any(
+        (isinstance(node, ast.Attribute) and node.attr == "cuda")
+        or (isinstance(node, ast.Constant) and node.value == "cuda")
+        for node in ast.walk(tree)
+    )
+
+
+def places(path: Path) -> Iterator[str]:
+    """Each innermost function, and each assignment outside of them, that mentions CUDA."""
+
+    def below(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                if not isinstance(child, ast.ClassDef) and mentions_cuda(child):
+                    yield child.name
+                elif isinstance(child, ast.ClassDef):
+                    yield from below(child)
+            elif isinstance(child, ast.Assign | ast.AnnAssign) and mentions_cuda(child):
+                target = child.targets[0] if isinstance(child, ast.Assign) else child.target
+                yield ast.unparse(target)
+
+    for name in below(ast.parse(path.read_text())):
+        yield f"{path.relative_to(ROOT)} {name}"
+
+
+def assert_there_are(tests: Iterable[str]) -> None:
+    for test in tests:
+        module, name = test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / module).read_text(), test
+
+
+def test_everything_that_mentions_cuda_has_a_test_on_a_gpu() -> None:
+    paths = [*ROOT.glob("cifar/**/*.py"), ROOT / "train.py", ROOT / "explain.py"]
+    found = {place for path in paths if path.parent.name != "bench" for place in places(path)}
+    on_a_gpu = [pieces for test, pieces in NOT_ON_A_CPU.items() if test.startswith("test_gpu.py::")]
+    assert found - {piece.partition(":")[0] for pieces in on_a_gpu for piece in pieces} == set(WITHIN_A_LINE)
+    assert_there_are(f"test_gpu.py::{test}" for test in WITHIN_A_LINE.values())
 
 
 def modules() -> list[str]:
@@ -192,9 +246,7 @@ def test_everything_that_no_cpu_runs_has_a_test_that_runs_it(shapes: Path, tmp_p
     found = {piece for path, measured in files.items() for piece in pieces(path, measured)}
     found = {each for each in found if each.split(" ")[1] not in OF_THIS_MACHINE}
     assert found == set().union(*NOT_ON_A_CPU.values())
-    for test in NOT_ON_A_CPU:
-        module, name = test.split("::")
-        assert f"def {name}(" in (ROOT / "tests" / module).read_text()
+    assert_there_are(NOT_ON_A_CPU)
 
 
 @pytest.mark.slow

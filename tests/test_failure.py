@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, command, poisoned, step_of
-from helpers.launching import THREE, TWO, TwoLaunchers, project
+from helpers.launching import THREE, TWO, TwoLaunchers, free_port, project
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import DistBackendError
 
@@ -678,6 +677,7 @@ def test_one_request_ends_what_waits_before_the_first_step(
     assert processes[0].returncode == 0, output
     assert lines(output) == []
     assert output.count("train.py: stopped on request before the first step") == 1
+    assert ("before the first step (rank 1 on machine 0 had not begun)" in output) == (waiting == FOR_A_RANK)
     assert not (tmp_path / "run").exists()
 
 
@@ -857,12 +857,6 @@ def preflight(
         cwd=ROOT, env={**os.environ, "SLURM_PROCID": str(rank)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_nodes_that_answer_pass_the_preflight(processes: list["subprocess.Popen[str]"]) -> None:

@@ -47,12 +47,13 @@ def test_batches_gradient_and_evaluation_are_those_of_one_gpu(ranks: int, shapes
 
 
 def test_all_gpus_learn_the_digits(ranks: int, tmp_path: Path) -> None:
-    process = started(tmp_path / "run", ranks)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
-    measured = result(tmp_path / "run")
-    assert (measured["steps"], measured["world_size"]) == (STEPS, ranks)
-    assert float(str(measured["test_accuracy"])) > 0.9
+    for number in (1, ranks):
+        run = tmp_path / str(number)
+        process = started(run, number)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output
+        assert (result(run)["steps"], result(run)["world_size"]) == (STEPS, number)
+        assert float(str(result(run)["test_accuracy"])) > 0.9
 
 
 def test_more_gpus_are_as_fast_as_the_model_says(ranks: int, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bytes(
     for run, program in ((whole, TRAIN), (killed, script), (killed, TRAIN)):
         process = started(run, ranks, *arguments, script=program)
         output = process.communicate(timeout=600)[0]
-        assert "no CUDA graph" not in output or REHEARSAL
+        assert "no CUDA graph" not in output
         assert (process.returncode == 0) == (program == TRAIN), output
         if program == script:
             assert {f"rank {ranks - 1} on" in line for line in errors(output)} == {True}

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHAPES
 from helpers import bench
+from helpers.launching import free_port
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
@@ -169,9 +169,7 @@ def test_a_network_is_exported(finished: Path, copied_project: Path, tmp_path: P
 
 
 def test_the_app_answers_at_the_address_of_the_readme(finished: Path, copied_project: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     words = shlex.split(APP)
     words[words.index("--run") + 1] = str(finished)
     server = subprocess.Popen(
@@ -287,9 +285,7 @@ def test_the_app_is_measured(finished: Path, copied_project: Path, tmp_path: Pat
 
 
 def test_two_machines_train_together(copied_project: Path, shapes: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     launchers = []
     for rank in ("0", "1"):
         words = shortened(MULTI_NODE, shapes, tmp_path / "run")

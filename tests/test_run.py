@@ -1,8 +1,11 @@
 """What a run's evaluations leave: metrics.jsonl, predictions.log and predictions.safetensors."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +15,9 @@ from safetensors.numpy import load_file
 from cifar import attempt
 from cifar.attempt import Attempt
 from cifar.errors import UserError
+from cifar.recipes import Recipe
 from cifar.run import EpochMetrics, History, read_predictions
+from cifar.tracking import Tracker
 
 OPEN: list[History] = []
 LABELS = np.arange(6, dtype=np.uint8) % 3
@@ -144,3 +149,11 @@ def test_an_attempt_that_was_frozen_adds_nothing_to_its_successors_files(tmp_pat
     newer.export()
     assert_holds(tmp_path, 5)
     assert_exported(tmp_path, 5)
+
+
+def test_an_epoch_of_which_no_step_was_timed_has_no_speed() -> None:
+    said: list[str] = []
+    tracker: Any = SimpleNamespace(say=said.append, recipe=Recipe(epochs=2))
+    for speed in (400.0, 0.0):  # 0 where an attempt resumes at an epoch's end
+        Tracker.say_epoch(tracker, dataclasses.replace(metrics(1), images_per_second=speed, seconds=7))
+    assert [line.rpartition("%  ")[2] for line in said] == ["400 images/s  7 s", "7 s"]

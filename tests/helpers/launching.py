@@ -48,15 +48,19 @@ def project(tmp_path: Path, patch: str) -> Path:
     return script
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class TwoLaunchers:
     """Two launchers of one rank each, as on two machines: neither sees how the other's rank ends."""
 
     def __init__(
         self, script: Path, *arguments: object, precision: str, variables: Sequence[Mapping[str, str]]
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.launchers = [
             subprocess.Popen(
                 command(
