@@ -153,7 +153,7 @@ def test_an_attempt_that_was_frozen_adds_nothing_to_its_successors_files(tmp_pat
 
 def test_an_epoch_of_which_no_step_was_timed_has_no_speed() -> None:
     said: list[str] = []
-    tracker: Any = SimpleNamespace(say=said.append, recipe=Recipe(epochs=2))
+    tracker: Any = SimpleNamespace(say=said.append, recipe=Recipe())
     for speed in (400.0, 0.0):  # 0 where an attempt resumes at an epoch's end
         Tracker.say_epoch(tracker, dataclasses.replace(metrics(1), images_per_second=speed, seconds=7))
     assert [line.rpartition("%  ")[2] for line in said] == ["400 images/s  7 s", "7 s"]
