@@ -83,6 +83,13 @@ class Attempt:
         """Writes a file: readers see the old content or the new. Raises UserError (see check), OSError."""
         self.begin(path, content.encode() if isinstance(content, str) else content).close()
 
+    def write_status(self, state: str, step: int, reason: str = "") -> None:
+        """Writes status.json. Raises UserError, OSError.
+
+        `state` is running, finished, preempted or failed; `reason` says why in words.
+        """
+        self.replace(self.run_dir / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
+
     def begin(self, path: Path, content: bytes) -> IO[bytes]:
         """Writes a file as `replace` does, and leaves it open for more.
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from cifar import background, device, stop
 from cifar.errors import UserError, outlive_readers
+from cifar.guard import Guard, Report, RunPosition
 
 # Seconds without a step before a job counts as hung. A site whose file system is slower sets CIFAR_HANG_SECONDS.
 HANG_SECONDS = 120
@@ -43,6 +44,7 @@ SETUP_SILENT_SECONDS = 120  # the same until all have opened their data: imports
 OPENED_SILENT_SECONDS = 10  # and from then on until the first step, which loads a library or two
 PATIENCE_SECONDS = 10  # without progress before a repeated stop request ends the process
 TICK_SECONDS = 1.0
+ENDING_SECONDS = 120  # more than the watchdog takes to end this process, its own time limits added up
 LAST_SECONDS = 2  # how much later than the others rank 0 exits: see `leave`
 
 USER_ERROR = 2  # the exit status of a user's mistake, which the same command would make again
@@ -78,11 +80,13 @@ class _Watch:
         self.peers: _Peers | None = None
         self.failed: End | None = None
         self.record: Record | None = None
+        self.run: Callable[[], RunPosition | None] = lambda: None
         self.lock = threading.Lock()  # held by the thread that finds out why the job ends
         self.launcher = os.getppid()
         self.asked: float | None = None  # when a stop request was first seen
         self.repeated_stop = stop.RepeatedStop(PATIENCE_SECONDS)
         self.main_thread = threading.main_thread().ident or 0
+        self.guard = Guard()
         threading.Thread(target=self._run, name="hang watch", daemon=True).start()
 
     def _run(self) -> None:
@@ -95,6 +99,7 @@ class _Watch:
                 if self.peers:
                     self.peers.heard = self.peers.told = now
             looked = now
+            self._report(self.limit)
             self._look(now)
 
     def _look(self, now: float) -> None:
@@ -135,7 +140,7 @@ class _Watch:
     def _hang(self) -> End | None:
         reason, peers = f"no step for {self.limit:.0f} s", self.peers
         if peers is None:
-            return End(f"this process is in {self.position()} ({reason})", 1)
+            return End(f"{self._name()} is in {self.position()} ({reason})", 1)
         found = peers.roll_call(reason, late=True)
         if found is None and (still := peers.still()) < self.limit:
             # Another rank makes progress, e.g. in a download, and the others wait for it.
@@ -143,8 +148,16 @@ class _Watch:
             return None
         return found or peers.where_all_are(reason)
 
+    def _report(self, limit: float) -> None:
+        """Tells the guard that Python threads run here, and for how long they may be silent."""
+        self.guard.report(Report(limit, f"{self._name()} is in {self.position()}", self.run()))
+
+    def _name(self) -> str:
+        return self.peers.name(self.peers.rank) if self.peers else "this process"
+
     def end(self, why: Callable[[], End | None]) -> None:
         """Ends this process, unless `why` finds that nothing has failed."""
+        self._report(ENDING_SECONDS)
         if not self.lock.acquire(timeout=4 * GRACE_SECONDS):
             return  # the main thread is finding out why
         try:
@@ -434,10 +447,10 @@ def _move(watch: _Watch) -> None:
     watch.moved, watch.computed = time.monotonic(), time.process_time()
 
 
-def when_ended(record: Record | None) -> None:
-    """Registers what records state and reason when the watchdog ends the process."""
+def when_ended(record: Record, run: Callable[[], RunPosition]) -> None:
+    """Registers what records state and reason when the watchdog ends the process, and the run for the guard."""
     if _watch:
-        _watch.record = record
+        _watch.record, _watch.run = record, run
 
 
 def disable_watchdog() -> None:

@@ -28,6 +28,7 @@ from cifar.data.cache import Data
 from cifar.data.loading import TrainingImages
 from cifar.errors import UserError
 from cifar.evaluation import Evaluation
+from cifar.guard import RunPosition
 from cifar.loop import StepMetrics
 from cifar.ranks import raise_on_all_ranks, require_equal
 from cifar.recipes import Recipe, RunOptions
@@ -110,7 +111,7 @@ class RunRecord:
             "resumed_from": self.chosen.origin, "computed_on": launch.computed_on(accelerator),
         }  # fmt: skip
         self.progress = Progress()
-        failure.when_ended(self._write_end)
+        failure.when_ended(self._write_end, self._position)
 
     # ---- the beginning
 
@@ -150,7 +151,7 @@ class RunRecord:
             self.tracker.say(f"attempt {self.attempt.number}: resuming from {path}")
             for line in checkpoint.changes(path, self.metadata, batch):
                 self.tracker.say(line)
-        run.write_status(self.attempt, "running", self.progress.step)
+        self.attempt.write_status("running", self.progress.step)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -166,6 +167,9 @@ class RunRecord:
         done, total = self.progress.step, self.schedule.total_steps
         return profiling.of_steps(self.options.profile, self.accelerator, self.options.run, self.number, done, total)
 
+    def _position(self) -> RunPosition:
+        return RunPosition(str(self.options.run.absolute()), self.number, self.token, self.progress.step)
+
     def _write_end(self, state: str, reason: str, in_place_of_rank_0: bool) -> None:
         """Writes status.json on rank 0, after a save in progress.
 
@@ -178,14 +182,14 @@ class RunRecord:
                     self.writer.wait(LAST_SAVE_SECONDS)
                 self._write_status(state, reason, last=True)
             elif in_place_of_rank_0 and (successor := attempts.claim_after(self.options.run, self.number, self.token)):
-                run.write_status(successor, state, self.progress.step, reason)
+                successor.write_status(state, self.progress.step, reason)
 
     def _write_status(self, state: str, reason: str = "", step: int | None = None, last: bool = False) -> None:
         """Writes status.json, unless the final state has been written."""
         with self.status_lock:
             if self.attempt and not self.ended:
                 self.ended = last
-                run.write_status(self.attempt, state, self.progress.step if step is None else step, reason)
+                self.attempt.write_status(state, self.progress.step if step is None else step, reason)
 
     # ---- between steps
 

@@ -55,14 +55,6 @@ def read_status(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "status.json")
 
 
-def write_status(attempt: Attempt, state: str, step: int, reason: str = "") -> None:
-    """Writes status.json. Raises UserError, OSError.
-
-    `state` is running, finished, preempted or failed; `reason` says why in words.
-    """
-    attempt.replace(attempt.run_dir / "status.json", json.dumps({"state": state, "step": step, "reason": reason}))
-
-
 def check(directory: Path, recipe: Recipe, resume: str) -> None:
     """Checks that the recipe may be trained in this directory.
 

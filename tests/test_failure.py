@@ -22,7 +22,7 @@ from helpers.launching import THREE, TWO, TwoLaunchers, free_port, project
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import DistBackendError
 
-from cifar import checkpoint, failure
+from cifar import checkpoint, failure, guard
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +86,14 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", read: int | None = No
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
+
+
+def wait_for_state(run: Path, state: str) -> None:
+    """Waits until status.json says so: a process may write it that outlives the job."""
+    deadline = time.monotonic() + 60
+    while status(run)["state"] != state:
+        assert time.monotonic() < deadline, status(run)
+        time.sleep(0.05)
 
 
 def wait_for_steps(run: Path, steps: int, process: "subprocess.Popen[str]") -> None:
@@ -204,9 +212,9 @@ def test_a_disk_that_is_full_before_the_first_step_is_one_line(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
     patch = (
-        "from cifar import run as run_directory\n"
+        "from cifar.attempt import Attempt\n"
         "def write_status(*arguments): raise OSError(28, 'No space left on device', 'status.json')\n"
-        "run_directory.write_status = write_status"
+        "Attempt.write_status = write_status"
     )
     output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", ())
     assert processes[0].returncode == 2
@@ -589,6 +597,40 @@ def test_a_process_alone_that_hangs_is_ended_with_the_place(
     assert "this process is in train.py:" in lines(output)[0]
     assert "(no step for 8 s)" in lines(output)[0]
     assert status(run) == {"state": "failed", "step": 4, "reason": lines(output)[0].removeprefix("train.py: error: ")}
+
+
+def test_native_code_that_lets_no_thread_run_does_not_keep_a_process_alone(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    # PyDLL keeps Python's lock: no thread of the watchdog runs. It has reported step 4 before.
+    patch = (
+        "import ctypes\ndef step(rank, number):\n"
+        "    if number == 5: time.sleep(2); open('asleep', 'w'); ctypes.PyDLL(None).sleep(600)"
+    )
+    run = tmp_path / "run"
+    processes.append(started(project(tmp_path, patch), shapes, run, (), hang_seconds=4, cwd=tmp_path))
+    wait_for(tmp_path / "asleep", processes[0])
+    output = processes[0].communicate(timeout=300)[0]
+    assert processes[0].returncode == -signal.SIGKILL
+    assert len(lines(output)) == 1, output
+    assert "this process is in train.py:" in lines(output)[0]
+    assert lines(output)[0].endswith(": native code there has let no Python thread run for 4 s")
+    wait_for_state(run, "failed")
+    assert status(run) == {"state": "failed", "step": 4, "reason": lines(output)[0].removeprefix("train.py: error: ")}
+
+
+def test_a_process_alone_that_was_stopped_for_longer_than_the_limit_goes_on(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    run = tmp_path / "run"
+    processes.append(started(ROOT / "train.py", shapes, run, (), hang_seconds=4))
+    wait_for(run / "checkpoints/step-0000003", processes[0])
+    os.kill(processes[0].pid, signal.SIGSTOP)  # this process alone, as a debugger does
+    time.sleep(4 + guard.MARGIN_SECONDS + 4)
+    os.kill(processes[0].pid, signal.SIGCONT)
+    wait_for_steps(run, 6, processes[0])
+    processes[0].terminate()
+    assert "stopped on request after step" in processes[0].communicate(timeout=900)[0]
 
 
 def test_a_process_alone_whose_step_takes_long_is_left_alone(
