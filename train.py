@@ -107,8 +107,8 @@ def train(recipe: Recipe, options: RunOptions) -> None:
                 record.save(network, optimizer)
             profiler.step()
         record.wait()
-        launch.end(accelerator)
         record.finish(network, stopping)
+        launch.end(accelerator)
 
 
 def main() -> None:

@@ -453,6 +453,25 @@ def when_ended(record: Record, run: Callable[[], RunPosition]) -> None:
         _watch.record, _watch.run = record, run
 
 
+def last_writes_begin() -> None:
+    """Lets the ranks wait for what rank 0 writes last: the hang timeout is at least HANG_SECONDS."""
+    if _watch:
+        _move(_watch)
+        _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
+
+
+def wait_for_first_rank() -> None:
+    """Waits until rank 0 gets here, still watching it: if it dies in its last writes, another one records that."""
+    peers = _watch.peers if _watch else None
+    if peers is None:
+        return
+    with suppress(RuntimeError):  # the launcher was killed, and the store with it
+        if peers.rank == 0:
+            peers.store.set("written", "yes")
+        while not peers.store.check(["written"]):
+            time.sleep(0.05)
+
+
 def disable_watchdog() -> None:
     """Stops watching the other ranks: no collectives follow."""
     if _watch:

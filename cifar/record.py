@@ -341,10 +341,11 @@ class RunRecord:
                 self.drawer.wait()
 
     def finish(self, network: nn.Module, stopped: bool) -> None:
-        """Writes how the run ended, and its result unless it was `stopped` on request. The other ranks may be gone."""
+        """Writes how the run ended, and its result unless it was `stopped` on request. The other ranks wait."""
+        failure.last_writes_begin()
         if self.attempt is None or self.tracker is None:
             return
-        self.drawer.wait(PICTURE_SECONDS)  # here, where no other rank waits for it
+        self.drawer.wait(PICTURE_SECONDS)
         self.history.export()
         self._say_if_images_are_late()
         if stopped:

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_the_traceback_of_a_rank_that_raises_while_a_save_is_under_way_is_there(
     output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO)
     assert set(lines(output)) == {f"train.py: error: rank 0 on {HOST}: ValueError: boom"}
     assert ", in step\n" in output  # where it was raised
+    assert status(tmp_path / "run")["state"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,30 @@ def test_whoever_is_killed_where_no_rank_gets_an_error_the_lowest_that_is_left_r
     assert status(tmp_path / "run")["state"] == "failed"
     assert status(tmp_path / "run")["reason"] == lines(output)[0].removeprefix("train.py: error: ")
     assert attempts(tmp_path / "run") == (2 if rank == 0 else 1)  # the record in place of rank 0 is one of its own
+
+
+def test_a_first_rank_that_is_killed_in_its_last_writes_is_named_and_the_same_command_finishes(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "import signal\nfrom cifar import run\nfrom pathlib import Path\n"
+        f"real_result, killed = run.write_result, Path({str(tmp_path / 'killed')!r})\n"
+        "def write_result(*arguments):\n"
+        "    if not killed.exists(): killed.touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real_result(*arguments)\n"
+        "run.write_result = write_result"
+    )
+    script, run, short = project(tmp_path, patch), tmp_path / "run", ("--epochs", 2)
+    output = ended(processes, script, shapes, run, TWO, more=short)
+    assert processes[0].returncode != 0
+    words = f"train.py: error: rank 0 on {HOST}: no answer, so killed, frozen or cut off ("
+    assert [line.startswith(words) for line in lines(output)] == [True], output
+    assert status(run)["state"] == "failed"
+    assert status(run)["reason"] == lines(output)[0].removeprefix("train.py: error: ")
+    processes.append(started(script, shapes, run, TWO, more=short))
+    output = processes[1].communicate(timeout=900)[0]
+    assert processes[1].returncode == 0, output
+    assert status(run)["state"] == "finished"
 
 
 @pytest.mark.parametrize("waiting", ["asleep", "decoding"])
@@ -865,6 +891,25 @@ def test_a_wrong_flag_is_not_tried_again_in_place(
     assert len(lines(output)) == 1, output
 
 
+def test_a_users_error_ends_no_process_that_has_only_adopted_the_rank() -> None:
+    # What a process of a dead launcher has as parent may be the job script, or a container's first process.
+    rank = (
+        "import os, sys, time\nfrom cifar import failure\n"
+        "os.environ |= {'LOCAL_RANK': '0', 'TORCHELASTIC_RESTART_COUNT': '0', 'TORCHELASTIC_MAX_RESTARTS': '3'}\n"
+        "launcher = os.getppid()\nprint('ready', flush=True)\n"
+        "while os.getppid() == launcher: time.sleep(0.01)\n"
+        "failure.leave(failure.USER_ERROR)"
+    )
+    launcher = f"import subprocess, sys\nrank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=-1)\n"
+    launcher += "rank.stdout.readline()"
+    adopter = (
+        "import ctypes, os, subprocess, sys\nctypes.CDLL(None).prctl(36, 1)\n"  # PR_SET_CHILD_SUBREAPER
+        f"subprocess.run([sys.executable, '-c', {launcher!r}])\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", adopter], check=False, cwd=ROOT).returncode == failure.USER_ERROR
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_is_started_again_in_place(
     rank: int, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
@@ -899,6 +944,21 @@ def preflight(
         cwd=ROOT, env={**os.environ, "SLURM_PROCID": str(rank)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def test_a_first_node_that_answers_nothing_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure, "GRACE_SECONDS", 0.1)
+    peers, asked = failure._Peers.__new__(failure._Peers), threading.Semaphore(0)
+    peers.cut_off = False
+
+    def question() -> None:
+        asked.release()
+        time.sleep(3600)
+
+    unreachable = failure.End("does not answer", 1)
+    assert peers.ask(question, unreachable) == peers.ask(question, unreachable) == unreachable
+    assert asked.acquire(timeout=60)
+    assert not asked.acquire(blocking=False)
 
 
 def test_nodes_that_answer_pass_the_preflight(processes: list["subprocess.Popen[str]"]) -> None:
