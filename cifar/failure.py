@@ -10,7 +10,8 @@ rendezvous store, in the launcher's process). Two daemon threads per rank do thi
   when there is no progress for too long (hang timeout), or when a stop request is repeated because nothing moves.
 
 The message of a hang says where in the code each rank is, which tells a rank that waits for a file system from those
-that wait for it. A single process is watched in the same way, without a store.
+that wait for it. A single process is watched in the same way, without a store. Where native code lets no Python thread
+run, a process beside the rank ends it (`guard`).
 """
 
 import atexit
