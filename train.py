@@ -4,8 +4,8 @@
     accelerate launch train.py --recipe digits    # handwritten digits, no download
     python train.py --help
 
-A run that was stopped, killed or crashed resumes with the same command, and ends with the same weights if hardware and
-number of processes are the same.
+A run that was stopped, killed or crashed resumes with the same command, and ends with the same weights if hardware,
+libraries, number of processes and threads are the same (on a GPU with --deterministic).
 """
 
 from cifar import stop

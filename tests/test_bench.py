@@ -236,12 +236,14 @@ def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pyte
             wanted += [
                 (f"a step of {images} images, {how}", "ms", 2),
                 (f"{ranks} GPUs computed from it", "images/s", 2),
+                ("all steps of digits on CIFAR-10", "s", 2),
             ]
         wanted += [(f"{gpus} GPUs, {BATCH} images each, {how}", "images/s", 2) for gpus in scaling.GROWING]
     assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == wanted
     assert all(value > 0 for figure in found for value in figure.values)
     assert found[1].ratios == [1, 1]
     assert found[1].values[0] == pytest.approx(BATCH / found[0].values[0] * 1e3)  # alone it waits for nobody
+    assert found[2].values[0] == pytest.approx(math.ceil(6 * 50_000 / BATCH) * found[0].values[0] / 1e3)  # six epochs
 
 
 # ---- the model of a step's time
@@ -253,6 +255,7 @@ def test_the_model_is_arithmetic() -> None:
     assert scaling_model.step(4.0, parts, 1, slow, 1.0) == (4, 0, 0)
     # Two processes: 1 s for the first bucket, which is hidden, and 3 s for the last, which is not.
     assert scaling_model.step(4.0, parts, 2, slow).exposed == pytest.approx(3)
+    assert scaling_model.step(4.0, scaling_model.flat(parts), 2, slow).exposed == pytest.approx(4)  # nothing overlaps
     assert scaling_model.step(1.0, parts, 2, slow).exposed == pytest.approx(
         0.5 + 1 + 3 - 1
     )  # the first is in the last's way

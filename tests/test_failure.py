@@ -240,8 +240,8 @@ def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
 
 
 @pytest.mark.parametrize(
-    ("rank", "number"), [(2, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGKILL)],
-    ids=["killed", "frozen", "first killed"],
+    ("rank", "number"), [(2, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)],
+    ids=["killed", "frozen", "first killed", "first frozen"],
 )  # fmt: skip
 def test_a_rank_that_is_gone_is_named(
     rank: int, number: signal.Signals, shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
@@ -260,6 +260,7 @@ def test_a_rank_that_is_gone_is_named(
     words = f"train.py: error: rank {rank} on {HOST}: no answer, so killed, frozen or cut off ("
     assert [line.startswith(words) for line in lines(output)] == [True, True], output
     assert len(set(lines(output))) == 1
+    assert attempts(tmp_path / "run") == (2 if rank == 0 else 1)  # a frozen rank 0 may not write any more
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -65,7 +65,9 @@ def test_more_gpus_are_as_fast_as_the_model_says(ranks: int, tmp_path: Path) -> 
         output = process.communicate(timeout=600)[0]
         assert process.returncode == 0, output
         rates[number] = float(str(result(run)["images_per_second"]))
-    parts = scaling_model.buckets(json.loads((run / "recipe.json").read_text())["recipe"]["network"])
+    parts = scaling_model.flat(
+        scaling_model.buckets(json.loads((run / "recipe.json").read_text())["recipe"]["network"])
+    )
     expected = 64 * ranks / scaling_model.on_gpus(ranks, 64 / rates[1], parts, scaling_model.Machine()).seconds
     print(f"1 rank: {rates[1]:,.0f} images/s; {ranks} ranks: {rates[ranks]:,.0f}, the model says {expected:,.0f}")
     assert REHEARSAL or rates[ranks] > expected / 2  # it assumes NVLink; without, measure your own

@@ -1,15 +1,18 @@
 """Two processes, each with half of the threads or a GPU of its own, against one; and the bytes that they exchange."""
 
+import math
 from contextlib import ExitStack
 
 from cifar.bench import interleave, scaling_model
 from cifar.bench.context import Bench
 from cifar.bench.measurement import Measurement
+from cifar.bench.scaling_model import Bucket
 from cifar.recipes import RECIPES
 
 RANKS = (1, 2, 4, 8)  # numbers of GPUs whose per-GPU batch one GPU computes
 GROWING = (8, 16, 64, 256, 1024)  # numbers of GPUs that each compute the recipe's whole batch
 GRAPHS = ("off", "auto")
+TRAINING_IMAGES = 50_000  # of CIFAR-10, for the time of a whole training
 
 
 def measure(bench: Bench) -> list[Measurement]:
@@ -40,11 +43,14 @@ def measure(bench: Bench) -> list[Measurement]:
 def on_one_gpu(bench: Bench) -> list[Measurement]:
     """Times steps with the per-GPU batch of n GPUs, and extrapolates to n GPUs with the model.
 
-    The computing is measured; the all-reduce within and between machines is modelled (scaling_model.py).
+    The computing is measured; the all-reduce within and between machines is modelled (scaling_model.py). The time of a
+    whole training has its steps alone, all of them with images of full size and no layer frozen.
     """
-    parts, machine = scaling_model.buckets(RECIPES[bench.recipe]().network), scaling_model.Machine()
+    recipe, machine = RECIPES[bench.recipe](), scaling_model.Machine()
+    overlapped = scaling_model.buckets(recipe.network)
+    training_steps = math.ceil(TRAINING_IMAGES * recipe.epochs / bench.batch)
 
-    def rates(gpus: int, batch: int, seconds: list[float]) -> list[float]:
+    def rates(gpus: int, batch: int, seconds: list[float], parts: list[Bucket]) -> list[float]:
         return [batch / scaling_model.on_gpus(gpus, computing, parts, machine).seconds for computing in seconds]
 
     def computed(what: str, of_all: list[float], of_one: list[float]) -> Measurement:
@@ -62,14 +68,20 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
             contestants = {str(ranks): (program, {"do": "train"}) for ranks, program in programs.items()}
             answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
         how = "by graph" if graph == "auto" else "eager"
+        parts = scaling_model.flat(overlapped) if graph == "auto" else overlapped
         steps = {ranks: [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]] for ranks in RANKS}
-        one = rates(1, bench.batch, steps[1])
+        one = rates(1, bench.batch, steps[1], parts)
         for ranks, seconds in steps.items():
             what = f"a step of {bench.batch // ranks} images, {how}"
             figures.append(Measurement("scaling", what, "ms", [1e3 * step for step in seconds]))
-            figures.append(computed(f"{ranks} GPUs computed from it", rates(ranks, bench.batch, seconds), one))
+            several = rates(ranks, bench.batch, seconds, parts)
+            figures.append(computed(f"{ranks} GPUs computed from it", several, one))
+            whole = [training_steps * bench.batch / rate for rate in several]
+            figures.append(Measurement("scaling", f"all steps of {bench.recipe} on CIFAR-10", "s", whole))
         figures += [
-            computed(f"{gpus} GPUs, {bench.batch} images each, {how}", rates(gpus, gpus * bench.batch, steps[1]), one)
+            computed(
+                f"{gpus} GPUs, {bench.batch} images each, {how}", rates(gpus, gpus * bench.batch, steps[1], parts), one
+            )
             for gpus in GROWING
         ]
     return figures

@@ -136,6 +136,11 @@ class Machine(NamedTuple):
         return max(self.least, batch / self.rate)
 
 
+def flat(parts: Sequence[Bucket]) -> list[Bucket]:
+    """Returns the same gradient as a CUDA graph sums it: all of it at once, after the backward pass."""
+    return [Bucket(sum(part.size for part in parts), 1.0)]
+
+
 def on_gpus(gpus: int, computing: float, parts: Sequence[Bucket], machine: Machine) -> Step:
     """Models a step on so many GPUs that each compute for `computing` seconds."""
     network = machine.inside if gpus <= 8 else machine.between
