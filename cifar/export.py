@@ -36,7 +36,10 @@ INPUT, OUTPUT, CLASSES = "images", "probabilities", "classes"
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError for a wrong flag, an --output that cannot be written, and a package that is missing."""
+    """Parses the command line.
+
+    Raises UserError for a wrong flag, an --output that cannot be written, and a package that is missing.
+    """
     parser = Parser(
         prog="python -m cifar.export",
         allow_abbrev=False,

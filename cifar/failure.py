@@ -261,7 +261,7 @@ class _Peers:
             store.set(f"alive/{self.rank}", LEFT)
 
     def silence(self, now: float, still: float) -> int:
-        """Returns the seconds without a heartbeat of the next rank that are too long, or 0 while they have not passed.
+        """Returns the heartbeat limit, in seconds, that the next rank has exceeded, or 0 if it has not.
 
         If the store is gone as well, only once this rank makes no progress either: a killed launcher takes the store
         with it, and then the ranks are to save and stop, which takes as long as a slow disk or a step on a CPU does.
@@ -292,7 +292,7 @@ class _Peers:
         return False
 
     def ask(self, question: Callable[[], End | None], otherwise: End | None) -> End | None:
-        """Returns what the store answers, or `otherwise` if it does not; it is not asked again then.
+        """Returns what the store answers. If it does not answer: `otherwise`, and it is never asked again.
 
         The store is on the first node, which may be cut off.
         """
@@ -673,7 +673,7 @@ def _try_for(seconds: int, write: Callable[[], object]) -> None:
 
 
 def _say(end: End) -> None:
-    """Prints why the job ends; what is no failure, and a user's error, on one rank alone."""
+    """Prints why the job ends: user errors and stop requests on one rank, other failures on all."""
     line, status, _ = end
     if status in (0, USER_ERROR) and not _prints(status):
         return

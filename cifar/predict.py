@@ -58,7 +58,10 @@ class Prediction(NamedTuple):
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError for a wrong flag, a path that does not exist, and a closed stdin; `--help` prints and exits."""
+    """Parses the command line; `--help` prints and exits.
+
+    Raises UserError for a wrong flag, a path that does not exist, and a closed stdin.
+    """
     parser = Parser(
         prog="python -m cifar.predict",
         allow_abbrev=False,

@@ -118,7 +118,7 @@ def _end_after(seconds: int, nodes: Sequence[str]) -> None:
 
 
 def parse_command_line() -> argparse.Namespace:
-    """Raises UserError for a flag that is unknown, missing, or no number."""
+    """Parses the command line. Raises UserError for a flag that is unknown, missing, or no number."""
     parser = Parser(prog="python -m cifar.preflight", description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, required=True, help="a free port on the first node")
     parser.add_argument("--processes-per-node", type=int, required=True, help="devices that each node must have")

@@ -237,7 +237,7 @@ class RunOptions(NamedTuple):
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, RunOptions]:
-    """The recipe and the options that `train.py`'s arguments ask for.
+    """Parses the arguments of `train.py` into a recipe and options.
 
     Raises UserError for an unknown recipe or flag and for values outside their range; `--help` prints the values of
     the recipe that is named beside it, and exits.
@@ -287,7 +287,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, RunOptions]:
 
 
 def _add_options(parser: Parser, name: str) -> None:
-    """The flags that are no field of a recipe."""
+    """Adds the flags that are not fields of a recipe."""
     parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
     # torchrun takes --run for the beginning of a flag of its own.
     parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=f"run directory (runs/{name})")
@@ -323,7 +323,7 @@ def _add_options(parser: Parser, name: str) -> None:
 
 
 def _moved_peak(defaults: Recipe, epochs: str, options: RunOptions) -> float:
-    """The recipe's peak epoch, scaled to another number of epochs, so that the schedule keeps its shape.
+    """Returns the recipe's peak epoch, scaled to another number of epochs, so that the schedule keeps its shape.
 
     A run or checkpoint of a version that did not scale it keeps its own.
     """
@@ -337,7 +337,7 @@ def _moved_peak(defaults: Recipe, epochs: str, options: RunOptions) -> float:
 
 
 def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """`base` with some fields changed (strings are converted). Raises UserError, naming the flag, if one is invalid."""
+    """Returns `base` with some fields changed (strings are converted). Raises UserError, naming an invalid flag."""
     try:
         return Recipe(**{**base.model_dump(), **overrides})
     except ValidationError as error:
@@ -350,7 +350,7 @@ def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
-    """The fields that affect the result and differ, as 'field (theirs there, ours here)'.
+    """Lists the fields that affect the result and differ, as 'field (theirs there, ours here)'.
 
     `data` and `fit` are left out: images are compared by content.
     """

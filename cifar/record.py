@@ -43,7 +43,7 @@ PICTURE_SECONDS = 30  # between pictures, which keep a core busy for half a seco
 CHECK_SECONDS = 5  # between checks for a newer attempt, in addition to the one before each write
 WAITING, TRAINING = "waiting for images", "training"  # on the clock
 LATE = 0.1  # fraction of training spent waiting for images above which the run says so
-SLOW = 1.5  # a rank is slow if its own work in a step exceeds this multiple of the others' median
+SLOW = 1.5  # a rank is slow if its own time per step exceeds this multiple of the others' median
 LAST_SAVE_SECONDS = 3  # how long a failed job waits for a save in progress
 
 
@@ -155,7 +155,7 @@ class RunRecord:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Names the disk's errors within the block, and closes the files that grow at its end."""
+        """Turns disk errors in the block into UserErrors that name the file; closes append-only files at its end."""
         with run.disk_errors_named():
             yield
         if self.tracker:
@@ -320,7 +320,7 @@ class RunRecord:
         if slowest > SLOW * others and rank not in self.slow:
             self.slow.add(rank)
             self.tracker.say(
-                f"{failure.name(rank)} is slow: its own work in a step takes {1000 * slowest:.3g} ms, that of the "
+                f"{failure.name(rank)} is slow: its own time per step is {1000 * slowest:.3g} ms, that of the "
                 f"others {1000 * others:.3g} ms, and they wait for it"
             )
 

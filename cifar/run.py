@@ -69,7 +69,9 @@ def check(directory: Path, recipe: Recipe, resume: str) -> None:
         return
     restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
     if resume == "never" and not restarted:
-        raise UserError(f"run directory {directory} is not empty, as --resume never requires; choose a new --run")
+        raise UserError(
+            f"run directory {directory} is not empty, and --resume never needs an empty one; choose a new --run"
+        )
     before = _read_json(directory / "recipe.json").get("recipe")
     if before is None:
         raise UserError(f"{directory} is not empty and holds no run (no readable recipe.json); choose another --run")

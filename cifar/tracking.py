@@ -167,7 +167,7 @@ class Tracker:
         works = [1000 * seconds for seconds in result["step_seconds_of_ranks"]]
         if len(works) > 1:
             fast, slow = (f"{end(works):,.2f} ms (rank {works.index(end(works))})" for end in (min, max))
-            self.say(f"own work in a step: {fast} to {slow}")
+            self.say(f"own time per step: {fast} to {slow}")
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{tta} in {result['seconds']:.0f} s "
             f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run_dir}"

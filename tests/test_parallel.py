@@ -118,7 +118,7 @@ def test_a_rank_for_which_the_other_waits_is_named_once(shapes: Path, tmp_path: 
     more = (*SMALL, *ON_THE_DEVICE, "--global-batch-size", 6, "--epochs", 2)  # 10 steps each
     done = ended(script, arguments(shapes, tmp_path / "run", *more))
     assert done.returncode == 0, done.stderr
-    named = [line for line in done.stdout.splitlines() if " is slow: its own work in a step takes " in line]
+    named = [line for line in done.stdout.splitlines() if " is slow: its own time per step is " in line]
     assert len(named) == 1
     assert named[0].startswith(f"rank 1 on {os.uname().nodename} ")
     quick, slow = json.loads((tmp_path / "run" / "result.json").read_text())["step_seconds_of_ranks"]

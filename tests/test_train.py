@@ -517,7 +517,7 @@ def test_a_run_directory_of_another_kind_is_refused(
         check(finished)
     with pytest.raises(UserError, match=r"another recipe: augment \('albumentations' there, 'device' here\)"):
         check(finished, "--augment", "device")
-    with pytest.raises(UserError, match="is not empty, as --resume never requires; choose a new --run"):
+    with pytest.raises(UserError, match="is not empty, and --resume never needs an empty one; choose a new --run"):
         check(finished, "--resume", "never")
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):  # the same command, started again by a machine
         monkeypatch.setenv(name, "1")

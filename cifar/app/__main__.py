@@ -17,7 +17,7 @@ from cifar.explain import runs
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError for an unknown flag; `--help` prints and exits."""
+    """Parses the command line. Raises UserError for an unknown flag; `--help` prints and exits."""
     parser = Parser(
         prog="python -m cifar.app",
         allow_abbrev=False,

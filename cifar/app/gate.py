@@ -47,7 +47,7 @@ class Gate:
         self.coming = 0  # bytes of accepted uploads in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers what is not allowed in, and passes on the rest."""
+        """Rejects requests that are not allowed and forwards all others."""
         if scope["type"] != "http":  # 'lifespan' says that the server starts and ends; there are no websockets
             await self.app(scope, receive, send)
             return

@@ -57,7 +57,7 @@ class Handlers:
         return distinct(PREDICTED, self.engine.run.classes)
 
     def classify(self, picture: Any, top: Any, maps: Any, map_for: Any, method: Any, layers: Any) -> Response:
-        """Classes of a picture with their probabilities, maps and votes."""
+        """Classifies a picture: classes with their probabilities, maps and votes."""
         if picture is None:
             return views.hint(HINT), None
         classes, known = self.engine.run.classes, list(self.engine.layers)
@@ -113,7 +113,7 @@ class Handlers:
         for evaluated in (self.content.examples, self.content.mistakes):
             for row in (evaluated.indices == index).nonzero()[0]:
                 return enlarged(evaluated.pixels[row], figures.ENLARGED)
-        raise UserError("that is no test image of this page")
+        raise UserError("that is no test image of this page; choose one of those shown")
 
     def _mistakes(self, rows: Int64, map_for: str, method: str, layer: str) -> list[Mistake]:
         wrong = self.content.mistakes

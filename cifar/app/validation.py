@@ -31,7 +31,7 @@ def some_of(name: str, values: Any, known: Sequence[str]) -> list[str]:
 def switch(name: str, value: Any) -> bool:
     """Returns whether a switch is on or off. Raises UserError."""
     if not isinstance(value, bool):
-        raise UserError(f"{name} {_short(value)} is neither true nor false")
+        raise UserError(f"{name} {_short(value)} is neither true nor false; give one of them")
     return value
 
 

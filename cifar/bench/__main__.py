@@ -34,7 +34,7 @@ PARTS: dict[str, tuple[Callable[[Bench], list[Measurement]], str]] = {
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError for an unknown part or flag, or a value outside its range."""
+    """Parses the command line. Raises UserError for an unknown part or flag, or a value outside its range."""
     parser = Parser(
         prog="python -m cifar.bench",
         allow_abbrev=False,

@@ -148,7 +148,7 @@ def measure(run: Path, starts: int, answers: int, requests: int) -> list[Measure
 
 
 def parse_command_line() -> argparse.Namespace:
-    """Raises UserError for a number that is too small."""
+    """Parses the command line. Raises UserError for a number that is too small."""
     parser = Parser(
         prog="python -m cifar.bench.app", allow_abbrev=False, description="Measure the app of a finished run."
     )

@@ -43,7 +43,7 @@ class Bench:
     _training: dict[str, list[Answer]] | None = None
 
     def runs_on(self, machine: Answer) -> None:
-        """Takes what is known of the machine, and its defaults."""
+        """Stores the machine's description and sets the defaults for it."""
         self.machine = machine
         repeats, seconds = ON_A_GPU if machine["gpus"] else ON_A_CPU
         self.repeats, self.seconds = self.repeats or repeats, self.seconds or seconds

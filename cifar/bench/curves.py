@@ -30,7 +30,7 @@ class Curve(NamedTuple):
 
 
 def read(run: Path) -> Curve:
-    """Raises UserError where there are no evaluations."""
+    """Reads a run's evaluations. Raises UserError where there are none."""
     path = run / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -49,7 +49,7 @@ class Observer:
     # ---- what train.py calls
 
     def observe(self, train: Callable[[Recipe, RunOptions], None]) -> Callable[[Recipe, RunOptions], None]:
-        """Returns `train`, watched."""
+        """Returns `train` with its steps timed."""
 
         def watched(recipe: Recipe, options: RunOptions) -> None:
             from cifar import evaluation, launch, models  # as `train` does, a moment later

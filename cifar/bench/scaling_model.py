@@ -247,8 +247,8 @@ def parse_command_line() -> argparse.Namespace:
         description="How long a step takes on many processes.",
     )  # fmt: skip
     parser.add_argument("--measure", action="store_true", help="check it here: Linux, root, ten minutes")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each link (3)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps of a turn (8)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each link (3)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps of a measurement (8)")
     return parser.parse_args()
 
 

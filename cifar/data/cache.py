@@ -27,8 +27,8 @@ from cifar.data import sources
 from cifar.data.layout import images_file
 from cifar.data.sources import Source
 from cifar.errors import UserError
+from cifar.formats import CACHE
 
-FORMAT = 1
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 CONTENT = {*(f"{name}.npy" for name in ARRAYS), "files.json", "meta.json"}
 CHECKSUMS = "checksums.json"  # the name, size and crc32 of each of them
@@ -71,7 +71,7 @@ def open_data(data: str, *, fit: bool = False) -> Data:
     Raises UserError for whatever is wrong with the source, or where the cache cannot be read or written.
     """
     source = sources.find(data, fit=fit)
-    path = directory() / f"{source.key[:32]}-v{FORMAT}"
+    path = directory() / f"{source.key[:32]}-v{CACHE}"
     try:
         fault = _fault(path)
     except PermissionError as error:

@@ -111,7 +111,7 @@ def folder_reader(path: Path) -> Read:
 
 
 def archive_reader(official: Official, path: Path, contents: Mapping[str, bytes]) -> Read:
-    """Reads files of an archive, by their whole names. The function raises UserError for one that is another."""
+    """Returns a reader of an archive's files by full path; it raises UserError if a file's md5 differs."""
     by_name = {name.rpartition("/")[2]: content for name, content in contents.items()}
     fix = f"it is damaged or another file; download {official.url} again, or give images of your own"
 

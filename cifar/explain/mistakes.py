@@ -58,8 +58,8 @@ def select(labels: UInt8, predictions: UInt8, true: int | None, predicted: int |
 def companions(wrong: Int64, probabilities: Float, labels: UInt8) -> tuple[Int64, Int64]:
     """Finds for each mistake a correctly classified image of its true class whose runner-up is the same wrong class.
 
-    Positions [k] of one image for each pair of classes (true, predicted): the one with the highest probability of the
-    runner-up, the wrong class. And its row for each mistake [m], or -1 where no correct image has that runner-up.
+    Returns positions [k], one for each confused pair of classes: the correct image with the highest probability of the
+    runner-up. And, for each mistake, its row in them [m], or -1 where no correct image has that runner-up.
     """
     ranking = np.argsort(-probabilities, axis=1, kind="stable")
     correct = np.flatnonzero(ranking[:, 0] == labels)

@@ -36,7 +36,7 @@ class ExplainOptions:
 
 
 def parse_command_line(argv: Sequence[str]) -> ExplainOptions:
-    """Raises UserError for an unknown flag or a value outside its range; `--help` prints and exits."""
+    """Parses the command line; `--help` prints and exits. Raises UserError for a flag or value that is wrong."""
     places = "; ".join(f"{name}: {layers.listed(layers.resolutions(name))}" for name in models.names())
     parser = Parser(
         prog="explain.py",
@@ -61,7 +61,11 @@ def parse_command_line(argv: Sequence[str]) -> ExplainOptions:
     add("--true", metavar="CLASS", help="only mistakes on images of this class")
     add("--predicted", metavar="CLASS", help="only mistakes predicted as this class")
     add("--method", default="gradcam", metavar="NAME", help=f"CAM method: {', '.join(METHODS)} (gradcam)")
-    add("--layer", metavar="NAME", help=f"layer of the maps (the deepest with at least 7x7 cells); {places}")
+    add(
+        "--layer",
+        metavar="NAME",
+        help=f"layer of the maps (the deepest whose feature map has at least 7x7 positions); {places}",
+    )
     add("--opacity", type=float, default=0.5, metavar="0..1", help="opacity of a map over its picture (0.5)")
     add("--check", action="store_true", help="measure map faithfulness against a shuffled baseline; minutes on a CPU")
     add(
