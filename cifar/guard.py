@@ -18,6 +18,7 @@ from typing import NamedTuple
 from cifar import attempt, stop
 from cifar.errors import UserError
 
+OUTLIVES_SECONDS = 10  # how long it may take to say and record why: nobody may read, and the disk may not answer
 MARGIN_SECONDS = 10  # longer than the watchdog's own limit: it says more
 
 
@@ -93,14 +94,14 @@ def main() -> None:
     if report is None:
         return
     line = f"{report.place}: native code there has let no Python thread run for {report.limit:.0f} s"
-    sys.stderr.write(f"{sys.argv[1]}: error: {line}\n")
-    sys.stderr.flush()
     os.kill(parent, signal.SIGKILL)
+    signal.alarm(OUTLIVES_SECONDS)
     if report.run:
         directory, number, token, step = report.run  # as JSON has it, a list
         with suppress(OSError, UserError):
             if successor := attempt.claim_after(Path(directory), number, token):
                 successor.write_status("failed", step, line)
+    sys.stderr.write(f"{sys.argv[1]}: error: {line}\n")
 
 
 if __name__ == "__main__":
