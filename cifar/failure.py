@@ -619,7 +619,8 @@ def fail_together() -> Iterator[None]:
     `failed` or `preempted`, and why.
     """
     try:
-        yield
+        with _full_memory_explained():
+            yield
     except BaseException as error:
         if _watch is None:
             raise
@@ -633,6 +634,21 @@ def fail_together() -> Iterator[None]:
         if end.status == USER_ERROR:
             raise UserError(end.line) from None
         _say_and_exit(end)
+
+
+@contextmanager
+def _full_memory_explained() -> Iterator[None]:
+    """Turns a GPU that is out of memory into a UserError. In a step, `loop` gives other advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for this
+            raise
+        rank, what = int(os.environ.get("RANK", "0")), str(error).partition(". GPU ")[0]
+        raise UserError(
+            f"{name(rank)}: {what}; end what else uses the GPU (nvidia-smi), or keep the training images off it with "
+            "--augment albumentations"
+        ) from None
 
 
 def _caused_by_a_peer(error: BaseException) -> bool:

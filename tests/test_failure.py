@@ -225,6 +225,23 @@ def test_a_disk_that_is_full_before_the_first_step_is_one_line(
     assert "No space left on device" in lines(output)[0]
 
 
+def test_a_gpu_whose_memory_is_full_outside_a_step_is_one_line(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    patch = (
+        "import torch\nfrom cifar import evaluation\n"
+        "def evaluate(*arguments):\n"
+        "    if int(os.environ['RANK']) == 1:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total')\n"
+        "    time.sleep(600)\n"
+        "evaluation.evaluate = evaluate"
+    )
+    output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", TWO, more=("--epochs", 2))
+    words = f"rank 1 on {HOST}: CUDA out of memory. Tried to allocate 2.00 GiB; end what else uses the GPU"
+    assert [words in line for line in lines(output)] == [True], output
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
 def test_a_user_error_on_the_first_rank_alone_ends_all_with_one_line(
     shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
 ) -> None:
