@@ -454,31 +454,20 @@ def when_ended(record: Record, run: Callable[[], RunPosition]) -> None:
         _watch.record, _watch.run = record, run
 
 
-def last_writes_begin() -> None:
-    """Lets the ranks wait for what rank 0 writes last: the hang timeout is at least HANG_SECONDS."""
+def first_rank_works_alone() -> None:
+    """Makes the hang timeout at least HANG_SECONDS: no steps follow, but rank 0's last writes or its pictures."""
     if _watch:
         _move(_watch)
         _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
-
-
-def wait_for_first_rank() -> None:
-    """Waits until rank 0 gets here, still watching it: if it dies in its last writes, another one records that."""
-    peers = _watch.peers if _watch else None
-    if peers is None:
-        return
-    with suppress(RuntimeError):  # the launcher was killed, and the store with it
-        if peers.rank == 0:
-            peers.store.set("written", "yes")
-        while not peers.store.check(["written"]):
-            time.sleep(0.05)
 
 
 def disable_watchdog() -> None:
-    """Stops watching the other ranks: no collectives follow."""
+    """Stops watching the other ranks, once all are here: one that dies before, e.g. in its last writes, is recorded."""
     if _watch:
+        with suppress(RuntimeError):  # the launcher was killed, and the store with it
+            exchange("last writes", "done")
+        first_rank_works_alone()
         peers, _watch.peers = _watch.peers, None
-        _move(_watch)
-        _watch.limit = max(HANG_SECONDS, _watch.hang_seconds)
         if peers:
             peers.leaving.set()
             peers.teller.join(GRACE_SECONDS)
@@ -642,12 +631,14 @@ def _full_memory_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for this
+        from torch import OutOfMemoryError
+
+        if not isinstance(error, OutOfMemoryError):
             raise
         rank, what = int(os.environ.get("RANK", "0")), str(error).partition(". GPU ")[0]
         raise UserError(
             f"{name(rank)}: {what}; end what else uses the GPU (nvidia-smi), or keep the training images off it with "
-            "--augment albumentations"
+            "--augment albumentations, in a new --run"
         ) from None
 
 

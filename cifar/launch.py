@@ -261,7 +261,6 @@ def rewrap_ddp(accelerator: Accelerator, network: nn.Module) -> nn.Module:
 
 def end(accelerator: Accelerator) -> None:
     """Shuts the process group down cleanly, once rank 0 has written what it writes alone."""
-    failure.wait_for_first_rank()
     failure.disable_watchdog()
     accelerator.end_training()
 

@@ -342,7 +342,7 @@ class RunRecord:
 
     def finish(self, network: nn.Module, stopped: bool) -> None:
         """Writes how the run ended, and its result unless it was `stopped` on request. The other ranks wait."""
-        failure.last_writes_begin()
+        failure.first_rank_works_alone()
         if self.attempt is None or self.tracker is None:
             return
         self.drawer.wait(PICTURE_SECONDS)

@@ -1,18 +1,17 @@
 """Two processes, each with half of the threads or a GPU of its own, against one; and the bytes that they exchange."""
 
-import math
 from contextlib import ExitStack
 
 from cifar.bench import interleave, scaling_model
-from cifar.bench.context import Bench
+from cifar.bench.context import EPOCH, Bench
 from cifar.bench.measurement import Measurement
 from cifar.bench.scaling_model import Bucket
-from cifar.recipes import RECIPES
+from cifar.recipes import RECIPES, override
+from cifar.schedule import Schedule
 
 RANKS = (1, 2, 4, 8)  # numbers of GPUs whose per-GPU batch one GPU computes
 GROWING = (8, 16, 64, 256, 1024)  # numbers of GPUs that each compute the recipe's whole batch
 GRAPHS = ("off", "auto")
-TRAINING_IMAGES = 50_000  # of CIFAR-10, for the time of a whole training
 
 
 def measure(bench: Bench) -> list[Measurement]:
@@ -48,7 +47,7 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
     """
     recipe, machine = RECIPES[bench.recipe](), scaling_model.Machine()
     overlapped = scaling_model.buckets(recipe.network)
-    training_steps = math.ceil(TRAINING_IMAGES * recipe.epochs / bench.batch)
+    whole_training = Schedule(override(recipe, {"global_batch_size": bench.batch}), EPOCH, 1)
 
     def rates(gpus: int, batch: int, seconds: list[float], parts: list[Bucket]) -> list[float]:
         return [batch / scaling_model.on_gpus(gpus, computing, parts, machine).seconds for computing in seconds]
@@ -76,7 +75,7 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
             figures.append(Measurement("scaling", what, "ms", [1e3 * step for step in seconds]))
             several = rates(ranks, bench.batch, seconds, parts)
             figures.append(computed(f"{ranks} GPUs computed from it", several, one))
-            whole = [training_steps * bench.batch / rate for rate in several]
+            whole = [whole_training.total_steps * bench.batch / rate for rate in several]
             figures.append(Measurement("scaling", f"all steps of {bench.recipe} on CIFAR-10", "s", whole))
         figures += [
             computed(
