@@ -638,7 +638,7 @@ def _full_memory_explained() -> Iterator[None]:
         rank, what = int(os.environ.get("RANK", "0")), str(error).partition(". GPU ")[0]
         raise UserError(
             f"{name(rank)}: {what}; end what else uses the GPU (nvidia-smi), or keep the training images off it with "
-            "--augment albumentations, in a new --run"
+            "--augmentation-backend albumentations, in a new --run"
         ) from None
 
 

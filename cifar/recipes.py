@@ -52,7 +52,7 @@ class Recipe(BaseModel):
         Field(description="format of the gradients that processes exchange; bf16 halves the traffic"),
     ] = "none"
     augmentation: Annotated[str, Field(description="an entry of cifar/data/augment.py")] = "crop_flip_cutout"
-    augment: Annotated[
+    augmentation_backend: Annotated[
         Literal["albumentations", "device"],
         Field(
             description="albumentations: image by image, in dataloader workers; device: whole batches, on the "
@@ -129,6 +129,8 @@ class Recipe(BaseModel):
         return self
 
 
+FORMER_NAMES = {"augment": "augmentation_backend"}  # of fields: understood as a flag, and in the files of a run
+
 RECIPES: dict[str, Callable[[], Recipe]] = {}
 
 
@@ -145,7 +147,7 @@ def resnet() -> Recipe:
     accelerate launch --mixed_precision bf16 train.py
 
     Expect 90.7 % test accuracy on CIFAR-10 re-encoded as JPEG, after 69 minutes on 2 CPU cores with native bf16, or
-    84 s on an H200 with --augment device.
+    84 s on an H200 with --augmentation-backend device.
     """
     return Recipe()
 
@@ -163,7 +165,7 @@ def resnet_fast() -> Recipe:
         epochs=10,
         global_batch_size=512,
         augmentation="crop_alternating_flip",
-        augment="device",
+        augmentation_backend="device",
         image_sizes="24,28,32",
         optimizer="muon",
         peak_learning_rate=0.106,
@@ -191,7 +193,7 @@ def speedrun() -> Recipe:
         epochs=9,
         global_batch_size=1536,
         augmentation="crop_alternating_flip_light",
-        augment="device",
+        augmentation_backend="device",
         image_sizes="20,24,28,28,32",
         optimizer="muon",
         peak_learning_rate=0.23,
@@ -259,8 +261,9 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, RunOptions]:
     _add_options(parser, name)
     group = parser.add_argument_group("fields of the recipe")
     for field, info in Recipe.model_fields.items():
+        names = [field, *(former for former, now in FORMER_NAMES.items() if now == field)]
         group.add_argument(
-            "--" + field.replace("_", "-"),
+            *("--" + name.replace("_", "-") for name in names),
             default=argparse.SUPPRESS,
             metavar="|".join(get_args(info.annotation)) or getattr(info.annotation, "__name__", "VALUE").upper(),
             help=f"{info.description} ({getattr(defaults, field)})",
@@ -355,6 +358,7 @@ def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
     `data` and `fit` are left out: images are compared by content.
     """
     # A run of a version without a field used what is now its default.
+    theirs = {FORMER_NAMES.get(field, field): value for field, value in theirs.items()}
     mine, theirs = ours.model_dump(), {**Recipe().model_dump(), **theirs}
     return [
         f"{field} ({theirs.get(field)!r} there, {mine.get(field)!r} here)"

@@ -327,10 +327,10 @@ class RunRecord:
     def _say_if_images_are_late(self) -> None:
         assert self.tracker
         waiting, training = self.clock.seconds[WAITING], self.clock.seconds[TRAINING]
-        if self.recipe.augment != "device" and waiting > LATE * (waiting + training):
+        if self.recipe.augmentation_backend != "device" and waiting > LATE * (waiting + training):
             self.tracker.say(
                 f"{waiting / (waiting + training):.0%} of training was waiting for images; "
-                "--augment device, in a new --run, makes them on the device"
+                "--augmentation-backend device, in a new --run, makes them on the device"
             )
 
     def wait(self) -> None:

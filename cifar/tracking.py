@@ -74,7 +74,7 @@ class Tracker:
         seen = tensors.cpu().permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
         test = np.random.default_rng(0).permutation(len(self.data.test_labels))[:20]
         strips = {
-            f"training images, augmented ({self.recipe.augmentation}, {self.recipe.augment})":
+            f"training images, augmented ({self.recipe.augmentation}, {self.recipe.augmentation_backend})":
                 ((seen.clip(0, 1) * 255).round().astype(np.uint8), labels.tolist()),
             "test images":
                 (self.data.test_images[test], self.data.test_labels[test].tolist()),

@@ -73,7 +73,7 @@ def run(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "run"
     # Small steps, and many of them: so that its probabilities are neither all alike nor 0 and 1.
     done = train("--data", data, "--run", directory, "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 4,
-                 "--peak-learning-rate", 2e-4, "--augment", "device")  # fmt: skip
+                 "--peak-learning-rate", 2e-4, "--augmentation-backend", "device")  # fmt: skip
     assert done.returncode == 0, done.stderr
     return directory
 

@@ -24,7 +24,7 @@ from cifar.errors import UserError
 from cifar.recipes import RECIPES, Recipe
 
 CPU = torch.device("cpu")
-WAYS = get_args(Recipe.model_fields["augment"].annotation)
+WAYS = get_args(Recipe.model_fields["augmentation_backend"].annotation)
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation that leave an image as it is, on a scale of 0 to 1
 
 UNLIKELY = 1e-4  # a table less probable than this is refused; all draws are fixed by their seeds
@@ -36,7 +36,7 @@ def data(shapes: Path) -> Data:
 
 
 def recipe(way: str, name: str, seed: int = 0) -> Recipe:
-    return Recipe(augment=way, augmentation=name, seed=seed, global_batch_size=16)  # type: ignore[arg-type]
+    return Recipe(augmentation_backend=way, augmentation=name, seed=seed, global_batch_size=16)  # type: ignore[arg-type]
 
 
 def batches(

@@ -111,7 +111,8 @@ def test_a_gpu_is_measured_in_fewer_and_shorter_turns_unless_told_otherwise(tmp_
 def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> None:
     bench = Bench("resnet", 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0})
     run = tmp_path / "run"
-    arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, *SMALL, "--augment", "device")
+    arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, *SMALL,
+                 "--augmentation-backend", "device")  # fmt: skip
     with bench.launch("ours", *arguments, "--checkpoint-every", 1) as program:
         trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH images
         restored = program.turn("restore", amount=1)

@@ -20,7 +20,7 @@ SHORT = ("--network", "tiny", "--epochs", "1", "--peak-epoch", "0.5")  # a later
 def more(line: str) -> tuple[str, ...]:
     """What makes a command quick."""
     if "train.py" in line:  # an augmentation is tried out as it stands there, by Albumentations
-        return SHORT if "--augmentation" in line else (*SHORT, "--augment", "device")
+        return SHORT if "--augmentation" in line else (*SHORT, "--augmentation-backend", "device")
     return ("-n", "0") if "pytest" in line else ()
 
 

@@ -138,7 +138,7 @@ def test_one_process_sends_nothing(step: dict[str, Any]) -> None:
     assert step["collectives"] == []
 
 
-FEW = ("--augment", "device", "--global-batch-size", "4")  # images: what is sent does not depend on them
+FEW = ("--augmentation-backend", "device", "--global-batch-size", "4")  # images: what is sent does not depend on them
 
 
 def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> None:

@@ -232,10 +232,10 @@ def test_everything_that_no_cpu_runs_has_a_test_that_runs_it(shapes: Path, tmp_p
     for words in (
         ("run", "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", "not slow", *unit_tests),
         ("run", *train, "--run", str(tmp_path / "1"), "--peak-epoch", "1", "--network", "small",
-         "--augment", "device", "--global-batch-size", "16", "--gradient-accumulation-steps", "2"),
+         "--augmentation-backend", "device", "--global-batch-size", "16", "--gradient-accumulation-steps", "2"),
         ("run", "-m", "accelerate.commands.launch", *THREE, *train, "--run", str(tmp_path / "3"),
          "--recipe", "speedrun", "--global-batch-size", "15", "--freeze-at", "0.5", "--peak-epoch", "0",
-         "--cuda-graph", "auto", "--profile", "2", "--deterministic", "--augment", "albumentations",
+         "--cuda-graph", "auto", "--profile", "2", "--deterministic", "--augmentation-backend", "albumentations",
          "--gradient-compression", "bf16"),
         ("combine",), ("json", "-o", str(tmp_path / "found.json")),
     ):  # fmt: skip
@@ -421,8 +421,8 @@ def test_only_the_first_weights_are_drawn_from_the_generators_of_all_devices(sha
         "    return seed(*arguments)\n"
         "torch.manual_seed = counted\n"
     )
-    arguments = ("--data", shapes, "--run", tmp_path / "run", "--epochs", 1, "--peak-epoch", 0, "--augment", "device",
-                 "--global-batch-size", 16, "--network", "small")  # fmt: skip
+    arguments = ("--data", shapes, "--run", tmp_path / "run", "--epochs", 1, "--peak-epoch", 0,
+                 "--augmentation-backend", "device", "--global-batch-size", 16, "--network", "small")  # fmt: skip
     done = subprocess.run(command(project(tmp_path, patch), *arguments), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 4

@@ -53,8 +53,8 @@ def run(mislabelled: Path, train: Train, tmp_path_factory: pytest.TempPathFactor
     """A short training."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     done = train(
-        "--data", mislabelled, "--run", directory, "--network", "whitened", "--augment", "device", "--epochs", 3,
-        "--peak-epoch", 1, "--global-batch-size", 16, "--peak-learning-rate", 1e-3,
+        "--data", mislabelled, "--run", directory, "--network", "whitened", "--augmentation-backend", "device",
+        "--epochs", 3, "--peak-epoch", 1, "--global-batch-size", 16, "--peak-learning-rate", 1e-3,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return directory
@@ -288,8 +288,8 @@ def named(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count):
                 draw(SHAPES[number], generator).save(data / split / name / f"+{number}.png")
     directory = tmp_path_factory.mktemp("runs") / "named"
-    done = train("--data", data, "--run", directory, "--network", "whitened", "--augment", "device", "--epochs", 1,
-                 "--peak-epoch", 0.5, "--global-batch-size", 13,
+    done = train("--data", data, "--run", directory, "--network", "whitened", "--augmentation-backend", "device",
+                 "--epochs", 1, "--peak-epoch", 0.5, "--global-batch-size", 13,
                  env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr

@@ -30,7 +30,7 @@ def run(request: pytest.FixtureRequest, shapes: Path, train: Train, tmp_path_fac
     """A short run of each recipe."""
     directory = tmp_path_factory.mktemp("export") / request.param
     done = train("--recipe", request.param, "--data", shapes, "--run", directory, "--epochs", 2, "--peak-epoch", 1,
-                 "--global-batch-size", 16, "--augment", "device")  # fmt: skip
+                 "--global-batch-size", 16, "--augmentation-backend", "device")  # fmt: skip
     assert done.returncode == 0, done.stderr
     return directory
 

@@ -35,7 +35,7 @@ def started(
     more: tuple[object, ...] = (), env: dict[str, str] | None = None, workers: bool = False, **popen: Any,
 ) -> "subprocess.Popen[str]":  # fmt: skip
     # Workers, and what they import, take their time at each start: only where a signal may reach them, too.
-    augmented = ("--augment", "albumentations" if workers else "device")
+    augmented = ("--augmentation-backend", "albumentations" if workers else "device")
     arguments = command(script, "--data", shapes, "--run", run, "--network", "whitened", "--epochs", 60,
                         "--peak-epoch", 1, "--global-batch-size", 12, "--checkpoint-every", 3, *augmented, *more,
                         launcher=launcher)  # fmt: skip
@@ -410,7 +410,7 @@ def test_output_that_nobody_reads_does_not_keep_a_job_that_hangs(shapes: Path, t
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     words = command(ROOT / "train.py", "--data", shapes, "--run", tmp_path / "run", "--network", "whitened",
-                    "--global-batch-size", 8, "--epochs", 400, "--augment", "device")  # fmt: skip
+                    "--global-batch-size", 8, "--epochs", 400, "--augmentation-backend", "device")  # fmt: skip
     job = subprocess.Popen(
         words, env={**env, "CIFAR_HANG_SECONDS": "8"}, stdout=write, stderr=subprocess.PIPE, text=True
     )

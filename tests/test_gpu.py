@@ -175,7 +175,7 @@ def test_batches_that_are_sent_beside_the_steps_arrive_whole() -> None:
         "data = open_data('digits')\n"
         "def sums(kind, way):\n"
         "    there = torch.device(kind)\n"
-        "    recipe = Recipe(augment=way, augmentation='crop_alternating_flip_light')\n"
+        "    recipe = Recipe(augmentation_backend=way, augmentation='crop_alternating_flip_light')\n"
         "    images = loading.training_images(recipe, data, there)\n"
         "    shares = sampler.DistributedBatchSampler(recipe, len(data.train_labels), 3, 40, 0, 1)\n"
         "    work, found = torch.ones(2048, 2048, device=there), []\n"
@@ -299,8 +299,8 @@ NO_READS = (
 @pytest.mark.parametrize("graph", ["auto", "off"])
 def test_no_step_reads_from_the_device(graph: str, tmp_path: Path) -> None:
     # The other way to augment is seen by the next test.
-    arguments = (*DIGITS, *UNSAVED, "--run", tmp_path / "run", "--augment", "device", "--cuda-graph", graph)
-    output = ended_well(*command(patched(tmp_path, COUNTED + NO_READS), *arguments,
+    arguments = (*DIGITS, *UNSAVED, "--run", tmp_path / "run", "--augmentation-backend", "device")
+    output = ended_well(*command(patched(tmp_path, COUNTED + NO_READS), *arguments, "--cuda-graph", graph,
                                  launcher=(*ONE, "--mixed_precision", PRECISIONS[-2:][0])))  # fmt: skip
     assert (f"replayed {STEPS}" in output) == (graph == "auto")
 

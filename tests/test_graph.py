@@ -28,7 +28,7 @@ ON_A_CPU = (
 FAITHFUL = ON_A_CPU + "graph.capture = lambda step: step\n"
 ONE: tuple[str, ...] = ()
 STEPS = 12
-SMALL = ("--network", "small", "--augment", "device")
+SMALL = ("--network", "small", "--augmentation-backend", "device")
 VARIANTS = {
     "dropout": SMALL,
     "sizes and freezing": ("--recipe", "speedrun", "--freeze-at", 0.5, "--peak-epoch", 0),

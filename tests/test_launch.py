@@ -215,7 +215,7 @@ def test_the_faster_precision_is_named(
     assert "hint" not in launch.topology(job, 512)
 
 
-QUICK = ("--network", "whitened", "--augment", "device")
+QUICK = ("--network", "whitened", "--augmentation-backend", "device")
 
 
 def test_torchrun_launches_it_too(shapes: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def device_batches(data: object, size: int, augmentation: str, device: torch.dev
     few = open_data(str(data))
     chosen = np.arange(MANY) % len(few.train_labels)
     many = replace(few, train_images=few.train_images[chosen], train_labels=few.train_labels[chosen])
-    recipe = Recipe(augment="device", augmentation=augmentation, global_batch_size=size)
+    recipe = Recipe(augmentation_backend="device", augmentation=augmentation, global_batch_size=size)
     images = loading.training_images(recipe, many, device)
     return loading.training_batches(images, sampler.DistributedBatchSampler(recipe, MANY, 0, 1000, 0, 1), 1, device)
 

@@ -55,7 +55,7 @@ def test_batches_gradient_and_evaluation_are_those_of_one_process(
 
 RECORDING = ROOT / "tests/helpers/recording.py"
 SMALL = ("--network", "small")
-ON_THE_DEVICE = ("--augment", "device")  # without loader workers
+ON_THE_DEVICE = ("--augmentation-backend", "device")  # without loader workers
 
 
 def arguments(shapes: Path, run: Path, *more: object) -> list[object]:

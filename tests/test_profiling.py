@@ -71,7 +71,7 @@ def test_the_sentence_begins_with_what_is_waited_for_longest(waited: Waits, sent
 
 def arguments(shapes: Path, run: Path) -> list[object]:
     """Of 16 steps."""
-    return ["--data", shapes, "--run", run, "--network", "whitened", "--augment", "device", "--epochs", 2,
+    return ["--data", shapes, "--run", run, "--network", "whitened", "--augmentation-backend", "device", "--epochs", 2,
             "--peak-epoch", 1, "--global-batch-size", 8]  # fmt: skip
 
 

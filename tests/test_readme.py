@@ -46,7 +46,7 @@ def shortened(line: str, shapes: Path, run: Path) -> list[str]:
     executable = Path(sys.executable).parent / words[0]
     short = ["--epochs", "2", "--peak-epoch", "1", "--global-batch-size", "16", "--run", str(run)]
     network = ["--network", "whitened" if "speedrun" in words else "small"]
-    data = [] if "digits" in words else ["--data", str(shapes), "--augment", "device"]
+    data = [] if "digits" in words else ["--data", str(shapes), "--augmentation-backend", "device"]
     return [str(executable), *words[1:], *([] if "--help" in words else short + network + data)]
 
 

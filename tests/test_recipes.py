@@ -22,7 +22,7 @@ def test_every_recipe_is_documented_and_its_help_shows_its_values(name: str, tra
     shown = train("--recipe", name, "--help")
     assert shown.returncode == 0
     assert "--global-batch-size INT" in shown.stdout
-    assert "--augment albumentations|device" in shown.stdout
+    assert "--augmentation-backend albumentations|device" in shown.stdout
     assert f"({recipe.global_batch_size})" in shown.stdout
     documentation = RECIPES[name].__doc__ or ""
     for fact in ("accelerate launch", "test accuracy", "minute"):
@@ -103,7 +103,7 @@ def test_a_run_from_before_the_peak_moved_along_goes_on_with_its_own(tmp_path: P
         (["--image-sizes", "big"], "--image-sizes big: string should match"),
         (["--optimizer", "sgd"], "--optimizer sgd: input should be 'adam' or 'muon'"),
         (["--test-time-augmentation", "often"], "--test-time-augmentation often: input should be a valid boolean"),
-        (["--augment", "foo"], "--augment foo: input should be 'albumentations' or 'device'"),
+        (["--augmentation-backend", "foo"], "--augmentation-backend foo: input should be 'albumentations' or 'device'"),
         (["--checkpoint-every", "0"], "--checkpoint-every 0"),
         (["--checkpoint-every", "often"], "--checkpoint-every often"),
         (["--checkpoint-every", "9" * 5000], "--checkpoint-every 999"),
@@ -133,8 +133,18 @@ def test_closed_streams_are_no_fault() -> None:
 def test_differences_name_fields_and_values() -> None:
     there = {**recipes.resnet().model_dump(), "epochs": 30, "data": "elsewhere"}
     assert recipes.differences(recipes.resnet(), there) == ["epochs (30 there, 24 here)"]
-    del there["augment"]  # as written by a version that had no such field
+    del there["augmentation_backend"]  # as written by a version that had no such field
     assert recipes.differences(recipes.resnet(), there) == ["epochs (30 there, 24 here)"]
+
+
+def test_a_field_is_understood_under_its_former_name() -> None:
+    now = parse_command_line(["--augmentation-backend", "device"])[0]
+    assert now.augmentation_backend == "device"
+    assert parse_command_line(["--augment", "device"])[0] == now
+    there = now.model_dump()
+    there["augment"] = there.pop("augmentation_backend")  # in the recipe.json of an older run
+    assert recipes.differences(now, there) == []
+    assert recipes.differences(Recipe(), there) == ["augmentation_backend ('device' there, 'albumentations' here)"]
 
 
 def test_override_refuses_a_field_that_does_not_exist() -> None:

@@ -30,7 +30,7 @@ def trained(shapes: Path, train: Train, tmp_path_factory: pytest.TempPathFactory
     for seed in (0, 1):
         done = train(
             "--data", shapes, "--run", folder / str(seed), "--network", "whitened", "--epochs", 3, "--peak-epoch", 1,
-            "--augment", "device", "--global-batch-size", 16, "--peak-learning-rate", 1e-3, "--seed", seed,
+            "--augmentation-backend", "device", "--global-batch-size", 16, "--peak-learning-rate", 1e-3, "--seed", seed,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     return [folder / "0", folder / "1"]

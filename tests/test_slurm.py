@@ -159,8 +159,8 @@ def start(
     arguments: tuple[str, ...] = (), run: str = "run",
 ) -> Job:  # fmt: skip
     # Augmented on the device: nothing is lost here without workers, which take their time at each start.
-    options = ["--data", str(data), "--network", "small", "--run", str(folder / run), "--augment", "device",
-               "--epochs", str(EPOCHS), "--peak-epoch", "1",
+    options = ["--data", str(data), "--network", "small", "--run", str(folder / run),
+               "--augmentation-backend", "device", "--epochs", str(EPOCHS), "--peak-epoch", "1",
                "--global-batch-size", "8", "--checkpoint-every", str(EVERY), *arguments]  # fmt: skip
     done = cluster.run(
         "sbatch", "--parsable", f"--output={folder}/job-%j.out", *flags, "slurm/train.sbatch", *options, cwd=project

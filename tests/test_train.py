@@ -219,7 +219,7 @@ def newest_step(directory: Path) -> int:
 
 VARIANTS = {
     "small": ("--network", "small"),
-    "small on the device": ("--network", "small", "--augment", "device"),
+    "small on the device": ("--network", "small", "--augmentation-backend", "device"),
     "speedrun": ("--recipe", "speedrun", "--freeze-at", 0.5),  # frozen from step 6 on
 }
 
@@ -285,7 +285,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_images_augmented_on_the_device_are_another_run(variants: Callable[[str], Path]) -> None:
     runs = [variants("small"), variants("small on the device")]
     ways = [json.loads((run / "recipe.json").read_text())["recipe"] for run in runs]
-    assert [way.pop("augment") for way in ways] == ["albumentations", "device"]
+    assert [way.pop("augmentation_backend") for way in ways] == ["albumentations", "device"]
     assert ways[0] == ways[1]
     assert without_times(runs[0]) != without_times(runs[1])
 
@@ -433,7 +433,7 @@ def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(what: str, shapes
         "def full(*arguments): raise OSError(28, 'No space left on device', 'the/disk')\n"
         f"{what} = full"
     )
-    more = ("--network", "small", "--augment", "device", "--epochs", 50)
+    more = ("--network", "small", "--augmentation-backend", "device", "--epochs", 50)
     done = ended(project(tmp_path, patch), arguments(shapes, tmp_path / "run", *more), launcher=TWO)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
@@ -458,13 +458,13 @@ def test_a_run_that_waits_for_images_says_what_would_help(
         "        return real(self, *arguments)\n"
         "    setattr(kind, makes, late)"
     )
-    more = ("--network", "small", "--augment", augment, "--epochs", 1, "--peak-epoch", 0.5)
+    more = ("--network", "small", "--augmentation-backend", augment, "--epochs", 1, "--peak-epoch", 0.5)
     done = ended(project(tmp_path, patch), arguments(shapes, tmp_path / "run", *more))
     assert done.returncode == 0, done.stderr
     spent = json.loads((tmp_path / "run" / "result.json").read_text())["seconds_of_this_attempt"]
     waiting, training = spent[record.WAITING], spent[record.TRAINING]
     assert waiting > record.LATE * (waiting + training)
-    assert ("of training was waiting for images; --augment device, in a new --run" in done.stdout) == said
+    assert ("of training was waiting for images; --augmentation-backend device, in a new --run" in done.stdout) == said
 
 
 # ---- refusals
@@ -516,7 +516,7 @@ def test_a_run_directory_of_another_kind_is_refused(
     with pytest.raises(UserError, match=r"another recipe: .*epochs \(3 there, 24 here\).*choose another --run"):
         check(finished)
     with pytest.raises(UserError, match=r"another recipe: augment \('albumentations' there, 'device' here\)"):
-        check(finished, "--augment", "device")
+        check(finished, "--augmentation-backend", "device")
     with pytest.raises(UserError, match="is not empty, and --resume never needs an empty one; choose a new --run"):
         check(finished, "--resume", "never")
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):  # the same command, started again by a machine

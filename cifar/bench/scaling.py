@@ -59,7 +59,7 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
     for graph in GRAPHS:
         with ExitStack() as stack:
             # Augmented on the device: one process may have more loader workers than each of eight would.
-            flags = ("--cuda-graph", graph, "--augment", "device", "--global-batch-size")
+            flags = ("--cuda-graph", graph, "--augmentation-backend", "device", "--global-batch-size")
             programs = {
                 ranks: stack.enter_context(bench.ours(f"{graph}-{ranks}", *flags, bench.batch // ranks))
                 for ranks in RANKS

@@ -200,7 +200,7 @@ def check(repeats: int, steps: int) -> str:
     found: dict[tuple[float, float], list[float]] = {point: [] for point in (FAST, SLOW, FAR, *POINTS)}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder, Link() as link:
         bench = Bench("resnet", repeats, 0.0, Path(folder), machine={"native_bf16": False, "gpus": 0})
-        with two_machines(bench, "--global-batch-size", BATCH, "--augment", "device") as program:
+        with two_machines(bench, "--global-batch-size", BATCH, "--augmentation-backend", "device") as program:
             for _ in range(repeats):
                 for point, seconds in found.items():
                     link.bits, link.delay = point

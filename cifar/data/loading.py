@@ -96,7 +96,7 @@ TrainingImages = WorkerDataset | DeviceDataset
 def training_images(recipe: Recipe, data: Data, device: torch.device) -> TrainingImages:
     """Returns the training images, augmented as the recipe says. Raises UserError for an unknown augmentation."""
     pipeline = augment.find(recipe.augmentation)
-    if recipe.augment == "device":
+    if recipe.augmentation_backend == "device":
         return DeviceDataset(data, pipeline, recipe.seed, device)
     return WorkerDataset(data, pipeline, recipe.seed)
 
@@ -208,7 +208,7 @@ class _Worker:
         except OSError as error:
             raise UserError(
                 f"{name} cannot be started ({error.strerror}); raise the limit (ulimit -n, ulimit -u, memory), or use "
-                "no dataloader workers: --augment device, in a new --run"
+                "no dataloader workers: --augmentation-backend device, in a new --run"
             ) from None
         self.name = f"{name} (process {self.process.pid} on {socket.gethostname()})"
 
@@ -239,8 +239,8 @@ class _Worker:
                 how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
                 why = ", most likely out of memory: request more for the job" if code == -signal.SIGKILL else ""
                 raise LostError(
-                    f"{self.name} {how}{why}; the same command resumes from the last checkpoint, and --augment device, "
-                    "in a new --run, needs no dataloader workers"
+                    f"{self.name} {how}{why}; the same command resumes from the last checkpoint, and "
+                    "--augmentation-backend device, in a new --run, needs no dataloader workers"
                 )
             buffer = buffer[received:]
 

@@ -24,7 +24,7 @@ def shrink() -> None:
         for module in TRAINING:
             if module in words:
                 after = words.index(module) + 1  # first, so that the bench's own flags win
-                words[after:after] = [*SMALL, *(() if name in AUGMENTED else ("--augment", "device"))]
+                words[after:after] = [*SMALL, *(() if name in AUGMENTED else ("--augmentation-backend", "device"))]
         start(program, name, words, *others)
 
     context.IMAGES.update(train=2_500, test=500)

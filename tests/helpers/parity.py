@@ -22,8 +22,8 @@ def main(data_path: str, output: str, accumulation_steps: int) -> None:
     data = open_data(data_path)
     shares = sampler.DistributedBatchSampler(recipe, len(data.train_labels), 0, STEPS, rank, ranks)
     given = {}
-    for way in get_args(Recipe.model_fields["augment"].annotation):
-        images = loading.training_images(override(recipe, {"augment": way}), data, accelerator.device)
+    for way in get_args(Recipe.model_fields["augmentation_backend"].annotation):
+        images = loading.training_images(override(recipe, {"augmentation_backend": way}), data, accelerator.device)
         batches = list(loading.training_batches(images, shares, 1, accelerator.device))
         given |= {f"images.{way}.{step}": batch.contiguous() for step, (batch, _) in enumerate(batches)}
         given |= {f"labels.{way}.{step}": labels for step, (_, labels) in enumerate(batches)}
