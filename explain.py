@@ -69,8 +69,8 @@ def explain(run: Run, asked: ExplainOptions) -> None:
     epochs, epoch_predictions = runs.prediction_history(run, data)
     of_mistakes, of_companions = np.stack((predictions[wrong], labels[wrong]), axis=1), ranking[companions, :2]
     findings = Findings(
-        facts={
-            **runs.facts(run, data, evaluated.accuracy, accelerator.mixed_precision),
+        metadata={
+            **runs.metadata(run, data, evaluated.accuracy, accelerator.mixed_precision),
             **({"flip test": checks.square(run.recipe.get("augmentation"))} if asked.check else {}),
         },
         classes=data.classes,
@@ -110,7 +110,7 @@ def main() -> None:
     """Reads the command line and explains."""
     with failure.command_line("explain.py"):
         asked = options.parse_command_line(sys.argv[1:])
-        run = runs.open_run(asked.run)
+        run = runs.open_run(asked.run_dir)
         options.check(asked, run)
         runs.check_output(asked.output or run.output)
         with failure.fail_together():

@@ -204,7 +204,7 @@ def _name(temporary: Path, output: Path) -> None:
 
 def start(asked: argparse.Namespace) -> None:
     """Exports, and prints the largest difference."""
-    run = runs.open_run(asked.run)
+    run = runs.open_run(asked.run_dir)
 
     data = runs.images(run, asked.data)
     found, difference = export(run, data.test_images, asked.output)

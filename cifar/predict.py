@@ -253,7 +253,7 @@ def _csv_line(cells: Sequence[str]) -> str:
 
 def predict(asked: argparse.Namespace) -> int:
     """Prints a line for each picture; returns how many could not be read."""
-    run = runs.open_run(asked.run)
+    run = runs.open_run(asked.run_dir)
     top, count, skipped = min(int(asked.top), len(run.classes)), 0, list[str]()
     if asked.format == "csv":
         heads = (("class", "probability"), *((f"class_{k}", f"probability_{k}") for k in range(2, top + 1)))

@@ -229,7 +229,7 @@ def digits() -> Recipe:
 class RunOptions(NamedTuple):
     """A run's options that are not hyper-parameters: directory, resuming, saving, determinism, CUDA graph, profile."""
 
-    run: Path
+    run_dir: Path
     resume: str
     checkpoint_every: int
     recipe_name: str
@@ -276,7 +276,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe, RunOptions]:
     if arguments["profile"] < 0:
         raise UserError(f"--profile {arguments['profile']} is not a number of steps; give e.g. 10")
     options = RunOptions(
-        arguments["run"] or Path("runs", name),
+        arguments["run_dir"] or Path("runs", name),
         arguments["resume"],
         int(every),
         name,
@@ -293,7 +293,9 @@ def _add_options(parser: Parser, name: str) -> None:
     """Adds the flags that are not fields of a recipe."""
     parser.add_argument("--recipe", default="resnet", metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
     # torchrun takes --run for the beginning of a flag of its own.
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=f"run directory (runs/{name})")
+    parser.add_argument(
+        "--run", "--run-dir", dest="run_dir", type=Path, metavar="DIR", help=f"run directory (runs/{name})"
+    )
     parser.add_argument(
         "--resume",
         default="auto",
@@ -331,7 +333,7 @@ def _moved_peak(defaults: Recipe, epochs: str, options: RunOptions) -> float:
     A run or checkpoint of a version that did not scale it keeps its own.
     """
     chosen = override(defaults.model_copy(update={"peak_epoch": 0.0}), {"epochs": epochs}).epochs
-    for path in (options.run / "recipe.json", Path(options.resume, "state.json")):
+    for path in (options.run_dir / "recipe.json", Path(options.resume, "state.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             recorded = json.loads(path.read_bytes())["recipe"]
             if recorded["epochs"] == chosen and recorded["peak_epoch"] == defaults.peak_epoch:

@@ -55,8 +55,8 @@ def finished_before(accelerator: Accelerator, options: RunOptions, recipe: Recip
     line = ""
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            run.check(options.run, recipe, options.resume)
-            line = run.finished(options.run, recipe)
+            run.check(options.run_dir, recipe, options.resume)
+            line = run.finished(options.run_dir, recipe)
     line = broadcast_object_list([line])[0]
     if line and accelerator.is_main_process:
         print(line)
@@ -76,6 +76,7 @@ class RunRecord:
         clock: Clock,
     ) -> None:
         self.accelerator, self.options, self.recipe = accelerator, options, recipe
+        self.run_dir = options.run_dir
         self.data, self.schedule, self.clock = data, schedule, clock
         self.attempt: attempts.Attempt | None = None
         self.tracker: Tracker | None = None
@@ -85,9 +86,9 @@ class RunRecord:
         with raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
                 profiling.check(options.profile, schedule.total_steps)
-                checkpoint.check_named(options.run / "checkpoints", options.resume, recipe, data.fingerprint)
+                checkpoint.check_named(self.run_dir / "checkpoints", options.resume, recipe, data.fingerprint)
                 self.attempt = run.start(options, recipe, data.fingerprint, accelerator.num_processes)
-                chosen = checkpoint.choose(options.run / "checkpoints", options.resume)
+                chosen = checkpoint.choose(self.run_dir / "checkpoints", options.resume)
                 with run.disk_errors_named():
                     self.history = History(self.attempt, chosen.step, data.test_labels)
                 number, token, evaluated = self.attempt.number, self.attempt.token, self.history.last_epoch()
@@ -97,7 +98,7 @@ class RunRecord:
         self.chosen: Chosen = agreed[2]
         self.evaluated: int = agreed[3]  # epochs
         with raise_on_all_ranks(accelerator):
-            attempts.wait_until_visible(options.run, self.number)
+            attempts.wait_until_visible(self.run_dir, self.number)
         self.writer, self.drawer = Background("writer"), Background("drawer")
         self.logged = self.checked = -math.inf
         self.drawn = time.monotonic()
@@ -165,10 +166,10 @@ class RunRecord:
     def profiled_steps(self) -> AbstractContextManager[profiling.StepProfiler]:
         """Returns this rank's profiler for --profile."""
         done, total = self.progress.step, self.schedule.total_steps
-        return profiling.of_steps(self.options.profile, self.accelerator, self.options.run, self.number, done, total)
+        return profiling.of_steps(self.options.profile, self.accelerator, self.run_dir, self.number, done, total)
 
     def _position(self) -> RunPosition:
-        return RunPosition(str(self.options.run.absolute()), self.number, self.token, self.progress.step)
+        return RunPosition(str(self.run_dir.absolute()), self.number, self.token, self.progress.step)
 
     def _write_end(self, state: str, reason: str, in_place_of_rank_0: bool) -> None:
         """Writes status.json on rank 0, after a save in progress.
@@ -181,7 +182,7 @@ class RunRecord:
                 with suppress(Exception):
                     self.writer.wait(LAST_SAVE_SECONDS)
                 self._write_status(state, reason, last=True)
-            elif in_place_of_rank_0 and (successor := attempts.claim_after(self.options.run, self.number, self.token)):
+            elif in_place_of_rank_0 and (successor := attempts.claim_after(self.run_dir, self.number, self.token)):
                 successor.write_status(state, self.progress.step, reason)
 
     def _write_status(self, state: str, reason: str = "", step: int | None = None, last: bool = False) -> None:
@@ -234,7 +235,7 @@ class RunRecord:
             if self.attempt:
                 with suppress(UserError):
                     self.writer.wait()  # for a checkpoint that is good and not there yet
-                last = checkpoint.last_good(self.options.run / "checkpoints")
+                last = checkpoint.last_good(self.run_dir / "checkpoints")
                 raise UserError(
                     f"loss {metrics.loss} in step {metrics.step} at learning rate "
                     f"{self.schedule.learning_rate(metrics.step - 1):.3g}; lower "

@@ -105,7 +105,7 @@ def start(options: RunOptions, recipe: Recipe, fingerprint: str, world_size: int
 
     Raises UserError where the directory is not writable or its run was trained on other images.
     """
-    directory = options.run
+    directory = options.run_dir
     path = directory / "recipe.json"
     before = _read_json(path)
     if before:

@@ -464,7 +464,7 @@ def test_a_run_with_hardly_a_mistake_has_a_page_too(run: Path, tmp_path: Path) -
         shown = content.of_run(opened, opened.recipe["data"])
         assert shown.mistakes.indices.tolist() == [0][:mistaken]
         assert shown.mistakes.predictions.tolist() == [3][:mistaken]
-        assert shown.facts["accuracy"].startswith(f"{(36 - mistaken) / 36:.2%} of 36")
+        assert shown.metadata["accuracy"].startswith(f"{(36 - mistaken) / 36:.2%} of 36")
         assert sum(right for right, _ in shown.right) == 36 - mistaken
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PAGE, *copies], cwd=ROOT, capture_output=True,
                           text=True, check=True)  # fmt: skip
@@ -805,7 +805,7 @@ def test_a_space_has_all_that_it_needs_and_says_nothing_of_this_machine(space: P
         for mine, its in zip(vars(ours).values(), vars(theirs).values(), strict=True):
             assert np.array_equal(mine, its)
             assert mine.dtype == its.dtype
-    assert (shown.images, shown.right, shown.facts) == (expected.images, expected.right, expected.facts)
+    assert (shown.images, shown.right, shown.metadata) == (expected.images, expected.right, expected.metadata)
     assert shown.examples.labels.tolist() == [0, 1, 2, 3]
     for label, index in enumerate(shown.examples.indices):
         assert index == np.flatnonzero(data.test_labels == label)[0]

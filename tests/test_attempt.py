@@ -91,8 +91,8 @@ def test_an_attempt_says_who_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     attempt.claim(tmp_path, 8)
-    facts = json.loads((tmp_path / "attempts" / "0001.json").read_text())
-    assert {key: facts[key] for key in ("pid", "job", "requeues", "restarts_in_place", "world_size")} == {
+    metadata = json.loads((tmp_path / "attempts" / "0001.json").read_text())
+    assert {key: metadata[key] for key in ("pid", "job", "requeues", "restarts_in_place", "world_size")} == {
         "pid": os.getpid(), "job": "17", "requeues": 2, "restarts_in_place": 0, "world_size": 8,
     }  # fmt: skip
     assert attempt.described(tmp_path, 1).endswith(", Slurm job 17)")

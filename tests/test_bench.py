@@ -1,4 +1,4 @@
-"""The bench: turns are taken as it says, the real programs are what is measured, and no figure stands alone."""
+"""The bench: measurements are interleaved, the real programs are what is measured, and no measurement stands alone."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def test_programs_take_turns_and_the_first_two_are_not_counted(tmp_path: Path) -
     ):
         contestants = {"a": (a, {"do": "work"}), "b": (b, {"do": "work"})}
         answers = interleave.alternate(contestants, repeats=3, seconds=2.0, least=4)
-    # The first turn only warms up. In the second one a takes 0.5 s for 4, so that 16 fit into 2 s; b takes 2 s.
+    # The first request only warms up. In the second one a takes 0.5 s for 4, so that 16 fit into 2 s; b takes 2 s.
     assert log.read_text().splitlines() == ["a 4", "a 4", "b 4", "b 4", *["a 16", "b 4"] * 3]
     rates, slower = interleave.rates(answers["a"]), interleave.rates(answers["b"], each=10)
     assert (rates, slower) == ([8, 8, 8], [20, 20, 20])
@@ -78,12 +78,12 @@ def test_a_steps_limit_is_that_of_what_a_step_computes(name: str, tmp_path: Path
     observer = probe.Observer()
     observer.network = network = models.build(RECIPES[name]().network, classes=10, dropout=0)
     bench = Bench(name, 1, 1.0, tmp_path, machine={"native_bf16": False, "gpus": 0}, limits={products("float32"): 1e12})
-    facts = observer.facts()
+    metadata = observer.metadata()
     assert network.training
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     computed = counts.multiply_adds(lambda: F.cross_entropy(network(images), labels).backward())
-    assert bench.steps_limit(facts)[1] == pytest.approx(1e12 / (computed / 2), rel=1e-9)
-    assert bench.forward_limit(facts)[1] == pytest.approx(1e12 / counts.forward_multiply_adds(network), rel=1e-9)
+    assert bench.steps_limit(metadata)[1] == pytest.approx(1e12 / (computed / 2), rel=1e-9)
+    assert bench.forward_limit(metadata)[1] == pytest.approx(1e12 / counts.forward_multiply_adds(network), rel=1e-9)
 
 
 def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
@@ -94,15 +94,15 @@ def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
         bench.launch("ours", "--data", tmp_path / "missing", "--run", tmp_path / "run") as program,
         pytest.raises(UserError, match="ours ended with exit status 1; its stderr is above"),
     ):
-        program.turn("train", amount=1)
+        program.request("train", amount=1)
     assert f"train.py: error: --data {tmp_path / 'missing'} does not exist" in capfd.readouterr().err
 
 
-def test_a_gpu_is_measured_in_fewer_and_shorter_turns_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_gpu_is_measured_less_often_and_for_less_time_unless_told_otherwise(tmp_path: Path) -> None:
     found = []
     for gpus in (0, 1):
-        for turns in ((0, 0.0), (9, 0.5)):
-            bench = Bench("resnet", *turns, tmp_path)
+        for given in ((0, 0.0), (9, 0.5)):
+            bench = Bench("resnet", *given, tmp_path)
             bench.runs_on({"gpus": gpus})
             found.append((bench.repeats, bench.seconds))
     assert found == [(5, 5.0), (9, 0.5), (3, 1.0), (9, 0.5)]
@@ -114,8 +114,8 @@ def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> Non
     arguments = ("--data", shapes, "--run", run, "--epochs", 3, "--peak-epoch", 1, *SMALL,
                  "--augmentation-backend", "device")  # fmt: skip
     with bench.launch("ours", *arguments, "--checkpoint-every", 1) as program:
-        trained = program.turn("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH images
-        restored = program.turn("restore", amount=1)
+        trained = program.request("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH images
+        restored = program.request("restore", amount=1)
         saved = sorted((run / "checkpoints").iterdir())
     assert saved[-1].name == "step-0000006"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1

@@ -22,7 +22,7 @@ from cifar.errors import LostError, UserError
 from cifar.recipes import Recipe
 
 RECIPE = Recipe()
-FACTS = {"network": "resnet", "classes": ["a", "b"], "recipe": RECIPE.model_dump(), "data_fingerprint": "d"}
+METADATA = {"network": "resnet", "classes": ["a", "b"], "recipe": RECIPE.model_dump(), "data_fingerprint": "d"}
 
 
 def trained(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -52,17 +52,17 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 def save(
-    attempt: Attempt, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, facts: dict[str, Any]
+    attempt: Attempt, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metadata: dict[str, Any]
 ) -> Path:
     """Copies and writes."""
-    return checkpoint.write(attempt, Snapshot(network, optimizer, progress), facts)
+    return checkpoint.write(attempt, Snapshot(network, optimizer, progress), metadata)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     network, optimizer = trained(seed=0)
     progress = Progress(step=7, seconds=1.5, loss_sum=0.1 + 0.2, correct=3, seen=8)
-    return save(claim(tmp_path, 1), network, optimizer, progress, FACTS), network, optimizer
+    return save(claim(tmp_path, 1), network, optimizer, progress, METADATA), network, optimizer
 
 
 Saved = tuple[Path, nn.Module, torch.optim.Optimizer]
@@ -75,12 +75,12 @@ def test_a_snapshot_is_of_its_own_step_however_late_it_is_written(saved: Saved, 
     before = {name: tensor.clone() for name, tensor in before.items()}
     step(network, optimizer)
     progress.step += 1
-    late = checkpoint.write(claim(tmp_path / "late", 1), snapshot, FACTS)
+    late = checkpoint.write(claim(tmp_path / "late", 1), snapshot, METADATA)
     assert late.name == path.name
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (late / file).read_bytes() == (path / file).read_bytes()
     network, optimizer = trained(seed=1)
-    assert checkpoint.restore(late, network, optimizer, RECIPE, FACTS["data_fingerprint"]).step == 7  # type: ignore[arg-type]
+    assert checkpoint.restore(late, network, optimizer, RECIPE, METADATA["data_fingerprint"]).step == 7  # type: ignore[arg-type]
     assert_equal(tensors(network, optimizer), before)
 
 
@@ -128,7 +128,7 @@ def test_a_missing_or_truncated_file_is_found(name: str, spoil: Callable[[Path],
 
 def test_the_newest_complete_checkpoint_is_chosen_and_broken_ones_are_named(saved: Saved) -> None:
     path, network, optimizer = saved
-    newer = save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    newer = save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), METADATA)
     assert checkpoint.choose(path.parent, "auto") == Chosen(newer, 10, None, [])
     (newer / "model.safetensors").write_bytes(b"")
     (path.parent / "step-0000012").mkdir()
@@ -146,7 +146,7 @@ def test_who_may_read_it_is_what_the_umask_says(umask: int, tmp_path: Path) -> N
     network, optimizer = trained(seed=0)
     before = os.umask(umask)
     try:
-        path = save(claim(tmp_path, 1), network, optimizer, Progress(step=7), FACTS)
+        path = save(claim(tmp_path, 1), network, optimizer, Progress(step=7), METADATA)
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
@@ -159,7 +159,7 @@ def test_without_checkpoints_training_begins(tmp_path: Path) -> None:
 def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path: Path) -> None:
     path, network, optimizer = saved
     assert checkpoint.choose(tmp_path / "new", str(path)) == Chosen(path, 7, str(path))
-    save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), METADATA)
     with pytest.raises(UserError, match="holds a later checkpoint, step-0000010; give a new --run"):
         checkpoint.choose(path.parent, str(path))
     (path / "optimizer.safetensors").unlink()
@@ -167,9 +167,9 @@ def test_a_named_checkpoint_must_be_whole_and_the_newest(saved: Saved, tmp_path:
         checkpoint.choose(tmp_path / "new", str(path))
 
 
-def rewritten(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, object]) -> Path:
+def rewritten(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, object]) -> Path:
     shutil.rmtree(path)
-    return save(claim(path.parents[1], 1), network, optimizer, Progress(step=7), {**FACTS, **facts})
+    return save(claim(path.parents[1], 1), network, optimizer, Progress(step=7), {**METADATA, **metadata})
 
 
 def test_a_newer_format_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_another_recipe_other_images_or_another_network_are_refused(saved: Saved
 def test_the_last_three_are_kept(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     for number in range(1, 6):
-        save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        save(claim(tmp_path, 1), network, optimizer, Progress(step=number), METADATA)
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
         "step-0000005",
         "step-0000004",
@@ -207,11 +207,11 @@ def test_the_last_three_are_kept(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_that_is_newer_costs_no_good_one(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     for number in (1, 2, 3):
-        save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        save(claim(tmp_path, 1), network, optimizer, Progress(step=number), METADATA)
     for number in (2, 3):
         (tmp_path / "checkpoints" / f"step-{number:07d}" / "state.json").unlink()
     for number in (2, 3):  # training has gone on from step 1, and comes by the broken ones again
-        path = save(claim(tmp_path, 1), network, optimizer, Progress(step=number), FACTS)
+        path = save(claim(tmp_path, 1), network, optimizer, Progress(step=number), METADATA)
         assert checkpoint.newest(tmp_path / "checkpoints")[0] == path
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     assert checkpoint.verify(path)["progress"]["step"] == 3
@@ -221,8 +221,8 @@ def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_by_the_same_command(
     named, network, optimizer = saved
     branch = tmp_path / "branch"
     origin = checkpoint.choose(branch / "checkpoints", str(named)).origin
-    facts = {**FACTS, "resumed_from": origin}
-    own = save(claim(branch, 1), network, optimizer, Progress(step=9), facts)
+    metadata = {**METADATA, "resumed_from": origin}
+    own = save(claim(branch, 1), network, optimizer, Progress(step=9), metadata)
     for resume in (str(named), os.path.relpath(named), "auto"):
         assert checkpoint.choose(branch / "checkpoints", resume) == Chosen(own, 9, str(named), [])
     shutil.rmtree(named)
@@ -252,7 +252,7 @@ def test_what_is_not_finite_is_not_saved(part: str, value: float, saved: Saved) 
     }[part]  # fmt: skip
     tensor[(-1,) * tensor.ndim] = value
     with pytest.raises(UserError, match=rf"not finite after step 10; lower .* \(last good checkpoint: {path}\)"):
-        save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+        save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), METADATA)
     assert checkpoint.found(path.parent) == [path]
 
 
@@ -292,7 +292,7 @@ def test_wherever_an_attempt_freezes_it_spoils_nothing_of_its_successor(
         moment += 1
         run = tmp_path / str(moment)
         for number in range(1, 4):
-            save(claim(run, 1), network, optimizer, Progress(step=number), FACTS)
+            save(claim(run, 1), network, optimizer, Progress(step=number), METADATA)
         for number in broken:
             (run / "checkpoints" / f"step-{number:07d}").mkdir(exist_ok=True)
             (run / "checkpoints" / f"step-{number:07d}" / "state.json").write_text("{}")
@@ -305,11 +305,11 @@ def test_wherever_an_attempt_freezes_it_spoils_nothing_of_its_successor(
             assert chosen.path is not None
             seen.append(chosen.path)  # noqa: B023
             if chosen.step < 4:
-                seen.append(save(newer, network, optimizer, Progress(step=4), {**FACTS, "of": "newer"}))  # noqa: B023
+                seen.append(save(newer, network, optimizer, Progress(step=4), {**METADATA, "of": "newer"}))  # noqa: B023
 
         frozen.at(moment, succeed)
         try:
-            save(older, network, optimizer, Progress(step=4), FACTS)
+            save(older, network, optimizer, Progress(step=4), METADATA)
         except UserError as error:
             assert "was taken over by attempt 5" in str(error)  # noqa: PT017
         finished = frozen.left > 0
@@ -330,22 +330,22 @@ def test_a_crash_while_writing_leaves_the_one_before(saved: Saved, monkeypatch: 
 
     monkeypatch.setattr(checkpoint, "_state_sum", crash)  # both safetensors files are written by then
     with pytest.raises(KeyboardInterrupt):
-        save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+        save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), METADATA)
     monkeypatch.undo()
     assert checkpoint.choose(path.parent, "auto") == Chosen(path, 7, None, [])
-    save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), FACTS)
+    save(claim(path.parents[1], 1), network, optimizer, Progress(step=10), METADATA)
     assert len(list(path.parent.iterdir())) == 2  # nothing half-written is left
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(disk: Disk) -> None:
     disk.remount("size=400k")
     network, optimizer = trained(seed=0)
-    first = save(claim(disk.path, 1), network, optimizer, Progress(step=1), FACTS)
+    first = save(claim(disk.path, 1), network, optimizer, Progress(step=1), METADATA)
     (disk.path / "ballast").write_bytes(bytes(360_000))
     torch.manual_seed(0)
     large = nn.Linear(100, 100)
     with pytest.raises(UserError, match=r"step-0000002: checkpoint not written \(No space left on device\); make room"):
-        save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), FACTS)
+        save(claim(disk.path, 1), large, optim.build(large, RECIPE), Progress(step=2), METADATA)
     assert checkpoint.choose(disk.path / "checkpoints", "auto") == Chosen(first, 1, None, [])
     assert [path.name for path in (disk.path / "checkpoints").iterdir()] == ["step-0000001"]
 
@@ -367,7 +367,7 @@ def test_only_what_the_user_can_mend_is_the_users_error(
     attempt = claim(tmp_path, 1)
     monkeypatch.setattr(files, "sync", sync)
     with pytest.raises(UserError, match=words) as error:
-        save(attempt, network, optimizer, Progress(step=1), FACTS)
+        save(attempt, network, optimizer, Progress(step=1), METADATA)
     assert error.value.status == status  # 1 is tried again, by launchers and job scripts
 
 
@@ -395,7 +395,7 @@ def test_a_checkpoint_on_a_disk_that_fails_is_not_skipped(saved: Saved, monkeypa
 
 def test_the_result_loads_with_safetensors_alone(tmp_path: Path) -> None:
     network, _ = trained(seed=0)
-    checkpoint.export(claim(tmp_path, 1), network, FACTS)
+    checkpoint.export(claim(tmp_path, 1), network, METADATA)
     loaded = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert_equal(loaded, network.state_dict())
     assert all(tensor.is_contiguous() for tensor in loaded.values())
@@ -406,7 +406,7 @@ def test_the_result_loads_with_safetensors_alone(tmp_path: Path) -> None:
 def test_what_the_bits_depend_on_is_said_when_it_has_changed(tmp_path: Path) -> None:
     network, optimizer = trained(seed=0)
     before = {
-        **FACTS,
+        **METADATA,
         "world_size": 2,
         "precision": "no",
         "computed_on": {"device": "H100", "torch": "2.11", "cuDNN": "9"},

@@ -34,8 +34,8 @@ def profiled(shapes: Path, folder: Path, processes: int, *more: str) -> dict[str
     bench = Bench("resnet", 1, 1.0, folder, machine={"native_bf16": BF16, "gpus": 0})
     arguments = ("--data", shapes, "--run", folder / "run", "--epochs", 100, "--global-batch-size", 16, *more)
     with bench.launch("train.py", *arguments, processes=processes) as program:
-        program.turn("train", amount=1)
-        return program.turn("profile", amount=1)
+        program.request("train", amount=1)
+        return program.request("profile", amount=1)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
         + CHANNELS_LAST  # fused Adam makes a copy of them in that layout on CPUs, which it does not use;
         + (CONVOLUTIONS - CHANNELS_LAST) * 3  # a small map on its way in and out, and its gradient;
         + 2,  # the last maps before their maximum is taken, and their gradient
-        "other": 3,  # the linear layer's bias for each image, the loss's mask, the figures that ranks sum up
+        "other": 3,  # the linear layer's bias for each image, the loss's mask, the metrics that ranks sum up
     }
     assert {name: step["copies"].get(name, 0) for name in expected} == expected
 
@@ -144,8 +144,8 @@ FEW = ("--augmentation-backend", "device", "--global-batch-size", "4")  # images
 def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> None:
     sent = profiled(shapes, tmp_path, 2, *FEW)["collectives"]
     reduced = sorted(size for name, size in sent if name == "gloo:all_reduce")
-    figures, *gradient = reduced
-    assert figures == 4 * 4  # loss, correct predictions, stop request, failure to write
+    metrics, *gradient = reduced
+    assert metrics == 4 * 4  # loss, correct predictions, stop request, failure to write
     assert sum(gradient) == 4 * PARAMETERS
     assert len(gradient) == 4  # buckets: each is summed while the next is computed, and the last is small
     assert gradient == sorted(bucket.size for bucket in scaling_model.buckets("resnet", classes=4))
@@ -155,7 +155,7 @@ def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> N
 
 def test_compressed_gradients_are_half_the_bytes(shapes: Path, tmp_path: Path) -> None:
     sent = profiled(shapes, tmp_path, 2, *FEW, "--gradient-compression", "bf16")["collectives"]
-    figures, *gradient = sorted(size for name, size in sent if name == "gloo:all_reduce")
-    assert figures == 4 * 4
+    metrics, *gradient = sorted(size for name, size in sent if name == "gloo:all_reduce")
+    assert metrics == 4 * 4
     assert sum(gradient) == 2 * PARAMETERS
     assert gradient == sorted(bucket.size for bucket in scaling_model.buckets("resnet", 2, classes=4))

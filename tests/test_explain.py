@@ -247,9 +247,9 @@ def test_a_network_without_a_mistake_has_a_page_that_says_so(tmp_path: Path) -> 
     directory = tmp_path / "run"
     directory.mkdir()
     recipe = {"data": str(tmp_path / "data"), "epochs": 1, "global_batch_size": 16, "seed": 0}
-    facts = {"network": "resnet", "classes": ["a", "b"], "mean": mean, "std": std, "recipe": recipe,
+    metadata = {"network": "resnet", "classes": ["a", "b"], "mean": mean, "std": std, "recipe": recipe,
              "data_fingerprint": "0", "test_accuracy": 1.0}  # fmt: skip
-    checkpoint.export(claim(directory, 1), network, facts)
+    checkpoint.export(claim(directory, 1), network, metadata)
     (directory / "result.json").write_text(json.dumps({"test_accuracy": 1.0, "steps": 1}))
     done = explain("--run", directory, "--check", "--neighbours", "--method", "eigencam")
     assert done.returncode == 0, done.stderr
@@ -359,10 +359,10 @@ def test_the_line_recipe_names_the_recipe(run: Path, tmp_path: Path, mislabelled
         content = json.loads((run / "recipe.json").read_text())
         content.pop("name", None)
         (copy / "recipe.json").write_text(json.dumps({**content, **({"name": name} if name else {})}))
-        facts = runs.facts(opened, data, 0.5, "no")
-        assert (facts["recipe"], facts["network"]) == (line, "whitened")
+        metadata = runs.metadata(opened, data, 0.5, "no")
+        assert (metadata["recipe"], metadata["network"]) == (line, "whitened")
     (copy / "recipe.json").unlink()
-    assert runs.facts(opened, data, 0.5, "no")["recipe"] == "3 epochs, global batch 16, seed 0"
+    assert runs.metadata(opened, data, 0.5, "no")["recipe"] == "3 epochs, global batch 16, seed 0"
 
 
 def test_the_square_of_the_flip_test_is_the_cutouts_only_where_there_is_one() -> None:
@@ -851,7 +851,7 @@ def test_a_class_may_have_one_training_image_and_every_test_image_a_copy(tmp_pat
 
 def test_without_flags_the_ten_most_confident_mistakes_of_the_first_run_are_explained() -> None:
     assert parse_command_line([]) == ExplainOptions(
-        run=Path("runs/resnet"), data=None, output=None, count=None, order="confident", seed=0, true=None,
+        run_dir=Path("runs/resnet"), data=None, output=None, count=None, order="confident", seed=0, true=None,
         predicted=None, method="gradcam", layer=None, opacity=0.5, check=False, neighbours=False, corruptions=False,
         compare=[],
     )  # fmt: skip

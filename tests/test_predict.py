@@ -284,7 +284,8 @@ def test_a_run_ended_when_it_says_whatever_happens_to_its_files(run: Path, shape
 
     def told(path: Path) -> tuple[str, str | None]:
         opened = runs.open_run(path)
-        return runs.facts(opened, data, 1, "no")["trained"], content.of_run(opened, str(shapes)).facts.get("finished")
+        of_app = content.of_run(opened, str(shapes)).metadata
+        return runs.metadata(opened, data, 1, "no")["trained"], of_app.get("finished")
 
     ended = runs.open_run(run).ended
     assert ended is not None

@@ -48,7 +48,7 @@ def test_a_recipe_is_frozen() -> None:
 def test_flags_change_the_fields_they_name() -> None:
     recipe, options = parse_command_line(["--recipe", "digits", "--epochs", "9", "--dropout=0.5", "--run", "somewhere"])
     assert recipe == RECIPES["digits"]().model_copy(update={"epochs": 9, "peak_epoch": 3.0, "dropout": 0.5})
-    assert (options.run, options.recipe_name) == (Path("somewhere"), "digits")
+    assert (options.run_dir, options.recipe_name) == (Path("somewhere"), "digits")
     assert parse_command_line([])[1] == (Path("runs/resnet"), "auto", 500, "resnet", False, "off", 0)
 
 

@@ -94,7 +94,7 @@ def findings(mistakes: int, classes: list[str] | None = None, *, extras: bool = 
     history = np.where(random.random((epochs, images)) < 0.5, predicted, labels).astype(np.uint8)
     history[-1] = predicted
     found = Findings(
-        facts={"recipe": "resnet <b>", "accuracy": f"{(predicted == labels).mean():.4f}"},
+        metadata={"recipe": "resnet <b>", "accuracy": f"{(predicted == labels).mean():.4f}"},
         classes=classes,
         labels=labels,
         probabilities=probabilities,

@@ -507,7 +507,7 @@ def options(directory: Path) -> RunOptions:
 
 def check(directory: Path, *flags: str) -> None:
     recipe, given = parse_command_line(["--run", str(directory), *flags])
-    run.check(given.run, recipe, given.resume)
+    run.check(given.run_dir, recipe, given.resume)
 
 
 def test_a_run_directory_of_another_kind_is_refused(

@@ -42,9 +42,9 @@ def start(asked: argparse.Namespace) -> None:
     """Serves or exports what was asked for."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("gradio is not installed; install it with: pip install '.[app]'")
-    if not runs.is_finished(asked.run) and asked.run.is_dir():
-        raise UserError(f"{asked.run} is not a finished run; train it to its end first, or name another --run")
-    run = runs.open_run(asked.run)
+    if not runs.is_finished(asked.run_dir) and asked.run_dir.is_dir():
+        raise UserError(f"{asked.run_dir} is not a finished run; train it to its end first, or name another --run")
+    run = runs.open_run(asked.run_dir)
     # Refuse what can be refused before the imports that take seconds.
     if asked.export_space:
         check_new(asked.export_space)
@@ -54,14 +54,14 @@ def start(asked: argparse.Namespace) -> None:
     from cifar.app import content
     from cifar.app.engine import Engine
 
-    shown, engine = content.of_run(run, asked.data), Engine(run)
+    app_content, engine = content.of_run(run, asked.data), Engine(run)
     if asked.export_space:
         from cifar.app import space
 
-        space.export(engine, shown, asked.export_space)
+        space.export(engine, app_content, asked.export_space)
         print(f"{asked.export_space} is a complete Space; try it with: python {asked.export_space / 'app.py'}")
     else:
-        server.serve(engine, shown, host, port)
+        server.serve(engine, app_content, host, port)
 
 
 def check_new(folder: Path) -> None:

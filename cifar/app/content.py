@@ -1,4 +1,4 @@
-"""The app's data besides the network: test images and the facts of the About tab.
+"""The app's data besides the network: test images and the metadata of the About tab.
 
 Built from a run and its test set, or read from a folder that `save` wrote, without the data set.
 """
@@ -51,7 +51,7 @@ class AppContent:
     mistakes: EvaluatedImages  # all of them, the most confident first
     images: int  # in the test set
     right: list[tuple[int, int]]  # for each class: images that were classified correctly, and images
-    facts: dict[str, str]  # how it was trained and how good it is: name and value of each line
+    metadata: dict[str, str]  # how it was trained and how good it is: name and value of each line
 
 
 def of_run(run: Run, source: str | None) -> AppContent:
@@ -90,11 +90,11 @@ def of_run(run: Run, source: str | None) -> AppContent:
         right=[
             (int(correct[labels == number].sum()), int((labels == number).sum())) for number in range(len(run.classes))
         ],
-        facts=_facts(run, correct, probabilities),
+        metadata=_metadata(run, correct, probabilities),
     )
 
 
-def _facts(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities: Float) -> dict[str, str]:
+def _metadata(run: Run, correct: np.ndarray[Any, np.dtype[np.bool_]], probabilities: Float) -> dict[str, str]:
     result = _result(run)
     low, high = calibration.wilson(np.array([correct.mean()]), np.array([len(correct)]))
     hours, minutes = divmod(round(result["seconds"] / 60), 60)
@@ -121,15 +121,15 @@ def _result(run: Run) -> dict[str, Any]:
 
 def save(content: AppContent, folder: Path) -> None:
     """Writes a PNG of each picture, examples/ and mistakes/, and a list of them. Raises OSError."""
-    listed: dict[str, Any] = {"images": content.images, "right": content.right, "facts": content.facts}
+    listed: dict[str, Any] = {"images": content.images, "right": content.right, "facts": content.metadata}
     for name, evaluated in (("examples", content.examples), ("mistakes", content.mistakes)):
         (folder / name).mkdir()
         listed[name] = []
         for index, pixels, label, row in zip(*vars(evaluated).values(), strict=True):
             file = f"{name}/{index:05}.png"
             files.write(folder / file, png(pixels))
-            facts = {"file": file, "index": int(index), "true": int(label), "probabilities": row.tolist()}
-            listed[name].append(facts)
+            entry = {"file": file, "index": int(index), "true": int(label), "probabilities": row.tolist()}
+            listed[name].append(entry)
     files.write(folder / LIST, json.dumps(listed, indent=1).encode())
 
 

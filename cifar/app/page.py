@@ -49,7 +49,7 @@ def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
     classes, methods = engine.run.classes, list(METHODS)
     choices = list(zip(names.on_pages(classes), classes, strict=True))  # what is shown, and what is sent
     layers = [(f"{name} ({cells}x{cells})", name) for name, cells in engine.layers.items()]
-    right = content.facts["accuracy"].partition(" (")[0]
+    right = content.metadata["accuracy"].partition(" (")[0]
     name = f"{engine.run.network}: {len(classes)} classes, {right} correct"
 
     def carry(event: gr.EventData) -> tuple[Image.Image, gr.Tabs]:

@@ -53,7 +53,7 @@ def address(host: str | None, port: int | None) -> tuple[str, int]:
     return host, port
 
 
-def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
+def serve(engine: "Engine", app_content: "AppContent", host: str, port: int) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP, then deletes the uploads."""
     asked_to_end = False
 
@@ -79,7 +79,7 @@ def serve(engine: "Engine", shown: "AppContent", host: str, port: int) -> None:
         largest, room = pictures.BYTES + (1 << 20), 40 * pictures.BYTES
         gate = Middleware(Gate, uploads=Path(uploads), largest=largest, room=room, kept=sum(page.KEPT))
         fonts = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]  # what the visitor's machine has
-        _, address, _ = page.build(engine, shown, Path(uploads)).launch(
+        _, address, _ = page.build(engine, app_content, Path(uploads)).launch(
             server_name=f"[{host}]" if ":" in host else host,  # as an IPv6 address is written in a URL
             server_port=port,
             share=False,

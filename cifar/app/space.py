@@ -70,29 +70,29 @@ To start it on your own machine: `pip install -r requirements.txt`, then `python
 """
 
 
-def export(engine: Engine, shown: AppContent, folder: Path) -> None:
+def export(engine: Engine, app_content: AppContent, folder: Path) -> None:
     """Writes the Space atomically to a folder that does not exist or is empty. Raises UserError."""
     engine.warm_up()
-    page.build(engine, shown, folder)
+    page.build(engine, app_content, folder)
     place = folder.absolute()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
             whole = Path(temporary, place.name)
             whole.mkdir()
-            _write(engine.run, shown, whole)
+            _write(engine.run, app_content, whole)
             whole.rename(place)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}; make room or name another folder") from None
 
 
-def _write(run: Run, shown: AppContent, folder: Path) -> None:
+def _write(run: Run, app_content: AppContent, folder: Path) -> None:
     shutil.copyfile(run.path / "model.safetensors", folder / "model.safetensors")
     config = json.loads((run.path / "config.json").read_bytes())
     config["recipe"]["data"] = Path(config["recipe"]["data"]).name  # do not publish the local path
     files.write(folder / "config.json", json.dumps(config, indent=1).encode())
     shutil.copyfile(run.path / "result.json", folder / "result.json")
-    content.save(shown, folder)
+    content.save(app_content, folder)
     _copy_package(folder)
     pins = [f"{name}=={_public(importlib.metadata.version(name))}\n" for name in PACKAGES]
     files.write(folder / "requirements.txt", "".join(pins).encode())
@@ -102,7 +102,7 @@ def _write(run: Run, shown: AppContent, folder: Path) -> None:
         title=f"{run.network}, {len(run.classes)} classes",
         gradio=importlib.metadata.version("gradio"),
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
-        accuracy=f"Its accuracy is {shown.facts['accuracy']}",
+        accuracy=f"Its accuracy is {app_content.metadata['accuracy']}",
         classes=", ".join(run.classes),
     )
     files.write(folder / "README.md", readme.encode())

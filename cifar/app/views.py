@@ -126,7 +126,7 @@ def about(content: AppContent, engine: Engine) -> str:
     rows = summary.rows(engine.network)
     classes = names.on_pages(run.classes)
     recipe = {**run.recipe, "data": Path(run.recipe["data"]).name}  # visitors need not know where it lies
-    return str(_macros.about(content.facts, classes, content.right, rows, recipe, described))
+    return str(_macros.about(content.metadata, classes, content.right, rows, recipe, described))
 
 
 def answer_numbers(given: Answer, engine: Engine, top: int) -> dict[str, Any]:

@@ -70,13 +70,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     found: list[Measurement] = []
     for name, (part, _) in PARTS.items():
         if name == "limit" or not arguments.parts or name in arguments.parts:
-            figured = part(bench)
+            of_part = part(bench)
             if name == "limit":
-                facts = bench.machine
-                print(f"{began}  {facts['device']}, {facts['threads']} threads, torch {facts['torch']}; "
+                metadata = bench.machine
+                print(f"{began}  {metadata['device']}, {metadata['threads']} threads, torch {metadata['torch']}; "
                       f"recipe {bench.recipe}, precision {bench.precision}\n{measurement.head()}")  # fmt: skip
-            found += figured
-            print("\n".join(figure.row() for figure in figured), flush=True)
+            found += of_part
+            print("\n".join(each.row() for each in of_part), flush=True)
     if arguments.json:
         content = {
             "date": began,
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             "repeats": bench.repeats,
             "seconds": bench.seconds,
             "counts": bench.counts,
-            "figures": [figure.json() for figure in found],
+            "figures": [each.json() for each in found],
         }
         files.replace(arguments.json, json.dumps(content, indent=1))
 

@@ -169,9 +169,9 @@ def main() -> None:
     with command_line("bench"):
         arguments = parse_command_line()
         found = measure(arguments.run, arguments.starts, arguments.answers, arguments.requests)
-        print(measurement.head(), *(figure.row() for figure in found), sep="\n")
+        print(measurement.head(), *(each.row() for each in found), sep="\n")
         if arguments.json:
-            arguments.json.write_text(json.dumps([figure.json() for figure in found], indent=1))
+            arguments.json.write_text(json.dumps([each.json() for each in found], indent=1))
 
 
 if __name__ == "__main__":

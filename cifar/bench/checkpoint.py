@@ -16,7 +16,7 @@ def measure(bench: Bench) -> list[Measurement]:
     """
     with bench.ours("checkpoint", "--checkpoint-every", 1) as ours, bench.plain() as plain:
         savers = {"ours": (ours, {"do": "train"}), "plain": (plain, {"do": "save"})}
-        plain.turn("train", amount=1)  # before it, Adam has nothing to save
+        plain.request("train", amount=1)  # before it, Adam has nothing to save
         saved = interleave.alternate(savers, bench.repeats, bench.seconds)
         readers = {
             "ours": (ours, {"do": "restore"}),

@@ -18,7 +18,7 @@ from cifar.data.cache import open_data
 
 IMAGES = {"train": 25_000, "test": 5_000}
 EPOCH = 50_000  # images: CIFAR-10's
-# Repeats, and seconds of each turn, by default. A GPU makes hundreds of steps in a second, and the starts of the
+# Repeats, and seconds of each measurement, by default. A GPU makes hundreds of steps in a second, and the starts of the
 # programs take most of the time there.
 ON_A_CPU, ON_A_GPU = (5, 5.0), (3, 1.0)
 COPY = "memory copy"  # name of the memory-bandwidth limit, in bytes per second
@@ -35,7 +35,7 @@ class Bench:
 
     recipe: str
     repeats: int  # 0: the machine's default, as for the next
-    seconds: float  # of one turn
+    seconds: float  # of one measurement
     folder: Path
     machine: Answer = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
@@ -58,18 +58,18 @@ class Bench:
         """Images of a step."""
         return recipes.RECIPES[self.recipe]().global_batch_size
 
-    def best(self, name: str, unit: float, figures: list[Measurement]) -> list[Measurement]:
+    def best(self, name: str, unit: float, measured: list[Measurement]) -> list[Measurement]:
         """Records the highest median as the limit `name`; `unit` is that of the measurements."""
-        self.limits[name] = unit * max(median(figure.values) for figure in figures)
-        return figures
+        self.limits[name] = unit * max(median(each.values) for each in measured)
+        return measured
 
-    def steps_limit(self, facts: Answer) -> tuple[str, float]:
+    def steps_limit(self, metadata: Answer) -> tuple[str, float]:
         """Returns the images per second if a step were only the matmuls of its forward and backward pass."""
-        return self._limit(facts["step_multiply_adds"])
+        return self._limit(metadata["step_multiply_adds"])
 
-    def forward_limit(self, facts: Answer) -> tuple[str, float]:
+    def forward_limit(self, metadata: Answer) -> tuple[str, float]:
         """Returns the same for the forward pass only."""
-        return self._limit(facts["multiply_adds"])
+        return self._limit(metadata["multiply_adds"])
 
     def _limit(self, multiply_adds: int) -> tuple[str, float]:
         name = products("bf16" if self.precision == "bf16" else "float32")

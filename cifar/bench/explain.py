@@ -15,17 +15,17 @@ def measure(bench: Bench) -> list[Measurement]:
     The layer is the one that explain.py chooses.
     """
     with Program("explain", ["-m", "cifar.bench.explain", bench.recipe], {}) as program:
-        facts = program.turn("facts")
+        metadata = program.request("metadata")
         contestants = {
-            "batches": (program, {"do": "maps", "batch": facts["batch"]}),
+            "batches": (program, {"do": "maps", "batch": metadata["batch"]}),
             "single": (program, {"do": "maps", "batch": 1}),
         }
-        answers = interleave.alternate(contestants, bench.repeats, bench.seconds, facts["batch"])
+        answers = interleave.alternate(contestants, bench.repeats, bench.seconds, metadata["batch"])
     rates, single = interleave.rates(answers["batches"]), interleave.rates(answers["single"])
     name = products("float32")
-    limit = (f"{name}, {facts['multiply_adds']:,} an image", bench.limits[name] / facts["multiply_adds"])
+    limit = (f"{name}, {metadata['multiply_adds']:,} an image", bench.limits[name] / metadata["multiply_adds"])
     return [
-        Measurement("explain", f"maps in batches of {facts['batch']}", "images/s", rates, limit, "one at a time",
+        Measurement("explain", f"maps in batches of {metadata['batch']}", "images/s", rates, limit, "one at a time",
                     interleave.quotients(rates, single)),
         Measurement("explain", "maps one at a time", "images/s", single, limit),
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def main() -> None:
     def explained(start: int, end: int) -> None:
         maps.compute(network, layer, "gradcam", images[start:end], objectives[start:end])
 
-    def facts() -> Answer:
+    def metadata() -> Answer:
         return {"batch": maps.BATCH, "multiply_adds": counts.multiply_adds(lambda: explained(0, 1))}
 
     def timed(amount: int, batch: int) -> Answer:
@@ -62,7 +62,7 @@ def main() -> None:
             explained(start % maps.BATCH, start % maps.BATCH + batch)  # ends with its maps in the CPU's memory
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
-    interleave.serve({"facts": facts, "maps": timed})
+    interleave.serve({"metadata": metadata, "maps": timed})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ def measure(bench: Bench) -> list[Measurement]:
     """Measures the input. The limit is how many images/s training would need if its steps were only matmuls."""
     with bench.ours("input") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
-        facts = ours.turn("facts")
+        metadata = ours.request("metadata")
         makers = {"ours": (ours, {"do": "input"}), "plain": (plain, {"do": "input"})}
         made = interleave.alternate(makers, bench.repeats, bench.seconds, MADE)
     rates, plain_rates = interleave.rates(made["ours"]), interleave.rates(made["plain"])
-    limit = bench.steps_limit(facts)
+    limit = bench.steps_limit(metadata)
     return [
         Measurement("input", "training images from one core", "images/s", rates, limit, "plain",
                     interleave.quotients(rates, plain_rates)),

@@ -19,13 +19,13 @@ from cifar.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MARK = "@answer "  # prefix of answers; other lines of output are ignored
-PATIENCE = 1_000_000  # seconds that a program may have to wait for its turn: CIFAR_HANG_SECONDS
+PATIENCE = 1_000_000  # seconds that a program may wait for its next request: CIFAR_HANG_SECONDS
 
 Answer = dict[str, Any]
 
 
 class Program:
-    """One side of a comparison: a process that waits for its turns."""
+    """One side of a comparison: a process that waits for requests."""
 
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], before: Sequence[str] = ()
@@ -40,7 +40,7 @@ class Program:
             env={**inherited, "CIFAR_HANG_SECONDS": str(PATIENCE), **environment},
         )  # fmt: skip
 
-    def turn(self, do: str, **request: Any) -> Answer:
+    def request(self, do: str, **request: Any) -> Answer:
         """Sends a request and returns its answer. Raises UserError if the program exits instead."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -73,20 +73,20 @@ class Program:
 def alternate(
     contestants: Mapping[str, tuple[Program, Mapping[str, Any]]], repeats: int, seconds: float, least: int = 1
 ) -> dict[str, list[Answer]]:
-    """Returns the answers of each contestant to its request, `repeats` turns each, one after the other.
+    """Returns the answers of each contestant to its request, `repeats` of each, interleaved.
 
-    A request has an `amount`. How much fits into `seconds` is found in the second of two uncounted turns: the first
+    A request has an `amount`. How much fits into `seconds` is found in the second of two uncounted requests: the first
     one warms up, and may take much longer. `least` is the granularity of amounts.
     """
     amounts = {}
     for name, (program, request) in contestants.items():
-        program.turn(**request, amount=least)
-        sizing = program.turn(**request, amount=least)
+        program.request(**request, amount=least)
+        sizing = program.request(**request, amount=least)
         amounts[name] = least * max(1, round(seconds / sizing["seconds"]))
     answers: dict[str, list[Answer]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, (program, request) in contestants.items():
-            answers[name].append(program.turn(**request, amount=amounts[name]))
+            answers[name].append(program.request(**request, amount=amounts[name]))
     return answers
 
 
@@ -96,7 +96,7 @@ def rates(answers: Sequence[Answer], each: float = 1.0) -> list[float]:
 
 
 def quotients(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Divides turn by turn."""
+    """Divides measurement by measurement."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -110,9 +110,9 @@ def ask() -> Answer | None:
     return request
 
 
-def answer(facts: Answer) -> None:
-    """Ends a turn."""
-    print(MARK + json.dumps(facts), flush=True)
+def answer(given: Answer) -> None:
+    """Answers the current request."""
+    print(MARK + json.dumps(given), flush=True)
 
 
 def serve(abilities: Mapping[str, Callable[..., Answer]]) -> None:

@@ -24,7 +24,7 @@ COPIED = 1 << 28  # bytes, many times the caches
 def measure(bench: Bench) -> list[Measurement]:
     """Measures the limits; also sets `bench.limits`, and what depends on the machine."""
     with Program("limit", ["-m", "cifar.bench.limit"], {}) as program:
-        bench.runs_on(program.turn("facts"))
+        bench.runs_on(program.request("metadata"))
         shapes = (*SHAPES, FILLS_A_GPU) if bench.machine["gpus"] else SHAPES
         contestants: dict[str, tuple[Program, dict[str, Any]]] = {
             f"{precision} {shape}": (program, {"do": "multiply", "precision": precision, "shape": shape})
@@ -33,16 +33,16 @@ def measure(bench: Bench) -> list[Measurement]:
         }
         contestants[COPY] = (program, {"do": "copy"})
         answers = interleave.alternate(contestants, bench.repeats, bench.seconds / len(shapes))
-    figures = []
+    measured = []
     for precision in bench.machine["precisions"]:
-        figures += bench.best(products(precision), 1e9, [
+        measured += bench.best(products(precision), 1e9, [
             Measurement("limit", f"{products(precision)}, {ROWS}x{shape[0]}x{shape[1]}", "10^9 multiply-adds/s",
                         interleave.rates(answers[f"{precision} {shape}"], ROWS * shape[0] * shape[1] / 1e9))
             for shape in shapes
         ])  # fmt: skip
     copied = interleave.rates(answers[COPY], 2 * COPIED / 1e9)
-    figures += bench.best(COPY, 1e9, [Measurement("limit", f"{COPY}, read and written", "GB/s", copied)])
-    return figures
+    measured += bench.best(COPY, 1e9, [Measurement("limit", f"{COPY}, read and written", "GB/s", copied)])
+    return measured
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def facts() -> Answer:
+    def metadata() -> Answer:
         cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
         return {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
@@ -72,7 +72,7 @@ def main() -> None:
             ],
         }
 
-    @cache  # created in the warm-up turn
+    @cache  # created by the first, uncounted request
     def operands(
         precision: str, rows: int, inner: int, columns: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def main() -> None:
         source, target = arrays()
         return repeated(lambda: target.copy_(source), amount)
 
-    interleave.serve({"facts": facts, "multiply": multiply, "copy": copy})
+    interleave.serve({"metadata": metadata, "multiply": multiply, "copy": copy})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ WIDTHS = (10, 41, 29, 20, 12, 22, 18)
 
 
 class Measurement(NamedTuple):
-    """One measured quantity. `values` has a value for each turn, `ratios` a ratio for each pair of turns.
+    """One measured quantity. `values` has one for each repeat, `ratios` one for each pair.
 
     A ratio is a speed-up over the baseline: a quotient of rates, or an inverse quotient of times.
     """
@@ -30,13 +30,13 @@ class Measurement(NamedTuple):
         return _line(cells, str(len(self.values)))
 
     def json(self) -> dict[str, Any]:
-        """Returns the same with every turn's value."""
-        facts: dict[str, Any] = {"part": self.part, "what": self.what, "unit": self.unit, **statistics(self.values)}
+        """Returns the same with the value of each repeat."""
+        found: dict[str, Any] = {"part": self.part, "what": self.what, "unit": self.unit, **statistics(self.values)}
         if self.limit:
-            facts |= {"limit": self.limit[0], "of_limit": median(self.values) / self.limit[1]}
+            found |= {"limit": self.limit[0], "of_limit": median(self.values) / self.limit[1]}
         if self.ratios:
-            facts |= {"baseline": self.baseline, "times_as_fast": statistics(self.ratios)}
-        return facts
+            found |= {"baseline": self.baseline, "times_as_fast": statistics(self.ratios)}
+        return found
 
 
 def head() -> str:

@@ -155,7 +155,7 @@ def main() -> None:
     """Answers requests; a user's mistake ends in one line and exit status 2."""
     try:
         recipe, options = parse_command_line(sys.argv[1:])
-        plain = Plain(recipe, options.run)
+        plain = Plain(recipe, options.run_dir)
     except UserError as error:
         print(f"plain: error: {error}", file=sys.stderr)
         sys.exit(2)

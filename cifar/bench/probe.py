@@ -37,12 +37,12 @@ class Observer:
     saved: tuple[Any, ...]  # the arguments of the last checkpoint
 
     def __init__(self) -> None:
-        self.ahead = 0  # batches that other processes may have ready at a turn's beginning
+        self.ahead = 0  # batches that other processes may have ready when a request arrives
         self.ready: float | None = None  # when the first step began
         self.passing, self.since = "pause", 0.0
         self.spans: dict[str, list[float]] = {}
-        self.host = 0.0  # processor seconds of this thread at the turn's beginning
-        self.asked: Answer | None = None  # the current turn
+        self.host = 0.0  # processor seconds of this thread before the first counted step
+        self.asked: Answer | None = None  # the current request
         self.uncounted = self.counted = 0  # its steps to come
         self.profiler: Any = None
 
@@ -91,7 +91,7 @@ class Observer:
         """Yields the batches, with requests answered between the steps."""
         while True:
             if self.asked and not self.uncounted + self.counted:
-                self.synchronize()  # the last steps belong to the turn, though a GPU may still compute them
+                self.synchronize()  # the last steps belong to the request, though a GPU may still compute them
             self.passes("pause")
             self.between_steps()
             self.passes("input")
@@ -108,7 +108,7 @@ class Observer:
         self.passing, self.since = what, now
 
     def between_steps(self) -> None:
-        """Continues the current turn, or ends it and waits for the next request."""
+        """Continues the current request, or answers it and waits for the next."""
         if self.ready is None:
             self.ready = time.time()
             IMPORTS.end()
@@ -130,7 +130,7 @@ class Observer:
                 self.profiler.start()
         self.counted -= 1
 
-    # ---- turns
+    # ---- requests for steps
 
     def requests(self) -> None:
         """Answers requests until one asks for steps; rank 0 broadcasts them."""
@@ -148,18 +148,18 @@ class Observer:
                 return
             self.answer(getattr(self, asked.pop("do"))(**asked))
 
-    def answer(self, facts: Answer) -> None:
-        """Ends a turn."""
+    def answer(self, given: Answer) -> None:
+        """Answers the current request."""
         self.asked = None
         if self.accelerator.is_main_process:
-            interleave.answer(facts)
+            interleave.answer(given)
 
     def trained(self) -> Answer:
-        """Returns what the steps of a turn took. `save` has the time from each save's beginning to the next step's."""
+        """Returns what the requested steps took. `save` has the time from each save's beginning to the next step's."""
         assert self.asked is not None
         self.synchronize()
         spans, host = self.spans, time.thread_time() - self.host
-        facts = {
+        found = {
             "amount": self.asked["amount"],
             "seconds": sum(spans["input"]) + sum(spans["work"]),
             "input": sum(spans["input"]),
@@ -170,9 +170,9 @@ class Observer:
         if self.profiler:
             from cifar.bench import counts
 
-            facts |= counts.read(self.profiler)._asdict()
+            found |= counts.read(self.profiler)._asdict()
             self.profiler = None
-        return facts
+        return found
 
     def synchronize(self) -> None:
         """Synchronises with the GPU; nothing to do on a CPU."""
@@ -181,9 +181,9 @@ class Observer:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    # ---- requests that are no steps
+    # ---- other requests
 
-    def facts(self) -> Answer:
+    def metadata(self) -> Answer:
         """Returns what does not depend on time, and when the first step began."""
         from cifar import summary
         from cifar.bench import counts
@@ -261,7 +261,7 @@ class Observer:
 
         record, network, optimizer = self.saved
         record.writer.wait()
-        path, *_ = checkpoint.found(record.options.run / "checkpoints")
+        path, *_ = checkpoint.found(record.options.run_dir / "checkpoints")
         size = sum(file.stat().st_size for file in path.iterdir())
         began = time.perf_counter()
         for _ in range(amount):

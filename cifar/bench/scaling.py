@@ -21,18 +21,18 @@ def measure(bench: Bench) -> list[Measurement]:
     with bench.ours("one") as one, bench.ours("two", processes=2) as two:
         contestants = {"one": (one, {"do": "train"}), "two": (two, {"do": "train"})}
         answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
-        profiles = [two.turn("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
-        facts = one.turn("facts")
+        profiles = [two.request("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
+        metadata = one.request("metadata")
     reduced = [sum(size for name, size in p["collectives"] if "all_reduce" in name or "allreduce" in name)
                for p in profiles]  # fmt: skip
     others = [sum(size for _, size in p["collectives"]) - part for p, part in zip(profiles, reduced, strict=True)]
     bench.counts["collectives_per_step"] = profiles[0]["collectives"]
-    gradient = ("the gradient in float32", 4 * facts["parameters"] / 1e6)
+    gradient = ("the gradient in float32", 4 * metadata["parameters"] / 1e6)
     rates = {name: interleave.rates(answers[name], bench.batch) for name in answers}
     return [
-        Measurement("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(facts), "1 process",
-                    interleave.quotients(rates["two"], rates["one"])),
-        Measurement("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(facts)),
+        Measurement("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(metadata),
+                    "1 process", interleave.quotients(rates["two"], rates["one"])),
+        Measurement("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(metadata)),
         # In a ring all-reduce of n processes each sends 2(n-1)/n of the data: for two, all of it.
         Measurement("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
         Measurement("scaling", "sent from the first to the others", "MB a step", [b / 1e6 for b in others], gradient),
@@ -55,7 +55,7 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
     def computed(what: str, of_all: list[float], of_one: list[float]) -> Measurement:
         return Measurement("scaling", what, "images/s", of_all, None, "1 GPU", interleave.quotients(of_all, of_one))
 
-    figures: list[Measurement] = []
+    measured: list[Measurement] = []
     for graph in GRAPHS:
         with ExitStack() as stack:
             # Augmented on the device: one process may have more loader workers than each of eight would.
@@ -68,19 +68,19 @@ def on_one_gpu(bench: Bench) -> list[Measurement]:
             answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
         how = "by graph" if graph == "auto" else "eager"
         parts = scaling_model.flat(overlapped) if graph == "auto" else overlapped
-        steps = {ranks: [turn["seconds"] / turn["amount"] for turn in answers[str(ranks)]] for ranks in RANKS}
+        steps = {ranks: [done["seconds"] / done["amount"] for done in answers[str(ranks)]] for ranks in RANKS}
         one = rates(1, bench.batch, steps[1], parts)
         for ranks, seconds in steps.items():
             what = f"a step of {bench.batch // ranks} images, {how}"
-            figures.append(Measurement("scaling", what, "ms", [1e3 * step for step in seconds]))
+            measured.append(Measurement("scaling", what, "ms", [1e3 * step for step in seconds]))
             several = rates(ranks, bench.batch, seconds, parts)
-            figures.append(computed(f"{ranks} GPUs computed from it", several, one))
+            measured.append(computed(f"{ranks} GPUs computed from it", several, one))
             whole = [whole_training.total_steps * bench.batch / rate for rate in several]
-            figures.append(Measurement("scaling", f"all steps of {bench.recipe} on CIFAR-10", "s", whole))
-        figures += [
+            measured.append(Measurement("scaling", f"all steps of {bench.recipe} on CIFAR-10", "s", whole))
+        measured += [
             computed(
                 f"{gpus} GPUs, {bench.batch} images each, {how}", rates(gpus, gpus * bench.batch, steps[1], parts), one
             )
             for gpus in GROWING
         ]
-    return figures
+    return measured

@@ -192,9 +192,9 @@ BATCH = 32  # images of a step of both
 def check(repeats: int, steps: int) -> str:
     """Compares the model with two processes, with a core each, over links of several speeds.
 
-    They take `repeats` turns of so many steps. The model's three free parameters are fitted to three links: computing
-    time (including the CPU cost of sending) to a fast one, readiness of the first bucket to a slow one, delays per
-    message to a distant one.
+    Each link is measured `repeats` times, for so many steps. The model's three free parameters are fitted to three
+    links: computing time (including the CPU cost of sending) to a fast one, readiness of the first bucket to a slow
+    one, delays per message to a distant one.
     """
     lines = ["Mbit/s   delay   measured ms a step (lowest to highest)   computed   error"]
     found: dict[tuple[float, float], list[float]] = {point: [] for point in (FAST, SLOW, FAR, *POINTS)}
@@ -204,7 +204,7 @@ def check(repeats: int, steps: int) -> str:
             for _ in range(repeats):
                 for point, seconds in found.items():
                     link.bits, link.delay = point
-                    answer = program.turn("train", amount=steps, uncounted=2)
+                    answer = program.request("train", amount=steps, uncounted=2)
                     seconds.append(answer["seconds"] / steps)
     first, *others = buckets("resnet")
 

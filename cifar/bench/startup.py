@@ -24,7 +24,7 @@ def measure(bench: Bench) -> list[Measurement]:
     for number in range(bench.repeats):
         launches.append(_launch(bench, f"startup-{number}"))
         with Program("plain", ["-m", "cifar.bench.plain", "--recipe", "digits"], {}) as plain:
-            plain_seconds.append(plain.turn("train", amount=1, uncounted=0)["at"] - plain.launched)
+            plain_seconds.append(plain.request("train", amount=1, uncounted=0)["at"] - plain.launched)
         began = time.perf_counter()
         subprocess.run([sys.executable, interleave.ROOT / "train.py", "--help"], stdout=subprocess.DEVNULL, check=True)
         help_seconds.append(time.perf_counter() - began)
@@ -32,9 +32,9 @@ def measure(bench: Bench) -> list[Measurement]:
 
     with Program("cache", ["-m", "cifar.bench.startup", str(bench.images())], {}) as cache:
         count = sum(IMAGES.values())
-        built = [cache.turn("build", folder=str(bench.folder / f"cache-{n}")) for n in range(bench.repeats)]
-        decoded = [cache.turn("decode", amount=count // 10) for _ in range(bench.repeats)]
-        mapped = [cache.turn("map", folder=str(bench.folder / "cache-0")) for _ in range(bench.repeats)]
+        built = [cache.request("build", folder=str(bench.folder / f"cache-{n}")) for n in range(bench.repeats)]
+        decoded = [cache.request("decode", amount=count // 10) for _ in range(bench.repeats)]
+        mapped = [cache.request("map", folder=str(bench.folder / "cache-0")) for _ in range(bench.repeats)]
     building = interleave.rates(built)
     image_bytes = 32 * 32 * 3
     return [
@@ -53,10 +53,10 @@ def measure(bench: Bench) -> list[Measurement]:
 def _launch(bench: Bench, name: str) -> list[float]:
     """Returns the seconds for each of PARTS."""
     with bench.launch(name, "--recipe", "digits", "--run", bench.folder / name) as ours:
-        end = ours.turn("train", amount=1, uncounted=0)["at"]
-        facts = ours.turn("facts")
-    own = facts["ready"] - facts["began"] - facts["imports"]
-    return [facts["began"] - ours.launched, facts["imports"], own, end - facts["ready"]]
+        end = ours.request("train", amount=1, uncounted=0)["at"]
+        metadata = ours.request("metadata")
+    own = metadata["ready"] - metadata["began"] - metadata["imports"]
+    return [metadata["began"] - ours.launched, metadata["imports"], own, end - metadata["ready"]]
 
 
 def main() -> None:

@@ -17,22 +17,22 @@ def measure(bench: Bench) -> list[Measurement]:
     """
     with bench.ours("ours") as ours, bench.plain() as plain:
         trained = bench.training(ours, plain)
-        profiles = [ours.turn("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
-        facts = ours.turn("facts")
+        profiles = [ours.request("profile", amount=1, uncounted=1) for _ in range(bench.repeats)]
+        metadata = ours.request("metadata")
         evaluators = {
             "ours": (ours, {"do": "evaluate"}),
             "forward": (ours, {"do": "forward"}),
             "plain": (plain, {"do": "evaluate"}),
         }
         evaluated = interleave.alternate(evaluators, bench.repeats, bench.seconds, EVALUATED)
-    bench.counts |= {"multiply_adds_per_image": facts["multiply_adds"], "parameters": facts["parameters"]}
-    bench.counts |= {"multiply_adds_of_a_step_per_image": facts["step_multiply_adds"]}
+    bench.counts |= {"multiply_adds_per_image": metadata["multiply_adds"], "parameters": metadata["parameters"]}
+    bench.counts |= {"multiply_adds_of_a_step_per_image": metadata["step_multiply_adds"]}
     bench.counts |= {"copies_per_step": profiles[0]["copies"], "optimizer_per_step": profiles[0]["optimizer"]}
 
     rates, plain_rates = (interleave.rates(trained[name], bench.batch) for name in ("ours", "plain"))
     evaluating, forward, plain_evaluating = (interleave.rates(evaluated[name]) for name in ("ours", "forward", "plain"))
-    limit, forward_limit = bench.steps_limit(facts), bench.forward_limit(facts)
-    per_image = facts["step_multiply_adds"] / 1e9
+    limit, forward_limit = bench.steps_limit(metadata), bench.forward_limit(metadata)
+    per_image = metadata["step_multiply_adds"] / 1e9
     name = f"training, {bench.precision}"
     return [
         Measurement("step", name, "images/s", rates, limit, "plain", interleave.quotients(rates, plain_rates)),
@@ -56,10 +56,10 @@ def measure(bench: Bench) -> list[Measurement]:
 
 def _on_a_gpu(trained: Sequence[Answer], profiles: Sequence[Answer]) -> list[Measurement]:
     """Returns host time, kernel launches and idle time of the GPU in a step."""
-    seconds = [turn["seconds"] / turn["amount"] for turn in trained]
+    seconds = [done["seconds"] / done["amount"] for done in trained]
     return [
         Measurement("step", "a step", "ms", [1e3 * step for step in seconds]),
-        Measurement("step", "the host's part of it", "ms", [1e3 * turn["host"] / turn["amount"] for turn in trained]),
+        Measurement("step", "the host's part of it", "ms", [1e3 * done["host"] / done["amount"] for done in trained]),
         Measurement("step", "kernels", "of a step", [profile["kernels"] for profile in profiles]),
         Measurement("step", "GPU idle", "of a step",
                     [max(0.0, 1 - profile["gpu_seconds"] / step)

@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     rows: torch.Tensor  # of the crop: its place in the first of `_crops`
     columns: torch.Tensor  # in the second
     hole: torch.Tensor  # its first pixel, among all pixels of the batch
-    brightness: torch.Tensor  # its place in `_light`
+    brightness: torch.Tensor  # its place in `_brightness_contrast`
     contrast: torch.Tensor
 
 
@@ -78,7 +78,7 @@ def augment(images: torch.Tensor, batch: Plan, pipeline: Pipeline, mean: Statist
     augmented = normalize(strips.gather(2, shown).view(n, SIZE, SIZE, 3), mean, std)
 
     if pipeline.brightness or pipeline.contrast:
-        shift, scale = _light(pipeline.brightness, pipeline.contrast, device)
+        shift, scale = _brightness_contrast(pipeline.brightness, pipeline.contrast, device)
         augmented.add_(shift.index_select(0, batch.brightness)[:, None, None, None])
         augmented.mul_(scale.index_select(0, batch.contrast)[:, None, None, None])
 
@@ -105,7 +105,7 @@ def _crops(padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 
 @lru_cache
-def _light(brightness: float, contrast: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _brightness_contrast(brightness: float, contrast: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the offset of each brightness level and factor of each contrast level, float32 [LEVELS]."""
     levels = np.arange(LEVELS)
     shift, scale = uniform_offset(levels, brightness), 1 + uniform_offset(levels, contrast)

@@ -46,9 +46,9 @@ def square(augmentation: str | None) -> str:
 def measure(
     network: nn.Module, data: Data, wrong: Int64, predictions: UInt8, method: str, layer: str, seed: int
 ) -> dict[str, float | int]:
-    """Returns figures of the mistakes `wrong` [m] and m correct images drawn with `seed`; `predictions` [n] are of all.
+    """Returns metrics of the mistakes `wrong` [m] and m correct images drawn with `seed`; `predictions` [n] are of all.
 
-    Each is a mean over images, and `<figure>_sd` their standard deviation; `<group>_images` is their number. Those with
+    Each is a mean over images, and `<metric>_sd` their standard deviation; `<group>_images` is their number. Those with
     `shuffled` belong to the baseline; correlations are Pearson's, between the cells of two maps of one image.
     """
     correct = np.random.default_rng(seed).permutation(np.flatnonzero(predictions == data.test_labels))
@@ -66,7 +66,7 @@ def measure(
 def examine(
     network: nn.Module, images: torch.Tensor, predicted: Int64, method: str, layer: str, seed: int
 ) -> dict[str, Float]:
-    """Returns each figure for each of n normalised images [n, 3, 32, 32] and its map for the class predicted [n]."""
+    """Returns each metric for each of n normalised images [n, 3, 32, 32] and its map for the class predicted [n]."""
     generator = np.random.default_rng(seed)
     targets = torch.from_numpy(predicted).to(images.device)
     classes = _probabilities(network, images[:1]).shape[1]
@@ -77,28 +77,28 @@ def examine(
     true_maps, grid = maps_of(network, images), layers.grid(network, layer)
     count = len(true_maps)
     shuffled = generator.permuted(true_maps.reshape(count, -1), axis=1).reshape(true_maps.shape)
-    figures: dict[str, Float] = {}
+    metrics: dict[str, Float] = {}
     for name, ranked in (("", true_maps), ("_shuffled", shuffled)):
         answers = _probabilities(network, _hide_best_cell(images, ranked, grid)).argmax(axis=1)
-        figures[f"flip_rate{name}"] = (answers != predicted).astype(np.float32)
+        metrics[f"flip_rate{name}"] = (answers != predicted).astype(np.float32)
         for kind in ("deletion", "insertion"):
             inserting = kind == "insertion"
-            figures[f"{kind}_area{name}"] = _area(network, images, ranked, grid, predicted, inserting)
+            metrics[f"{kind}_area{name}"] = _area(network, images, ranked, grid, predicted, inserting)
 
     for name, parts in (("last_layer", _with_weights(network)[-1:]), ("all_layers", _with_weights(network))):
-        figures[f"correlation_after_randomising_{name}"] = _correlations(
+        metrics[f"correlation_after_randomising_{name}"] = _correlations(
             true_maps, maps_of(_randomised(network, parts, seed), images)
         )
     twins = grid.mirrored()
     twinned = np.flatnonzero(twins != NONE)
     if len(twinned):  # else no cell of the mirrored image lies where one of the image does
         mirrored = maps_of(network, images.flip(-1))[..., twins[twinned]]
-        figures["correlation_mirrored"] = _correlations(true_maps[..., twinned], mirrored)
+        metrics["correlation_mirrored"] = _correlations(true_maps[..., twinned], mirrored)
     moved = nn.functional.pad(images, (1, 0, 0, 0), mode="reflect")[..., :-1]
     by = round(1 / grid.stride)  # a whole cell at the finest layer, no more than half of one elsewhere
     there = maps_of(network, moved)[..., by:]
-    figures["correlation_moved_one_pixel"] = _correlations(true_maps[..., : grid.cells - by], there)
-    return figures
+    metrics["correlation_moved_one_pixel"] = _correlations(true_maps[..., : grid.cells - by], there)
+    return metrics
 
 
 def _probabilities(network: nn.Module, images: torch.Tensor) -> Float:

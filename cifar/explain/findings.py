@@ -125,7 +125,7 @@ class Robustness:
 class Findings:
     """Everything that gallery, figures, csv and report show."""
 
-    facts: dict[str, str]  # name and value of each line about the run: recipe, accuracy, checkpoint hash, date, ...
+    metadata: dict[str, str]  # name and value of each line about the run: recipe, accuracy, checkpoint hash, date, ...
     classes: list[str]
     labels: UInt8  # [n]
     probabilities: Float  # [n, C]
@@ -139,7 +139,7 @@ class Findings:
     neighbours: Neighbours | None = None  # with --neighbours
     wrong_in: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)  # with --compare: run -> [n] wrong there
     robustness: Robustness | None = None  # with --corruptions
-    checks: dict[str, float | int] = field(default_factory=dict)  # with --check: figure -> value
+    checks: dict[str, float | int] = field(default_factory=dict)  # with --check: metric -> value
 
     @property
     def predictions(self) -> UInt8:

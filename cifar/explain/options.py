@@ -18,7 +18,7 @@ COUNT = 10
 class ExplainOptions:
     """The options of explain.py; None is the run's own value."""
 
-    run: Path
+    run_dir: Path
     data: str | None
     output: Path | None
     count: int | None  # None: COUNT, or as many as there are
@@ -48,6 +48,7 @@ def parse_command_line(argv: Sequence[str]) -> ExplainOptions:
     add(
         "--run",
         "--run-dir",  # for torchrun, which takes --run for the beginning of a flag of its own
+        dest="run_dir",
         type=Path,
         default=Path("runs", "resnet"),
         metavar="DIR",

@@ -70,7 +70,7 @@ def render(findings: Findings) -> str:
         mistakes=len(findings.mistakes.indices),
         accuracy=findings.accuracy,
         interval=[float(end) for end in calibration.wilson(np.array(findings.accuracy), np.array(count))],
-        facts=findings.facts,
+        metadata=findings.metadata,
         checks=_checks(findings.checks),
         corruption=_corruption(findings, findings.robustness) if findings.robustness else None,
         pairs=_pairs(findings),
@@ -147,7 +147,7 @@ def _data(findings: Findings, reliability: Reliability) -> dict[str, Any]:
         "pageTop": float(tops[:mapped].max(initial=0)),  # of the mistakes; a companion above it shows the last colour
         "pageDifference": float(np.abs(maps[:mapped, 0] - maps[:mapped, 1]).max(initial=0)),
         "ofNoClass": findings.method in OF_NO_CLASS,
-        "bins": _bin_figures(reliability),
+        "bins": _bin_values(reliability),
         "identity": _identity(findings, shown),
         "arrays": arrays,
     }
@@ -247,31 +247,34 @@ def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
     return [pair for pair in pairs if pair[2]]
 
 
-def _bin_figures(reliability: Reliability) -> list[dict[str, float]]:
+def _bin_values(reliability: Reliability) -> list[dict[str, float]]:
     """Returns what the calibration diagram shows of each bin, over all test images."""
     columns = (values.tolist() for values in reliability)
     return [dict(zip(Reliability._fields, bin_, strict=True)) for bin_ in zip(*columns, strict=True)]
 
 
 def _checks(checks: dict[str, float | int]) -> list[tuple[str, list[str]]]:
-    """Returns the figures of --check as table lines: name, then for mistakes and for correct images "mean ± spread".
+    """Returns the metrics of --check as table lines: name, then for mistakes and for correct images "mean ± spread".
 
-    Each baseline follows the figure it belongs to.
+    Each baseline follows the metric it belongs to.
     """
     groups = ("mistakes", "correct")
     names = dict.fromkeys(name.partition("_")[2] for name in checks if name.startswith(groups))  # in order, once each
-    figures = [name for name in names if not name.endswith("_sd")]
-    baselines = {f"{name}_shuffled" for name in figures}
+    metrics = [name for name in names if not name.endswith("_sd")]
+    baselines = {f"{name}_shuffled" for name in metrics}
     lines = []
-    for figure in (name for name in figures if name not in baselines):
-        for name in (figure, f"{figure}_shuffled"):
-            if name in figures:
-                values = [_figure(checks.get(f"{group}_{name}"), checks.get(f"{group}_{name}_sd")) for group in groups]
+    for metric in (name for name in metrics if name not in baselines):
+        for name in (metric, f"{metric}_shuffled"):
+            if name in metrics:
+                values = [
+                    _mean_and_spread(checks.get(f"{group}_{name}"), checks.get(f"{group}_{name}_sd"))
+                    for group in groups
+                ]
                 lines.append((name.replace("_", " "), values))
     return lines
 
 
-def _figure(value: float | None, spread: float | None) -> str:
+def _mean_and_spread(value: float | None, spread: float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, int):

@@ -118,7 +118,7 @@ def open_run(path: Path) -> Run:
 def add_flag(parser: Parser) -> None:
     """Adds --run, for programs that need a finished run."""
     help_ = "a finished run (runs/resnet)"
-    parser.add_argument("--run", type=Path, default=Path("runs", "resnet"), metavar="DIR", help=help_)
+    parser.add_argument("--run", dest="run_dir", type=Path, default=Path("runs", "resnet"), metavar="DIR", help=help_)
 
 
 def is_finished(path: Path) -> bool:
@@ -255,7 +255,7 @@ def own_accuracy(run: Run, precision: str) -> str:
     return f"{run.test_accuracy:.2%}{other}"
 
 
-def facts(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
+def metadata(run: Run, data: "Data", accuracy: float, precision: str) -> dict[str, str]:
     """Returns the lines about the run that stand above a report."""
     recipe = run.recipe
     epochs = f"{recipe['epochs']} epoch{'s' if recipe['epochs'] > 1 else ''}"
