@@ -13,6 +13,7 @@ from cifar.lettering import LINE, Labels, Line
 from cifar.run import EpochMetrics
 
 UInt8 = npt.NDArray[np.uint8]
+Strips = Mapping[str, tuple[UInt8, Sequence[int]]]  # images [n, height, width, 3] and their classes, by title
 
 GAP = 12  # pixels between panels
 SMALL = 3  # times that a sample is enlarged
@@ -67,11 +68,8 @@ def png(picture: UInt8) -> bytes:
 # ---- pictures
 
 
-def samples(strips: Mapping[str, tuple[UInt8, Sequence[int]]], classes: Sequence[str]) -> UInt8:
-    """Draws one strip per entry of `strips`.
-
-    A strip has its title, then its images uint8 [n, height, width, 3] with their classes.
-    """
+def samples(strips: Strips, classes: Sequence[str]) -> UInt8:
+    """Draws one strip per entry of `strips`, under its title."""
     labels, rows = Labels(classes), []
     for title, (images, numbers) in strips.items():
         names = labels.fitted(SMALL * images.shape[2])

@@ -41,10 +41,32 @@ def gradient_function(
     network: nn.Module,
     clock: Clock,
 ) -> GradientFunction:
-    """Returns what computes a step's gradients: a CUDA graph if wanted and supported, else the eager step."""
-    if wanted == "auto" and accelerator.device.type in KINDS:
-        return GraphedGradients(accelerator, recipe, own_work, network, clock)
-    return partial(loop.accumulate_gradients, accelerator, recipe, own_work)
+    """Returns what computes a step's gradients: a CUDA graph if wanted and supported, else the eager step.
+
+    A capture counts as set-up on the clock. So does each step in which the network is compiled (--dynamo_backend).
+    """
+    wants_graph = wanted == "auto" and accelerator.device.type in KINDS
+    eager = partial(loop.accumulate_gradients, accelerator, recipe, own_work)
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+        return GraphedGradients(accelerator, recipe, own_work, network, clock) if wants_graph else eager
+    if wants_graph:
+        _say_why_no_graph(accelerator, "the network is compiled")
+    compiled = set()
+
+    def compiling(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, write_failed: bool) -> torch.Tensor:
+        key = (images.shape, len(_learning(network)))
+        if key in compiled:
+            return eager(model, images, labels, write_failed)
+        compiled.add(key)
+        with clock.within("set-up"):
+            return eager(model, images, labels, write_failed)
+
+    return compiling
+
+
+def _learning(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that are not frozen, by name."""
+    return {name: each for name, each in network.named_parameters() if each.requires_grad}
 
 
 class GraphedGradients:
@@ -69,7 +91,7 @@ class GraphedGradients:
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, write_failed: bool
     ) -> torch.Tensor:
         """Does what `loop.accumulate_gradients` does; `model` is used where no graph is."""
-        parameters = {name: each for name, each in self.network.named_parameters() if each.requires_grad}
+        parameters = _learning(self.network)
         key = (images.shape, len(parameters))
         if self.trusted and key not in self.graphs:
             with self.clock.within("set-up"):
@@ -97,8 +119,12 @@ class GraphedGradients:
         self.trusted = not ranks.any_rank(self.accelerator, bool(problem))
         if not self.trusted:
             self.graphs.clear()
-            if self.accelerator.is_main_process:
-                print(f"no CUDA graph ({problem or 'another rank has none'}): continuing in eager mode", flush=True)
+            _say_why_no_graph(self.accelerator, problem or "another rank has none")
+
+
+def _say_why_no_graph(accelerator: Accelerator, why: str) -> None:
+    if accelerator.is_main_process:
+        print(f"no CUDA graph ({why}): continuing without", flush=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -160,8 +186,6 @@ class _Graph:
 
     def problem(self, images: torch.Tensor, labels: torch.Tensor) -> str:
         """Captures the step and compares; returns what is wrong, or ''. Leaves buffers and generator as they were."""
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            return "the network is compiled"
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         generator = dropout_generator(self.flat.device)
         state = generator.get_state()

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from cifar import device
-from cifar.errors import Parser, UserError
+from cifar.errors import Parser, UserError, command_line
 
 SECONDS = 60  # for all nodes to begin, and again for the all-reduce
 
@@ -129,16 +129,15 @@ def parse_command_line() -> argparse.Namespace:
 
 def main() -> None:
     """Ends with one line and exit status 2 where the nodes cannot work together."""
-    rank = int(os.environ["SLURM_PROCID"])
     try:
-        asked = parse_command_line()
-        _end_after(6 * asked.seconds, asked.nodes)
-        check(asked.nodes, rank, asked.port, asked.processes_per_node, asked.seconds)
-    except UserError as error:
-        print(f"preflight: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # a thread that NCCL holds would not let Python end
-    if rank == 0:
-        print(f"preflight: {len(asked.nodes)} nodes answer: {', '.join(asked.nodes)}")
+        with command_line("preflight"):
+            asked, rank = parse_command_line(), int(os.environ["SLURM_PROCID"])
+            _end_after(6 * asked.seconds, asked.nodes)
+            check(asked.nodes, rank, asked.port, asked.processes_per_node, asked.seconds)
+            if rank == 0:
+                print(f"preflight: {len(asked.nodes)} nodes answer: {', '.join(asked.nodes)}")
+    except SystemExit as refused:
+        os._exit(int(refused.code or 0))  # a thread that NCCL holds would not let Python end
 
 
 if __name__ == "__main__":

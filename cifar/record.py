@@ -145,7 +145,9 @@ class RunRecord:
 
         batch, path = self.recipe.global_batch_size, self.chosen.path
         self.tracker = Tracker(self.attempt, self.recipe, self.data, self.progress.step, self.schedule.total_steps)
-        self.tracker.start(launch.topology(self.accelerator, batch), summary.table(network), images)
+        self.tracker.start(launch.topology(self.accelerator, batch), summary.table(network))
+        if not self.progress.step or not (self.run_dir / "samples.png").exists():
+            self.drawer.submit(run.disk_errors_named(self.attempt)(self.tracker.samples(images)))
         for line in self.chosen.skipped:
             self.tracker.say(f"skipped a broken checkpoint: {line}")
         if path:

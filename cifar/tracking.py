@@ -53,8 +53,8 @@ class Tracker:
         # Step and confusion matrix of the evaluation that is to be drawn, from one thread to another.
         self.undrawn: deque[tuple[int, npt.NDArray[np.int64]]] = deque(maxlen=1)
 
-    def start(self, topology: str, table: str, training_images: TrainingImages) -> None:
-        """Prints the set-up; at a run's first start also logs recipe, network and samples to TensorBoard."""
+    def start(self, topology: str, table: str) -> None:
+        """Prints the set-up; at a run's first start also logs recipe and network to TensorBoard."""
         self.say(topology)
         self.say(table)
         if advice := Labels(self.data.classes).advice():
@@ -64,11 +64,9 @@ class Tracker:
         self.writer.add_text("recipe", f"```json\n{json.dumps(self.recipe.model_dump(), indent=1)}\n```")
         self.writer.add_text("network", f"```\n{table}\n```")
         self.writer.add_custom_scalars(CHARTS)
-        samples = self._samples(training_images)
-        self.attempt.replace(self.attempt.run_dir / "samples.png", figures.png(samples))
-        self.writer.add_image("samples", samples, dataformats="HWC")
 
-    def _samples(self, training_images: TrainingImages) -> npt.NDArray[np.uint8]:
+    def samples(self, training_images: TrainingImages) -> Callable[[], None]:
+        """Augments some training images; returns a function that draws them and some test images."""
         first = sampler.batch(self.recipe.seed, 0, len(self.data.train_labels), 20)
         tensors, labels = training_images.__getitems__(first)
         seen = tensors.cpu().permute(0, 2, 3, 1).numpy() * np.array(self.data.std) + np.array(self.data.mean)
@@ -79,7 +77,12 @@ class Tracker:
             "test images":
                 (self.data.test_images[test], self.data.test_labels[test].tolist()),
         }  # fmt: skip
-        return figures.samples(strips, self.data.classes)
+        return partial(self._draw_samples, strips)
+
+    def _draw_samples(self, strips: figures.Strips) -> None:
+        picture = figures.samples(strips, self.data.classes)
+        self.attempt.replace(self.attempt.run_dir / "samples.png", figures.png(picture))
+        self.writer.add_image("samples", picture, dataformats="HWC")
 
     def count(self, images: int, seconds: float) -> None:
         """Counts one step's images and time, including the wait for its input."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -117,10 +118,15 @@ def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> Non
         trained = program.request("train", amount=5, uncounted=1)  # an epoch has 4 steps of BATCH images
         restored = program.request("restore", amount=1)
         saved = sorted((run / "checkpoints").iterdir())
+        computed = [program.request("metadata")["step_multiply_adds"]]
+        program.request("train", amount=1, uncounted=0, image_size=24, frozen=True)
+        computed.append(program.request("metadata")["step_multiply_adds"])
     assert saved[-1].name == "step-0000006"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
     assert len(trained["save"]) == 5
     assert 0 < trained["input"] < trained["seconds"]
+    linear = 3 * 256 * (10 - 4)  # fewer products for four classes than for ten: see test_counts.py
+    assert computed == [303_085_344 - linear, 245_153_568 - linear]
     assert restored["bytes"] == sum(file.stat().st_size for file in saved[-1].iterdir())
 
 
@@ -229,22 +235,29 @@ def test_one_gpu_computes_the_parts_of_several(tmp_path: Path, monkeypatch: pyte
         value = getattr(place, name)
         monkeypatch.setattr(place, name, dict(value) if name == "IMAGES" else value)  # put back afterwards
     shrink()
-    bench = Bench("digits", 2, 0.01, tmp_path, machine={"native_bf16": False, "gpus": 0})
+    bench = Bench("resnet_fast", 2, 0.04, tmp_path, machine={"native_bf16": False, "gpus": 0})
     found = scaling.on_one_gpu(bench)
+    total = math.ceil(10 * 50_000 / BATCH)  # ten epochs: three sizes, and frozen for the last fifth
+    ends = [0, *(math.ceil(total * third / 3) for third in (1, 2)), math.ceil(0.8 * total), total]
+    steps = [end - begin for begin, end in pairwise(ends)]
+    phases = ["24x24", "28x28", "32x32", "32x32, frozen"]
     wanted: list[tuple[str, str, int]] = []
     for how in ("eager", "by graph"):
         for ranks, images in ((1, BATCH), (4, BATCH // 4)):
             wanted += [
-                (f"a step of {images} images, {how}", "ms", 2),
+                *((f"{images} images of {phase}, {how}", "ms a step", 2) for phase in phases),
                 (f"{ranks} GPUs computed from it", "images/s", 2),
-                ("all steps of digits on CIFAR-10", "s", 2),
+                ("all steps of resnet_fast on CIFAR-10", "s", 2),
             ]
         wanted += [(f"{gpus} GPUs, {BATCH} images each, {how}", "images/s", 2) for gpus in scaling.GROWING]
-    assert [(figure.what, figure.unit, len(figure.values)) for figure in found] == wanted
-    assert all(value > 0 for figure in found for value in figure.values)
-    assert found[1].ratios == [1, 1]
-    assert found[1].values[0] == pytest.approx(BATCH / found[0].values[0] * 1e3)  # alone it waits for nobody
-    assert found[2].values[0] == pytest.approx(math.ceil(6 * 50_000 / BATCH) * found[0].values[0] / 1e3)  # six epochs
+    assert [(each.what, each.unit, len(each.values)) for each in found] == wanted
+    assert all(value > 0 for each in found for value in each.values)
+    *times, rate, whole = found[:6]
+    # Alone it waits for nobody.
+    expected = sum(count * time.values[0] / 1e3 for count, time in zip(steps, times, strict=True))
+    assert whole.values[0] == pytest.approx(expected)
+    assert rate.values[0] == pytest.approx(total * BATCH / expected)
+    assert rate.ratios == [1, 1]
 
 
 # ---- the model of a step's time

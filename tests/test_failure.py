@@ -191,10 +191,17 @@ def test_ranks_wait_for_images_as_long_as_one_of_them_gets_on_with_them(
     assert status(run)["state"] == "finished"
 
 
-def test_no_step_waits_for_the_curves(shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]) -> None:
-    """The first point is written only after four steps: a disk that is so slow stops no rank."""
+def test_no_step_waits_for_curves_and_pictures(
+    shapes: Path, tmp_path: Path, processes: list["subprocess.Popen[str]"]
+) -> None:
+    """The first point and picture are made only after four steps: a disk that is so slow stops no rank."""
     patch = (
-        "from cifar import record, tracking\n"
+        "from cifar import figures, record, tracking\n"
+        "real_samples = figures.samples\n"
+        "def samples(*arguments):\n"
+        "    while count < 4: time.sleep(0.05)\n"
+        "    return real_samples(*arguments)\n"
+        "figures.samples = samples\n"
         "record.LOG_SECONDS, real_add = 0, tracking.SummaryWriter.add_scalar\n"
         "def add_scalar(*arguments, **more):\n"
         "    while count < 4: time.sleep(0.05)\n"
@@ -208,6 +215,7 @@ def test_no_step_waits_for_the_curves(shapes: Path, tmp_path: Path, processes: l
     accumulator = EventAccumulator(str(run))
     accumulator.Reload()
     assert [point.step for point in accumulator.Scalars("train/loss")] == [*range(1, 12)]
+    assert accumulator.Tags()["images"] == ["samples", "confusion"]
 
 
 def test_a_disk_that_is_full_before_the_first_step_is_one_line(

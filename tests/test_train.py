@@ -515,7 +515,9 @@ def test_a_run_directory_of_another_kind_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"another recipe: .*epochs \(3 there, 24 here\).*choose another --run"):
         check(finished)
-    with pytest.raises(UserError, match=r"another recipe: augment \('albumentations' there, 'device' here\)"):
+    with pytest.raises(
+        UserError, match=r"another recipe: augmentation_backend \('albumentations' there, 'device' here\)"
+    ):
         check(finished, "--augmentation-backend", "device")
     with pytest.raises(UserError, match="is not empty, and --resume never needs an empty one; choose a new --run"):
         check(finished, "--resume", "never")

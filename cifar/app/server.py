@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cifar.errors import UserError
+from cifar.errors import UserError, command_line
 
 if TYPE_CHECKING:  # a wrong address is refused before torch has loaded
     from cifar.app.content import AppContent
@@ -25,17 +25,14 @@ OF_A_SPACE = {"GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH"}  #
 
 
 def serve_folder(folder: Path) -> None:
-    """Serves a folder written by `--export-space`; an error is one line and exit status 2."""
+    """Serves a folder written by `--export-space`."""
     from cifar.app import content
     from cifar.app.engine import Engine
     from cifar.explain import runs
 
-    try:
+    with command_line("app.py"):
         host, port = address(None, None)
         serve(Engine(runs.open_run(folder)), content.read(folder), host, port)
-    except UserError as error:
-        print(f"app.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def address(host: str | None, port: int | None) -> tuple[str, int]:

@@ -64,12 +64,12 @@ class Record(NamedTuple):
     gpu_seconds: float  # in which the GPU was busy
 
 
-def recorder() -> profile:
-    """Returns a profiler to be started and stopped around a step."""
-    return profile(activities=activities("cuda" if torch.cuda.is_available() else "cpu"), record_shapes=True)
+def recorder(device: str) -> profile:
+    """Returns a profiler to be started and stopped around a step on this kind of device."""
+    return profile(activities=activities(device), record_shapes=True)
 
 
-def read(recorded: profile) -> Record:
+def read(recorded: profile, device: str) -> Record:
     """Returns what a stopped profiler has seen."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -84,7 +84,7 @@ def read(recorded: profile) -> Record:
     for event in recorded_events:
         if (outer := next(above(event), None)) and outer.name.startswith("Optimizer.step"):
             direct[event.name] += 1
-    seconds = seconds_by_kind(recorded_events, "cuda" if torch.cuda.is_available() else "cpu")
+    seconds = seconds_by_kind(recorded_events, device)
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
     return Record(seconds, dict(copies), dict(direct), sorted(collectives), len(on_gpu), covered(spans) / 1e6)
 

@@ -50,8 +50,9 @@ def main() -> None:
     import torch
 
     from cifar import launch
+    from cifar.device import decide
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(decide(1).kind)
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -61,7 +62,7 @@ def main() -> None:
         cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
         return {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
-            "gpus": torch.cuda.device_count(),
+            "gpus": torch.cuda.device_count() if device.type == "cuda" else 0,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "native_bf16": launch.native_bf16(device),

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from cifar import models
+from cifar import device, models
 from cifar.bench import interleave
 from cifar.bench.interleave import Answer
 from cifar.data.cache import Data, open_data
-from cifar.errors import UserError
+from cifar.errors import UserError, command_line
 from cifar.recipes import Recipe, parse_command_line
 
 # The recipe's augmentations as torchvision's transforms: before and after an image becomes a normalised tensor.
@@ -65,7 +65,7 @@ class Plain:
         if recipe.augmentation not in TRANSFORMS:
             raise UserError(f"cifar/bench/plain.py does not know augmentation {recipe.augmentation!r}; write it there")
         self.recipe, self.path = recipe, folder.with_suffix(".pt")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device.decide(1).kind)
         data = open_data(recipe.data, fit=recipe.fit > 0)
         self.images = Images(data, "train", *TRANSFORMS[recipe.augmentation])
         self.test_images = Images(data, "test", [], [])
@@ -152,14 +152,11 @@ class Plain:
 
 
 def main() -> None:
-    """Answers requests; a user's mistake ends in one line and exit status 2."""
-    try:
+    """Answers requests."""
+    with command_line("plain"):
         recipe, options = parse_command_line(sys.argv[1:])
         plain = Plain(recipe, options.run_dir)
-    except UserError as error:
-        print(f"plain: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    interleave.serve({name: getattr(plain, name) for name in ("train", "evaluate", "input", "save", "restore")})
+        interleave.serve({name: getattr(plain, name) for name in ("train", "evaluate", "input", "save", "restore")})
 
 
 if __name__ == "__main__":

@@ -55,10 +55,11 @@ class Observer:
             from cifar import evaluation, launch, models  # as `train` does, a moment later
             from cifar.data import loading
             from cifar.record import RunRecord
+            from cifar.schedule import Schedule
 
             self.recipe = recipe
             start, build, batches = launch.start, models.build, loading.training_batches
-            evaluate, save = evaluation.evaluate, RunRecord.save
+            evaluate, save, image_size = evaluation.evaluate, RunRecord.save, Schedule.image_size
 
             def started(*arguments: Any) -> "Accelerator":
                 self.accelerator = start(*arguments)
@@ -81,8 +82,16 @@ class Observer:
                 self.saved = (record, *state)
                 save(record, *state)
 
+            def sized(schedule: Schedule, step: int) -> int:
+                """Comes right before train.py compares the step with `freeze_step`."""
+                assert self.asked is not None
+                if self.asked.get("frozen") and schedule.freeze_step > step:
+                    schedule.freeze_step = step
+                return self.asked.get("image_size") or image_size(schedule, step)
+
             launch.start, models.build, loading.training_batches = started, built, made  # type: ignore[assignment]
             evaluation.evaluate, RunRecord.save = evaluated, saved  # type: ignore[assignment, method-assign]
+            Schedule.image_size = sized  # type: ignore[assignment, method-assign]
             train(recipe, options)
 
         return watched
@@ -126,7 +135,7 @@ class Observer:
             if self.asked["do"] == "profile":
                 from cifar.bench import counts
 
-                self.profiler = counts.recorder()
+                self.profiler = counts.recorder(self.accelerator.device.type)
                 self.profiler.start()
         self.counted -= 1
 
@@ -170,7 +179,7 @@ class Observer:
         if self.profiler:
             from cifar.bench import counts
 
-            found |= counts.read(self.profiler)._asdict()
+            found |= counts.read(self.profiler, self.accelerator.device.type)._asdict()
             self.profiler = None
         return found
 
@@ -178,8 +187,8 @@ class Observer:
         """Synchronises with the GPU; nothing to do on a CPU."""
         import torch
 
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
 
     # ---- other requests
 
@@ -261,7 +270,7 @@ class Observer:
 
         record, network, optimizer = self.saved
         record.writer.wait()
-        path, *_ = checkpoint.found(record.options.run_dir / "checkpoints")
+        path, *_ = checkpoint.found(record.run_dir / "checkpoints")
         size = sum(file.stat().st_size for file in path.iterdir())
         began = time.perf_counter()
         for _ in range(amount):

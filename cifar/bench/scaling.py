@@ -1,6 +1,9 @@
 """Two processes, each with half of the threads or a GPU of its own, against one; and the bytes that they exchange."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import groupby
+from typing import NamedTuple
 
 from cifar.bench import interleave, scaling_model
 from cifar.bench.context import EPOCH, Bench
@@ -12,6 +15,21 @@ from cifar.schedule import Schedule
 RANKS = (1, 2, 4, 8)  # numbers of GPUs whose per-GPU batch one GPU computes
 GROWING = (8, 16, 64, 256, 1024)  # numbers of GPUs that each compute the recipe's whole batch
 GRAPHS = ("off", "auto")
+
+
+class Phase(NamedTuple):
+    """Consecutive steps of a training that cost the same."""
+
+    image_size: int
+    frozen: bool  # the early layers
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.image_size}x{self.image_size}{', frozen' if self.frozen else ''}"
+
+
+Steps = dict[Phase, dict[int, list[float]]]  # seconds of a step, by number of GPUs that share the batch
+Parts = dict[Phase, list[Bucket]]
 
 
 def measure(bench: Bench) -> list[Measurement]:
@@ -39,48 +57,77 @@ def measure(bench: Bench) -> list[Measurement]:
     ]  # fmt: skip
 
 
+def phases(schedule: Schedule) -> list[Phase]:
+    """Returns the phases of a whole training: progressive resizing, and freezing."""
+
+    def kind(step: int) -> tuple[int, bool]:
+        return schedule.image_size(step), step >= schedule.freeze_step
+
+    return [Phase(*of, len(list(steps))) for of, steps in groupby(range(schedule.total_steps), kind)]
+
+
 def on_one_gpu(bench: Bench) -> list[Measurement]:
     """Times steps with the per-GPU batch of n GPUs, and extrapolates to n GPUs with the model.
 
-    The computing is measured; the all-reduce within and between machines is modelled (scaling_model.py). The time of a
-    whole training has its steps alone, all of them with images of full size and no layer frozen.
+    The computing is measured, in each phase of the recipe; the all-reduce within and between machines is modelled
+    (scaling_model.py). The time of a whole training on CIFAR-10 is that of its steps.
     """
-    recipe, machine = RECIPES[bench.recipe](), scaling_model.Machine()
-    overlapped = scaling_model.buckets(recipe.network)
-    whole_training = Schedule(override(recipe, {"global_batch_size": bench.batch}), EPOCH, 1)
-
-    def rates(gpus: int, batch: int, seconds: list[float], parts: list[Bucket]) -> list[float]:
-        return [batch / scaling_model.on_gpus(gpus, computing, parts, machine).seconds for computing in seconds]
-
-    def computed(what: str, of_all: list[float], of_one: list[float]) -> Measurement:
-        return Measurement("scaling", what, "images/s", of_all, None, "1 GPU", interleave.quotients(of_all, of_one))
-
+    recipe = RECIPES[bench.recipe]()
+    training = phases(Schedule(override(recipe, {"global_batch_size": bench.batch}), EPOCH, 1))
+    images = bench.batch * sum(phase.steps for phase in training)
     measured: list[Measurement] = []
     for graph in GRAPHS:
-        with ExitStack() as stack:
-            # Augmented on the device: one process may have more loader workers than each of eight would.
-            flags = ("--cuda-graph", graph, "--augmentation-backend", "device", "--global-batch-size")
-            programs = {
-                ranks: stack.enter_context(bench.ours(f"{graph}-{ranks}", *flags, bench.batch // ranks))
-                for ranks in RANKS
-            }
-            contestants = {str(ranks): (program, {"do": "train"}) for ranks, program in programs.items()}
-            answers = interleave.alternate(contestants, bench.repeats, bench.seconds)
         how = "by graph" if graph == "auto" else "eager"
-        parts = scaling_model.flat(overlapped) if graph == "auto" else overlapped
-        steps = {ranks: [done["seconds"] / done["amount"] for done in answers[str(ranks)]] for ranks in RANKS}
-        one = rates(1, bench.batch, steps[1], parts)
-        for ranks, seconds in steps.items():
-            what = f"a step of {bench.batch // ranks} images, {how}"
-            measured.append(Measurement("scaling", what, "ms", [1e3 * step for step in seconds]))
-            several = rates(ranks, bench.batch, seconds, parts)
-            measured.append(computed(f"{ranks} GPUs computed from it", several, one))
-            whole = [whole_training.total_steps * bench.batch / rate for rate in several]
-            measured.append(Measurement("scaling", f"all steps of {bench.recipe} on CIFAR-10", "s", whole))
-        measured += [
-            computed(
-                f"{gpus} GPUs, {bench.batch} images each, {how}", rates(gpus, gpus * bench.batch, steps[1], parts), one
-            )
-            for gpus in GROWING
-        ]
+        parts = {phase: scaling_model.buckets(recipe.network, frozen=phase.frozen) for phase in training}
+        if graph == "auto":
+            parts = {phase: scaling_model.flat(overlapped) for phase, overlapped in parts.items()}
+        steps = _steps(bench, graph, training)
+
+        def computed(what: str, growth: int, seconds: list[float], alone: list[float]) -> Measurement:
+            rates = [growth * images / each for each in seconds]
+            of_one = [images / each for each in alone]
+            return Measurement("scaling", what, "images/s", rates, None, "1 GPU", interleave.quotients(rates, of_one))
+
+        one = _whole(steps, parts, 1, 1)
+        for ranks in RANKS:
+            for phase in training:
+                what = f"{bench.batch // ranks} images of {phase}, {how}"
+                measured.append(Measurement("scaling", what, "ms a step", [1e3 * s for s in steps[phase][ranks]]))
+            several = _whole(steps, parts, ranks, ranks)
+            measured.append(computed(f"{ranks} GPUs computed from it", 1, several, one))
+            measured.append(Measurement("scaling", f"all steps of {bench.recipe} on CIFAR-10", "s", several))
+        for gpus in GROWING:
+            what = f"{gpus} GPUs, {bench.batch} images each, {how}"
+            measured.append(computed(what, gpus, _whole(steps, parts, gpus, 1), one))
     return measured
+
+
+def _steps(bench: Bench, graph: str, training: Sequence[Phase]) -> Steps:
+    """Measures the seconds of a step in each phase, by number of GPUs that share the batch."""
+    with ExitStack() as stack:
+        # Augmented on the device: one process may have more loader workers than each of eight would.
+        flags = ("--cuda-graph", graph, "--augmentation-backend", "device", "--global-batch-size")
+        programs = {
+            ranks: stack.enter_context(bench.ours(f"{graph}-{ranks}", *flags, bench.batch // ranks)) for ranks in RANKS
+        }
+        steps: Steps = {}
+        for phase in training:  # in this order: what is frozen does not learn again
+            request = {"do": "train", "image_size": phase.image_size, "frozen": phase.frozen}
+            contestants = {str(ranks): (program, request) for ranks, program in programs.items()}
+            answers = interleave.alternate(contestants, bench.repeats, bench.seconds / len(training))
+            steps[phase] = {
+                ranks: [done["seconds"] / done["amount"] for done in answers[str(ranks)]] for ranks in RANKS
+            }
+    return steps
+
+
+def _whole(steps: Steps, parts: Parts, gpus: int, ranks: int) -> list[float]:
+    """Returns the seconds of all steps on `gpus` with the per-GPU batch of `ranks`, for each repeat."""
+    machine, repeats = scaling_model.Machine(), zip(*(of[ranks] for of in steps.values()), strict=True)
+    return [
+        sum(
+            phase.steps * scaling_model.on_gpus(gpus, computing, parts[phase], machine).seconds
+            for phase, computing in zip(steps, seconds, strict=True)
+        )
+        for seconds in repeats
+    ]

@@ -54,11 +54,11 @@ class Step(NamedTuple):
         return self.computing + self.exposed + self.waiting
 
 
-def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[Bucket]:
+def buckets(network_name: str, bytes_each: int = 4, classes: int = 10, frozen: bool = False) -> list[Bucket]:
     """Returns a network's gradient as DDP sums it, in order; `bytes_each` is 2 if it is compressed.
 
-    Gradients become ready from the last layer to the first. Work is counted in multiply-adds; the backward pass has
-    twice those of the forward pass.
+    Gradients become ready from the last layer to the first; `frozen` early layers have none. Work is counted in
+    multiply-adds; the backward pass has twice those of the forward pass.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -66,6 +66,8 @@ def buckets(network_name: str, bytes_each: int = 4, classes: int = 10) -> list[B
     from cifar import launch, models
 
     network = models.build(network_name, classes, 0.0).eval()
+    if frozen:
+        models.freeze(network)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 32, 32))
     root = type(network).__name__
