@@ -33,6 +33,7 @@ CHARTS = {
         kind: ["Multiline", [f"epoch/{split}_{kind}" for split in ("train", "test")]] for kind in ("loss", "accuracy")
     }
 }
+RANKS_LISTED = 8  # on the terminal; result.json has all
 PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them from all that it is given
 
 
@@ -167,10 +168,10 @@ class Tracker:
         tta = "" if with_tta is None else f" ({with_tta:.2%} with test-time augmentation)"
         spent = result["seconds_of_this_attempt"]
         most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
-        works = [1000 * seconds for seconds in result["step_seconds_of_ranks"]]
-        if len(works) > 1:
-            fast, slow = (f"{end(works):,.2f} ms (rank {works.index(end(works))})" for end in (min, max))
-            self.say(f"own time per step: {fast} to {slow}")
+        ranks = sorted(enumerate(result["step_seconds_of_ranks"]), key=lambda rank: -rank[1])[:RANKS_LISTED]
+        if len(ranks) > 1:
+            each = ", ".join(f"rank {rank} {1000 * seconds:,.2f} ms" for rank, seconds in ranks)
+            self.say(f"own time per step, slowest first: {each}")
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{tta} in {result['seconds']:.0f} s "
             f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run_dir}"

@@ -4,12 +4,15 @@ The steps are those of train.py itself, through the real launcher, on a channels
 processor has it, else in float32.
 """
 
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, command
+from helpers.launching import project
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +28,8 @@ PARAMETERS = 6_572_292  # with the four classes of the shapes
 CONVOLUTIONS, NORMS = 8, 8
 CHANNELS_LAST = 6  # convolutions whose filters are channels-last; the other two see small maps
 KERNELS, BIASES = CONVOLUTIONS + 1, CONVOLUTIONS + 1  # with the linear layer's
+
+FEW = ("--augmentation-backend", "device", "--global-batch-size", "4")  # images: what is counted is the same for more
 
 BF16 = launch.native_bf16(torch.device("cpu"))  # without it, torch would convert to and from float32 in places
 
@@ -134,11 +139,31 @@ def test_nothing_is_converted_without_need(step: dict[str, Any]) -> None:
     assert {name: step["copies"].get(name, 0) for name in expected} == expected
 
 
+def test_the_host_makes_few_calls_in_a_step(shapes: Path, tmp_path: Path) -> None:
+    """Ten steps that are not logged; what torch and the small network call is counted apart."""
+    patch = (
+        "from cifar import record\n"
+        "record.LOG_SECONDS, calls = 1e9, [0, 0]\n"
+        "def called(frame, event, argument):\n"
+        "    if event == 'call' or event == 'c_call':\n"
+        f"        ours = frame.f_code.co_filename.startswith({(f'{ROOT}/cifar', f'{ROOT}/train.py')})\n"
+        "        calls[ours and event == 'call'] += 1\n"
+        "def step(rank, number):\n"
+        "    if number == 6: sys.setprofile(called)\n"
+        "    if number == 16:\n"
+        "        sys.setprofile(None)\n"
+        "        print('calls', *calls)"
+    )
+    more = ("--data", shapes, "--network", "small", "--run", tmp_path / "run", "--epochs", 2, "--peak-epoch", 1, *FEW)
+    done = subprocess.run(command(project(tmp_path, patch), *more), capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("calls ")]
+    others, ours = (int(word) / 10 for word in line.split()[1:])
+    assert ours <= 56  # 54 in most steps
+    assert others <= 1_400  # 1,203 with torch 2.14
+
+
 def test_one_process_sends_nothing(step: dict[str, Any]) -> None:
     assert step["collectives"] == []
-
-
-FEW = ("--augmentation-backend", "device", "--global-batch-size", "4")  # images: what is sent does not depend on them
 
 
 def test_two_processes_send_the_gradient_once(shapes: Path, tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def test_a_rank_for_which_the_other_waits_is_named_once(shapes: Path, tmp_path: 
     assert named[0].startswith(f"rank 1 on {os.uname().nodename} ")
     quick, slow = json.loads((tmp_path / "run" / "result.json").read_text())["step_seconds_of_ranks"]
     assert 0 < quick < 0.5 <= slow
+    each = f"rank 1 {1000 * slow:,.2f} ms, rank 0 {1000 * quick:,.2f} ms"
+    assert f"own time per step, slowest first: {each}\n" in done.stdout
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(
