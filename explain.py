@@ -30,6 +30,7 @@ def explain(run: Run, asked: ExplainOptions) -> None:
     from cifar.ranks import raise_on_all_ranks
 
     accelerator = launch.start()
+    launch.collect_garbage()
     folder = asked.output or run.output
     cells = layers.resolutions(run.network)
     layer, last_stage = asked.layer or layers.default(cells), list(cells)[-1]

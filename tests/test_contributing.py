@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_the_examples_work_as_they_stand(tmp_path: Path) -> None:
         if language == "python":
             put(code, project)
             continue
-        for line in code.splitlines():
+        for line in (line.partition("  #")[0].rstrip() for line in code.splitlines()):
             words = [*shlex.split(line), *more(line)]
             done = subprocess.run(
                 [Path(sys.executable).parent / words[0], *words[1:]], cwd=project, env=environment,
@@ -62,3 +63,16 @@ def test_the_examples_work_as_they_stand(tmp_path: Path) -> None:
     assert len(run) == 10
     assert (project / "runs" / "odd_or_even" / "result.json").is_file()
     assert (project / "runs" / "tiny" / "explain" / "report.html").is_file()
+
+
+def test_the_lowest_versions_are_the_lowest_that_are_allowed(tmp_path: Path) -> None:
+    block = re.findall(r"^    (.+)$", TEXT[TEXT.index("Dependency bounds") :], re.MULTILINE)
+    environment, install, tests = (shlex.split(line.partition("  #")[0]) for line in block)
+    pinned = dict(word.removesuffix(".*").split("==") for word in install if "==" in word)
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = dict(dependency.split(">=") for dependency in dependencies if ">=" in dependency)
+    assert pinned == {name: allowed[name] for name in ("torch", "accelerate")}
+    # The rest, but for the installation: gigabytes of another torch.
+    subprocess.run([sys.executable, *environment[1:], "--without-pip"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-m", "pip", *install[1:], "--help"], capture_output=True, check=True)
+    assert [(tmp_path / program).parent.is_dir() for program in (install[0], tests[0])] == [True, True]

@@ -35,7 +35,7 @@ def test_every_parameter_gets_a_gradient(network: torch.nn.Module) -> None:
         assert name in before_norm or parameter.grad.abs().sum() > 0, name
 
 
-def test_a_frozen_beginning_gets_no_gradient_and_changes_no_other(network: torch.nn.Module) -> None:
+def test_frozen_early_layers_get_no_gradient_and_change_no_other(network: torch.nn.Module) -> None:
     def gradients() -> dict[str, torch.Tensor | None]:
         torch.manual_seed(0)  # for dropout
         network.zero_grad()

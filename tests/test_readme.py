@@ -11,13 +11,19 @@ import sys
 import time
 import tomllib
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, SHAPES
 from helpers import bench
 from helpers.launching import free_port
 from safetensors.numpy import load_file
+
+from cifar.bench import __main__ as bench_program
+from cifar.bench.context import Bench
+from cifar.bench.measurement import Measurement
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +40,16 @@ CURVES = next(line for line in COMMANDS if "cifar.bench.curves" in line)
 LOAD = next(line for line in COMMANDS if "cifar.bench.app" in line)
 TENSORBOARD = next(line for line in COMMANDS if line.startswith("tensorboard"))
 MULTI_NODE = next(line for line in COMMANDS if "multi_node.yaml" in line)
+# What stands in sentences and tables, there and in the two files whose blocks other modules run.
+FURTHER = [(ROOT / name).read_text() for name in ("slurm/README.md", ".github/CONTRIBUTING.md")]
+SENTENCES = re.sub(r"```.*?```", "", "\n".join((README, *OTHERS, BENCH, *FURTHER)), flags=re.DOTALL)
+INLINE = list(dict.fromkeys(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", SENTENCES)))
+MODULES = ("predict", "export", "app", "bench", "bench.app", "bench.curves", "bench.scaling_model")
+PROGRAMS = (["train.py"], ["explain.py"], *(["-m", f"cifar.{name}"] for name in MODULES))
+FLAG = r"(?<![\w-])--[a-z][a-z_-]*"
+# Flags of programs that are not installed everywhere: sbatch, scancel, Pyxis, Apptainer; and pytest's.
+FOREIGN = {"--partition", "--account", "--time", "--nodes", "--gpus-per-node", "--cpus-per-gpu", "--mem-per-gpu",
+           "--batch", "--signal", "--container-image", "--nv", "--dist"}  # fmt: skip
 
 
 def shortened(line: str, shapes: Path, run: Path) -> list[str]:
@@ -78,6 +94,67 @@ def test_every_command_is_run_by_a_test_here() -> None:
     kinds = ("train.py", "explain.py", "cifar.bench ", "cifar.predict", "cifar.export")
     run |= {line for line in COMMANDS if any(kind in f"{line} " for kind in kinds)}
     assert [line for line in COMMANDS if line not in run] == []
+
+
+def test_every_flag_that_is_named_exists() -> None:
+    known = set(launch_command_parser()._option_string_actions)  # its help leaves some out
+    for program in PROGRAMS:
+        words = [sys.executable, *program, "--help"]
+        helped = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        known |= set(re.findall(FLAG, helped))
+    assert set(re.findall(FLAG, "\n".join(INLINE))) - known == FOREIGN
+
+
+@pytest.mark.parametrize(
+    "line", [code for code in INLINE if code.startswith(("accelerate launch ", "python -m cifar"))], ids=str
+)
+def test_a_command_in_a_sentence_or_table_is_understood(line: str) -> None:
+    words = shlex.split(line)[1:]
+    if line.startswith("accelerate launch "):
+        launched = launch_command_parser().parse_args(words[1:])
+        words = [launched.training_script, *launched.training_script_args]
+    # Refused for nothing but a flag that does not exist.
+    done = subprocess.run(
+        [sys.executable, *words, "--nope"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"[\w.]+: error: unrecognized arguments: --nope; see .*\n", done.stderr), done.stderr
+
+
+def test_the_command_of_the_gpu_tests_finds_some() -> None:
+    (line,) = (code for code in INLINE if code.startswith("pytest -m gpu -n"))
+    without = {name: value for name, value in environment().items() if not name.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(line), "--collect-only", "-q", "tests/test_gpu.py"], cwd=ROOT, env=without,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d tests collected", done.stdout), done.stdout
+
+
+def test_the_markers_are_those_that_pytest_knows() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    named = {marker for code in INLINE for marker in re.findall(r"^(?:pytest )?-m (\w+)", code)}
+    assert named == {marker.partition(":")[0] for marker in settings["markers"]}
+
+
+def test_without_a_part_all_parts_of_the_table_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (line,) = (line for line in COMMANDS if line.endswith("cifar.bench"))
+    measured = []
+
+    def instead(name: str) -> Callable[[Bench], list[Measurement]]:
+        def measure(bench: Bench) -> list[Measurement]:
+            bench.runs_on({"device": "CPU", "threads": 2, "torch": "2", "gpus": 0, "native_bf16": False})
+            measured.append(name)
+            return []
+
+        return measure
+
+    parts = {name: (instead(name), text) for name, (_, text) in bench_program.PARTS.items()}
+    monkeypatch.setattr(bench_program, "PARTS", parts)
+    bench_program.measure(bench_program.parse_command_line(shlex.split(line)[3:]), tmp_path)
+    table = BENCH[BENCH.index("| part |") :].partition("\n\n")[0]
+    assert measured == ["limit", *re.findall(r"^\| `(\w+)`", table, re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")

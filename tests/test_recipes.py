@@ -118,7 +118,7 @@ def test_a_wrong_argument_is_one_line_and_exit_status_2(arguments: list[str], na
     assert named in done.stderr
 
 
-def test_a_process_that_is_alone_speaks_whatever_its_rank(train: Train) -> None:
+def test_a_process_that_is_alone_prints_its_error_whatever_its_rank(train: Train) -> None:
     done = train("--nonsense", env={"RANK": "1"})
     assert done.returncode == 2
     assert done.stderr.startswith("train.py: error: ")

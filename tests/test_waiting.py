@@ -61,7 +61,7 @@ def test_lines_come_now_and_then(at_once: None, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "reading: 0.0 of 5.0 MB\n"
 
 
-def test_one_process_of_a_machine_speaks(
+def test_one_process_of_a_machine_prints(
     at_once: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
