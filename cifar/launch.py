@@ -286,6 +286,7 @@ def prepare(
     if accelerator.scaler is not None and scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
     fix_bucket_order(accelerator, model, network)
+    collect_garbage()  # nearly all is imported, and dataloader workers are forked from here on
     return model, prepared
 
 

@@ -159,7 +159,6 @@ class RunRecord:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Turns disk errors in the block into UserErrors that name the file; closes append-only files at its end."""
-        launch.collect_garbage()
         with run.disk_errors_named():
             yield
         if self.tracker:

@@ -160,7 +160,7 @@ def test_the_host_makes_few_calls_in_a_step(shapes: Path, tmp_path: Path) -> Non
     others, ours, objects = (int(word) for word in line.split()[1:])
     assert ours <= 560  # 54 in most steps
     assert others <= 14_000  # 1,203 in a step with torch 2.14
-    assert 0 < objects < 50_000  # that a garbage collection looks at, of 400,000
+    assert 0 < objects < 100_000  # that a garbage collection looks at, of 500,000
 
 
 def test_one_process_sends_nothing(step: dict[str, Any]) -> None:
