@@ -13,7 +13,6 @@ from cifar import stop
 stop.catch()  # first: importing torch takes seconds, and a stop request must not be lost during that time
 
 import sys  # noqa: E402
-import time  # noqa: E402
 
 from cifar import failure  # noqa: E402
 from cifar.recipes import Recipe, RunOptions, parse_command_line  # noqa: E402
@@ -47,10 +46,8 @@ def train(recipe: Recipe, options: RunOptions) -> None:
 
     # Network and optimizer: from the seed, or from the checkpoint that rank 0 chooses for all.
     clock.on("set-up")
-    torch.manual_seed(recipe.seed)
-    network = models.build(recipe.network, len(data.classes), recipe.dropout)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    models.init_from_data(network, loading.sample_images(data, device))
+    sample = loading.sample_images(data, device)
+    network = models.create(recipe.network, len(data.classes), recipe.dropout, recipe.seed, sample)
     optimizer = optim.build(network, recipe)
     record = RunRecord(accelerator, options, recipe, data, schedule, clock)
     progress = record.resume(network, optimizer)
@@ -87,8 +84,9 @@ def train(recipe: Recipe, options: RunOptions) -> None:
             clock.on(TRAINING)
             batch = resize(batch, schedule.image_size(step))
             if step == schedule.freeze_step:
-                models.freeze(network)
-                model = launch.rewrap_ddp(accelerator, network)
+                with clock.within("set-up"):
+                    models.freeze(network)
+                    model = launch.rewrap_ddp(accelerator, network)
             optim.set_lr(optimizer, schedule.learning_rate(step))
             graph.dropout_generator(device).manual_seed(schedule.generator_seed(step, rank))
             totals = compute_gradients(model, batch, labels, record.write_failed())
@@ -102,7 +100,7 @@ def train(recipe: Recipe, options: RunOptions) -> None:
             metrics = delayed.add(progress.step, totals, norm)
             if schedule.saves(progress.step) or any(each.stop for each in metrics):
                 metrics += delayed.read()
-            stopping = record.log_steps(metrics, time.perf_counter() - own_work.began.made)
+            stopping = record.log_steps(metrics, own_work.elapsed())
             if stopping or schedule.saves(progress.step):
                 record.save(network, optimizer)
             profiler.step()

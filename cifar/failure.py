@@ -482,7 +482,7 @@ def command_line(program: str) -> Iterator[None]:
     """
     outlive_readers()
     device.quiet_nccl()
-    gc.disable()  # until launch.collect_garbage: of 400,000 imported objects none is garbage, and looking takes 1 s
+    gc.disable()  # until launch.collect_garbage: of 400,000 imported objects hardly any is garbage; looking takes 1 s
     try:
         yield
     except UserError as error:

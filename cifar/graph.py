@@ -58,6 +58,7 @@ def gradient_function(
         if key in compiled:
             return eager(model, images, labels, write_failed)
         compiled.add(key)
+        own_work.compiles = True
         with clock.within("set-up"):
             return eager(model, images, labels, write_failed)
 

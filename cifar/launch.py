@@ -94,7 +94,7 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
 
 
 def collect_garbage() -> None:
-    """Enables Python's garbage collection, which failure.command_line disables. Call it when all is imported.
+    """Enables Python's garbage collection, which failure.command_line disables; call it again after further imports.
 
     Collections leave out what is there already: to go through it takes 0.2 s, for which a step would stop.
     """
@@ -286,7 +286,7 @@ def prepare(
     if accelerator.scaler is not None and scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
     fix_bucket_order(accelerator, model, network)
-    collect_garbage()  # nearly all is imported, and dataloader workers are forked from here on
+    collect_garbage()  # before dataloader workers are forked
     return model, prepared
 
 

@@ -6,6 +6,7 @@
 import math
 import socket
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -72,15 +73,21 @@ class OwnWork:
     def __init__(self, of: torch.device) -> None:
         self.device = of
         self.steps: deque[tuple[device.Mark, device.Mark]] = deque(maxlen=1000)
-        self.began = device.Mark(of, timed=True)
+        self.begins()
 
     def begins(self) -> None:
         """Marks a step's start. Call it before the step's images are waited for."""
         self.began = device.Mark(self.device, timed=True)
+        self.compiles = False  # the network: such a step is not timed
+
+    def elapsed(self) -> float:
+        """Returns the seconds since the step's start on the host; NaN for a step that compiles the network."""
+        return math.nan if self.compiles else time.perf_counter() - self.began.made
 
     def ends(self) -> None:
         """Marks the end of a step's own work. Call it before the step's first collective."""
-        self.steps.append((self.began, device.Mark(self.device, timed=True)))
+        if not self.compiles:
+            self.steps.append((self.began, device.Mark(self.device, timed=True)))
 
     def seconds(self) -> float:
         """Returns the median since the last call that returned one; NaN with fewer than MEASURED_STEPS steps."""

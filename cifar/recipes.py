@@ -354,14 +354,18 @@ def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
         raise UserError(f"{flag} {first['input']}: {wrong[0].lower()}{wrong[1:]}") from None
 
 
+def current_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns recorded fields under the names that they have today."""
+    return {FORMER_NAMES.get(field, field): value for field, value in fields.items()}
+
+
 def differences(ours: Recipe, theirs: dict[str, Any]) -> list[str]:
     """Lists the fields that affect the result and differ, as 'field (theirs there, ours here)'.
 
     `data` and `fit` are left out: images are compared by content.
     """
     # A run of a version without a field used what is now its default.
-    theirs = {FORMER_NAMES.get(field, field): value for field, value in theirs.items()}
-    mine, theirs = ours.model_dump(), {**Recipe().model_dump(), **theirs}
+    mine, theirs = ours.model_dump(), {**Recipe().model_dump(), **current_names(theirs)}
     return [
         f"{field} ({theirs.get(field)!r} there, {mine.get(field)!r} here)"
         for field in sorted(mine.keys() | theirs.keys())

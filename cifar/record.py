@@ -155,6 +155,7 @@ class RunRecord:
             for line in checkpoint.changes(path, self.metadata, batch):
                 self.tracker.say(line)
         self.attempt.write_status("running", self.progress.step)
+        launch.collect_garbage()
 
     @contextmanager
     def running(self) -> Iterator[None]:

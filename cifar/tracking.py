@@ -1,6 +1,7 @@
 """Monitoring: TensorBoard, figures, and lines on the terminal. Rank 0 only."""
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -33,7 +34,7 @@ CHARTS = {
         kind: ["Multiline", [f"epoch/{split}_{kind}" for split in ("train", "test")]] for kind in ("loss", "accuracy")
     }
 }
-RANKS_LISTED = 8  # on the terminal; result.json has all
+RANKS_LISTED = 8  # on the terminal
 PICTURES_SHOWN = 10  # of one name: TensorBoard shows no more, and draws them from all that it is given
 
 
@@ -82,12 +83,13 @@ class Tracker:
 
     def _draw_samples(self, strips: figures.Strips) -> None:
         picture = figures.samples(strips, self.data.classes)
-        self.attempt.replace(self.attempt.run_dir / "samples.png", figures.png(picture))
         self.writer.add_image("samples", picture, dataformats="HWC")
+        self.writer.flush()
+        self.attempt.replace(self.attempt.run_dir / "samples.png", figures.png(picture))  # last: says that all is there
 
     def count(self, images: int, seconds: float) -> None:
-        """Counts one step's images and time, including the wait for its input."""
-        if self.warm:
+        """Counts one step's images and time, including the wait for its input; a step with time NaN is left out."""
+        if self.warm and not math.isnan(seconds):
             self.counted = (self.counted[0] + images, self.counted[1] + seconds)
         self.warm = True
 
@@ -168,10 +170,11 @@ class Tracker:
         tta = "" if with_tta is None else f" ({with_tta:.2%} with test-time augmentation)"
         spent = result["seconds_of_this_attempt"]
         most = ", ".join(f"{name} {spent[name]:.0f} s" for name in sorted(spent, key=spent.__getitem__)[:-4:-1])
-        ranks = sorted(enumerate(result["step_seconds_of_ranks"]), key=lambda rank: -rank[1])[:RANKS_LISTED]
+        ranks = sorted(enumerate(result["step_seconds_of_ranks"]), key=lambda rank: -rank[1])
         if len(ranks) > 1:
-            each = ", ".join(f"rank {rank} {1000 * seconds:,.2f} ms" for rank, seconds in ranks)
-            self.say(f"own time per step, slowest first: {each}")
+            each = ", ".join(f"rank {rank} {1000 * seconds:,.2f} ms" for rank, seconds in ranks[:RANKS_LISTED])
+            more = f", and {len(ranks) - RANKS_LISTED} more in result.json" if len(ranks) > RANKS_LISTED else ""
+            self.say(f"own time per step, slowest first: {each}{more}")
         self.say(
             f"finished: test accuracy {result['test_accuracy']:.2%}{tta} in {result['seconds']:.0f} s "
             f"({sum(spent.values()):.0f} s since this process began: {most}); see {self.attempt.run_dir}"

@@ -11,12 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -981,6 +984,23 @@ from cifar.explain import runs
 run = runs.open_run(Path(sys.argv[1]))
 server.serve(Engine(run), content.of_run(run, run.recipe["data"]), "127.0.0.1", int(sys.argv[2]))
 """
+
+
+def test_it_serves_though_nobody_reads_its_output(run: Path) -> None:
+    port = free_port()
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(command("--run", run, "--port", port), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    while True:
+        assert process.poll() is None, (process.returncode, process.communicate()[1])
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/") as answer:
+            assert answer.status == 200
+            break
+        time.sleep(0.1)
+    time.sleep(1)  # it writes its line once it can be reached
+    process.terminate()
+    assert (process.wait(900), process.communicate()[1]) == (0, "")
 
 
 def test_it_ends_though_an_import_never_does(run: Path, tmp_path: Path) -> None:

@@ -35,15 +35,15 @@ Measure = Callable[..., subprocess.CompletedProcess[str]]
 def bench(tmp_path: Path) -> Measure:
     """Runs `python -m cifar.bench` in the test's own folder."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         words = [*command("cifar.bench"), *map(str, arguments)]
-        return subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-                              text=True, timeout=1200, check=False)  # fmt: skip
+        return subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+                              capture_output=True, text=True, timeout=1200, check=False)  # fmt: skip
 
     return run
 
 
-def test_programs_take_turns_and_the_first_two_are_not_counted(tmp_path: Path) -> None:
+def test_programs_are_interleaved_and_the_first_two_requests_are_not_counted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = (
         "import sys\n"
@@ -99,6 +99,14 @@ def test_a_program_that_ends_is_named_and_its_words_are_passed_on(
     assert f"train.py: error: --data {tmp_path / 'missing'} does not exist" in capfd.readouterr().err
 
 
+def test_a_wrong_device_is_one_line_of_the_program_that_is_measured(bench: Measure) -> None:
+    done = bench("limit", CIFAR_DEVICE="tpu")
+    assert done.returncode == 2
+    first, last = done.stderr.splitlines()
+    assert first == "limit: error: CIFAR_DEVICE=tpu is unknown; set cpu or cuda, or leave it unset"
+    assert last == "bench: error: limit ended with exit status 2; its stderr is above"
+
+
 def test_a_gpu_is_measured_less_often_and_for_less_time_unless_told_otherwise(tmp_path: Path) -> None:
     found = []
     for gpus in (0, 1):
@@ -119,11 +127,12 @@ def test_what_is_watched_is_train_py_itself(shapes: Path, tmp_path: Path) -> Non
         restored = program.request("restore", amount=1)
         saved = sorted((run / "checkpoints").iterdir())
         computed = [program.request("metadata")["step_multiply_adds"]]
-        program.request("train", amount=1, uncounted=0, image_size=24, frozen=True)
+        small = program.request("train", amount=1, uncounted=0, image_size=24, frozen=True)
         computed.append(program.request("metadata")["step_multiply_adds"])
     assert saved[-1].name == "step-0000006"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
     assert len(trained["save"]) == 5
+    assert (trained["image_size"], small["image_size"]) == (32, 24)
     assert 0 < trained["input"] < trained["seconds"]
     linear = 3 * 256 * (10 - 4)  # fewer products for four classes than for ten: see test_counts.py
     assert computed == [303_085_344 - linear, 245_153_568 - linear]
@@ -270,6 +279,14 @@ def test_the_model_is_arithmetic() -> None:
     # Two processes: 1 s for the first bucket, which is hidden, and 3 s for the last, which is not.
     assert scaling_model.step(4.0, parts, 2, slow).exposed == pytest.approx(3)
     assert scaling_model.step(4.0, scaling_model.flat(parts), 2, slow).exposed == pytest.approx(4)  # nothing overlaps
+    # Where early layers are frozen, the last ones' gradients are ready later in what is left of the backward pass.
+    whole, frozen = (scaling_model.buckets("whitened", frozen=frozen) for frozen in (False, True))
+    assert frozen[0].size == whole[0].size
+    assert frozen[0].ready > whole[0].ready
+    assert (
+        sum(bucket.size for bucket in whole) - sum(bucket.size for bucket in frozen)
+        == 4 * (24 * 64 + 64 * 64) * 9 + 512
+    )
     assert scaling_model.step(1.0, parts, 2, slow).exposed == pytest.approx(
         0.5 + 1 + 3 - 1
     )  # the first is in the last's way

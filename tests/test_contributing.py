@@ -52,13 +52,14 @@ def test_the_examples_work_as_they_stand(tmp_path: Path) -> None:
         if language == "python":
             put(code, project)
             continue
-        for line in (line.partition("  #")[0].rstrip() for line in code.splitlines()):
+        for line, _, comment in (line.partition("  #") for line in code.splitlines()):
             words = [*shlex.split(line), *more(line)]
             done = subprocess.run(
                 [Path(sys.executable).parent / words[0], *words[1:]], cwd=project, env=environment,
                 capture_output=True, text=True, timeout=900, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            assert "".join(re.findall(r"\d+ passed", comment)) in done.stdout
             run.append(line)
     assert len(run) == 10
     assert (project / "runs" / "odd_or_even" / "result.json").is_file()

@@ -1,5 +1,7 @@
 """A step's gradients and metrics."""
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -64,6 +66,17 @@ def test_metrics_are_read_after_so_many_further_steps_and_each_once(monkeypatch:
     assert [[each.step for each in metrics] for metrics in found] == [[3, 4, 5], [], [], [6]]
     assert found[0][1] == StepMetrics(step=4, loss=2, correct=4, stop=True, write_failed=False, gradient_norm=None)
     assert found[3][0].gradient_norm == 2.5
+
+
+def test_a_step_that_compiles_the_network_is_not_timed() -> None:
+    work = loop.OwnWork(torch.device("cpu"))
+    for compiles in (True, False):
+        for _ in range(loop.MEASURED_STEPS):
+            work.begins()
+            work.compiles = compiles
+            work.ends()
+            assert math.isnan(work.elapsed()) == compiles
+        assert math.isnan(work.seconds()) == compiles
 
 
 def test_on_a_cpu_metrics_are_read_at_once() -> None:

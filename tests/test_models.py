@@ -158,7 +158,7 @@ def test_whitening_makes_patches_uncorrelated_with_variance_1() -> None:
     smooth = F.avg_pool2d(torch.randn(500, 3, 36, 36), 5, stride=1)  # neighbours are alike, as in photographs
     images = smooth / smooth.std() + 0.3 * torch.randn(500, 1, 32, 32)  # and so are the channels
     network = models.build("whitened", classes=10, dropout=0)
-    models.init_from_data(network, images)
+    network.init_from_data(images)
     positive, negative = network.whitening(images).permute(1, 0, 2, 3).flatten(1).split(12)
     torch.testing.assert_close(positive, -negative)
     torch.testing.assert_close(positive @ positive.T / positive.shape[1], torch.eye(12), atol=0.02, rtol=0)
@@ -176,7 +176,7 @@ def test_whitening_is_computed_from_all_classes(shapes: Path, monkeypatch: pytes
 
 def test_whitening_of_blank_images_is_finite() -> None:
     network = models.build("whitened", classes=10, dropout=0)
-    models.init_from_data(network, torch.tensor([7.6, 8.4, 9.2]).view(1, 3, 1, 1).expand(500, 3, 32, 32))
+    network.init_from_data(torch.tensor([7.6, 8.4, 9.2]).view(1, 3, 1, 1).expand(500, 3, 32, 32))
     assert network.whitening.weight.isfinite().all()
 
 

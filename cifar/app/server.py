@@ -8,12 +8,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cifar.errors import UserError, command_line
+from cifar.errors import UserError, command_line, outlive_readers
 
 if TYPE_CHECKING:  # a wrong address is refused before torch has loaded
     from cifar.app.content import AppContent
@@ -100,8 +100,8 @@ def serve(engine: "Engine", app_content: "AppContent", host: str, port: int) -> 
             # Not via `css`: Gradio rewrites its rules and breaks selectors with a comma in parentheses.
             head=f"<style>{Path(__file__).with_name('app.css').read_text()}</style>",
         )
-        with suppress(OSError):  # nobody may read it
-            print(f"open {address} (Ctrl-C ends it)", flush=True)
+        outlive_readers()  # it serves even if nobody reads this
+        print(f"open {address} (Ctrl-C ends it)", flush=True)
         warming_up = threading.Thread(target=engine.warm_up, daemon=True)  # in the background, while the page is loaded
         warming_up.start()
         while not asked_to_end:

@@ -124,8 +124,8 @@ class Bench:
         return Program("plain", [str(word) for word in words], self._environment())
 
     def _arguments(self, name: str) -> list[object]:
-        # Enough epochs that no measurement reaches the end. Images always have their full size, even with progressive
-        # resizing; other schedules are measured in their initial state.
+        # Enough epochs that no measurement reaches the end. Images have their full size, even with progressive
+        # resizing, and nothing is frozen, unless a request asks for it (scaling.py).
         return ["--recipe", self.recipe, "--data", self.images(), "--run", self.folder / name, "--epochs", 1000,
                 "--image-sizes", 32]  # fmt: skip
 

@@ -14,6 +14,7 @@ from cifar.bench import interleave
 from cifar.bench.context import COPY, Bench, products
 from cifar.bench.interleave import Answer, Program
 from cifar.bench.measurement import Measurement
+from cifar.errors import command_line
 
 ROWS = 8192  # positions: those of 8 images of 32x32, or of 512 of 4x4
 SHAPES = ((576, 128), (1152, 128), (1152, 256), (2304, 512), (4608, 512))
@@ -45,7 +46,7 @@ def measure(bench: Bench) -> list[Measurement]:
     return measured
 
 
-def main() -> None:
+def serve() -> None:
     """Runs the program that is measured: torch alone, on the GPU or on all cores."""
     import torch
 
@@ -102,6 +103,12 @@ def main() -> None:
         return repeated(lambda: target.copy_(source), amount)
 
     interleave.serve({"metadata": metadata, "multiply": multiply, "copy": copy})
+
+
+def main() -> None:
+    """Answers requests."""
+    with command_line("limit"):
+        serve()
 
 
 if __name__ == "__main__":

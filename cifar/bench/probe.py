@@ -34,6 +34,7 @@ class Observer:
     accelerator: "Accelerator"
     network: "nn.Module"
     images: Any  # what training batches are made of: `__getitems__` makes one
+    image_size: int  # of the last step
     saved: tuple[Any, ...]  # the arguments of the last checkpoint
 
     def __init__(self) -> None:
@@ -87,7 +88,8 @@ class Observer:
                 assert self.asked is not None
                 if self.asked.get("frozen") and schedule.freeze_step > step:
                     schedule.freeze_step = step
-                return self.asked.get("image_size") or image_size(schedule, step)
+                self.image_size = self.asked.get("image_size") or image_size(schedule, step)
+                return self.image_size
 
             launch.start, models.build, loading.training_batches = started, built, made  # type: ignore[assignment]
             evaluation.evaluate, RunRecord.save = evaluated, saved  # type: ignore[assignment, method-assign]
@@ -173,6 +175,7 @@ class Observer:
             "seconds": sum(spans["input"]) + sum(spans["work"]),
             "input": sum(spans["input"]),
             "host": host,
+            "image_size": self.image_size,
             "save": spans.get("save", []),
             "at": time.time(),
         }

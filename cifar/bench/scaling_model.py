@@ -72,16 +72,19 @@ def buckets(network_name: str, bytes_each: int = 4, classes: int = 10, frozen: b
         network(torch.zeros(1, 3, 32, 32))
     root = type(network).__name__
     work = {name.removeprefix(f"{root}."): sum(of.values()) for name, of in counter.get_flop_counts().items()}
-    total = counter.get_total_flops()
+    learning = {
+        name: [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+        for name, module in network.named_modules()
+    }
+    forward, backward = counter.get_total_flops(), 2 * sum(work.get(name, 0) for name, own in learning.items() if own)
     found: list[Bucket] = []
-    size, done = 0, 0.0
-    for name, module in reversed([*network.named_modules()]):
-        own = list(module.parameters(recurse=False))
-        done += work.get(name, 0) if own else 0  # only modules with parameters of their own
+    size, done = 0, forward
+    for name, own in reversed(learning.items()):
+        done += 2 * work.get(name, 0) if own else 0
         for parameter in own:
-            size += bytes_each * parameter.numel() * parameter.requires_grad
+            size += bytes_each * parameter.numel()
             if size >= (launch.BUCKET_MB << 20) * bytes_each / 4:  # DDP's limit is for float32
-                found.append(Bucket(size, (1 + 2 * done / total) / 3))
+                found.append(Bucket(size, done / (forward + backward)))
                 size = 0
     return [*found, Bucket(size, 1.0)] if size else found
 

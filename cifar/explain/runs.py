@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cifar import formats, models, names
+from cifar import formats, models, names, recipes
 from cifar.errors import Parser, UserError
 from cifar.explain.findings import Int64, UInt8
 
@@ -94,7 +94,7 @@ def open_run(path: Path) -> Run:
             classes=list(config["classes"]),
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
-            recipe=dict(config["recipe"]),
+            recipe=recipes.current_names(dict(config["recipe"])),
             data_fingerprint=config["data_fingerprint"],
             sha256=config["sha256"] if finished else config["sha256"]["model.safetensors"],
             test_accuracy=config["test_accuracy"] if finished else None,

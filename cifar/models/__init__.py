@@ -1,7 +1,7 @@
 """Networks, one per file, found by name: `cifar/models/<name>.py` has `build(classes, dropout)`.
 
 A network has `early_layers` (see `freeze`) and `explainable_layers` (see explain/layers.py). One whose initial weights
-depend on the images has a method `init_from_data` (see below).
+depend on the images has a method `init_from_data` (see `create`).
 """
 
 import importlib
@@ -31,11 +31,20 @@ def build(name: str, classes: int, dropout: float) -> "nn.Module":
     return network
 
 
-def init_from_data(network: "nn.Module", images: "torch.Tensor") -> None:
-    """Initialises a network that depends on the data, from some normalised training images [n, 3, h, w]."""
+def create(name: str, classes: int, dropout: float, seed: int, images: "torch.Tensor") -> "nn.Module":
+    """Builds the named network on the images' device, channels-last, initialised from the seed.
+
+    One that depends on the data is also initialised from the images: normalised training images [n, 3, h, w].
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    network = build(name, classes, dropout)
+    network.to(device=images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialise = getattr(network, "init_from_data", None)
     if initialise is not None:
         initialise(images)
+    return network
 
 
 def freeze(network: "nn.Module") -> None:
