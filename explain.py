@@ -108,7 +108,6 @@ def explain(run: Run, asked: ExplainOptions) -> None:
 
 
 def main() -> None:
-    """Reads the command line and explains."""
     with failure.command_line("explain.py"):
         asked = options.parse_command_line(sys.argv[1:])
         run = runs.open_run(asked.run_dir)

@@ -110,7 +110,6 @@ def train(recipe: Recipe, options: RunOptions) -> None:
 
 
 def main() -> None:
-    """Reads the command line and trains."""
     with failure.command_line("train.py"):
         recipe, options = parse_command_line(sys.argv[1:])
         with failure.fail_together():

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
 from contextlib import suppress
@@ -154,7 +153,6 @@ def wait_until_visible(run_dir: Path, number: int) -> None:
 
 
 def described(run_dir: Path, number: int) -> str:
-    """Describes an attempt for messages."""
     found: dict[str, Any] = {}
     with suppress(OSError):
         found = _read(run_dir, number)
@@ -211,7 +209,4 @@ def _clear(leftover: Path, number: int) -> None:
         leftover.rename(aside)
     except FileNotFoundError:  # its writer was just done with it
         return
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+    files.remove(aside)

@@ -22,7 +22,6 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Queues a task."""
         with self._changed:
             self._tasks.append(task)
             if self._thread is None:

@@ -32,6 +32,12 @@ class LostError(UserError):
         super().__init__(line, 1)
 
 
+def end_of(code: int | None) -> str:
+    """Says how a process that was lost has ended, by its exit status."""
+    how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
+    return f"{how}, most likely out of memory: request more for the job" if code == -signal.SIGKILL else how
+
+
 # What a file server answers that is restarted or unreachable for a while.
 LOST = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

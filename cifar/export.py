@@ -218,7 +218,6 @@ def start(asked: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Reads the command line and exports."""
     with command_line("cifar.export"):
         asked = parse_command_line(sys.argv[1:])
         outlive_readers()  # the file is what was asked for, not the lines about it

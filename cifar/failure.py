@@ -47,6 +47,7 @@ OPENED_SILENT_SECONDS = 10  # and from then on until the first step, which loads
 PATIENCE_SECONDS = 10  # without progress before a repeated stop request ends the process
 TICK_SECONDS = 1.0
 ENDING_SECONDS = 120  # more than the watchdog takes to end this process, its own time limits added up
+LONGEST = 2_000_000  # what fits into the milliseconds of poll(), some 23 days
 LAST_SECONDS = 2  # how much later than the others rank 0 exits: see `leave`
 
 USER_ERROR = 2  # the exit status of a user's mistake, which the same command would make again
@@ -84,7 +85,6 @@ class _Watch:
         self.record: Record | None = None
         self.run: Callable[[], RunPosition | None] = lambda: None
         self.lock = threading.Lock()  # held by the thread that finds out why the job ends
-        self.launcher = os.getppid()
         self.asked: float | None = None  # when a stop request was first seen
         self.repeated_stop = stop.RepeatedStop(PATIENCE_SECONDS)
         self.main_thread = threading.main_thread().ident or 0
@@ -176,12 +176,10 @@ class _Watch:
             self.lock.release()
 
     def write(self, end: End) -> None:
-        """Records the reason in the run directory. In a thread: an unresponsive file system may be the reason."""
+        """Records the reason in the run directory, where the file system answers: it may be the reason."""
         if self.record is not None:
-            arguments = (end.state, end.line, self._succeeds_first())
-            record = threading.Thread(target=self.record, args=arguments, daemon=True)
-            record.start()
-            record.join(2 * GRACE_SECONDS)  # a save in progress comes first
+            record, in_place = self.record, self._succeeds_first()
+            _try_for(2 * GRACE_SECONDS, lambda: record(end.state, end.line, in_place))  # a save in progress comes first
 
     def _succeeds_first(self) -> bool:
         """Returns whether this rank records the failure in place of rank 0."""
@@ -273,7 +271,7 @@ class _Peers:
         if not self.answers(now):
             if still <= PATIENCE_SECONDS:
                 return 0
-            slow = watch.saving or watch.on_cpu or os.getppid() != watch.launcher
+            slow = watch.saving or watch.on_cpu or os.getppid() != _LAUNCHER
             if slow and still <= watch.limit and self._launcher_was_killed():
                 return 0
         return watch.silent
@@ -300,14 +298,7 @@ class _Peers:
         if self.cut_off:
             return otherwise
         answers: list[End | None] = []
-
-        def run() -> None:
-            with suppress(RuntimeError):
-                answers.append(question())
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(3 * GRACE_SECONDS)
+        _try_for(3 * GRACE_SECONDS, lambda: answers.append(question()))
         self.cut_off = not answers
         return answers[0] if answers else otherwise
 
@@ -596,7 +587,7 @@ def _own_end(peers: _Peers, error: BaseException, own: End) -> End:
 def _who_died(watch: _Watch) -> End | None:
     """Names the rank that has died, if that is why the launcher asks the others to stop, by SIGTERM."""
     peers = watch.peers
-    by_launcher = stop.requested() == signal.SIGTERM and os.getppid() == watch.launcher
+    by_launcher = stop.requested() == signal.SIGTERM and os.getppid() == _LAUNCHER
     if peers and by_launcher and peers.answers(time.monotonic()):
         return peers.roll_call("asked to stop")
     return None
@@ -669,12 +660,12 @@ def _say_and_exit(end: End) -> NoReturn:
     os._exit(end.status)
 
 
-def _try_for(seconds: int, write: Callable[[], object]) -> None:
-    """Writes output, if somebody reads it: a full pipe blocks, and the main thread may hold the stream's lock."""
+def _try_for(seconds: int, work: Callable[[], object]) -> None:
+    """Does what may fail or never end: a full pipe, a file system or the store may not answer."""
 
     def run() -> None:
-        with suppress(OSError, ValueError):
-            write()
+        with suppress(OSError, ValueError, RuntimeError):
+            work()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

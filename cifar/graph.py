@@ -157,14 +157,11 @@ class _Graph:
 
     def _step(self) -> None:
         """Adds a micro-batch's gradients and totals to those that are there."""
-        loss = loop.micro_batch_loss(self._logits, self.images, self.labels, self.recipe, self.totals)
+        model = partial(functional_call, self.network, self.leaves)
+        loss = loop.micro_batch_loss(model, self.images, self.labels, self.recipe, self.totals)
         scaler = self.accelerator.scaler
         scaled = loss if scaler is None else scaler.scale(loss)
         torch._foreach_add_(self.gradients, torch.autograd.grad(scaled, list(self.leaves.values())))
-
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = functional_call(self.network, self.leaves, (images,))
-        return logits
 
     def run(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Leaves this rank's gradients in the parameters, and its totals."""

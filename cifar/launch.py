@@ -31,8 +31,6 @@ from cifar.errors import UserError
 # of the 6.6 M network with DDP's default of 25, 1.5 MB with 5. Smaller buckets would mean more messages.
 BUCKET_MB = 5
 
-LONGEST = 2_000_000  # seconds: what fits into the milliseconds of poll(), some 23 days
-
 # Launcher features that are not supported, often set by another project's default configuration.
 UNUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -64,7 +62,8 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
         _make_deterministic()
     # Longer than failure.py's timeouts, which name the missing rank (this one would not), and long enough for one rank
     # to download and decode.
-    limit = timedelta(seconds=min(4 * max(failure.SETUP_SECONDS, DOWNLOAD_SECONDS, failure.hang_seconds()), LONGEST))
+    seconds = 4 * max(failure.SETUP_SECONDS, DOWNLOAD_SECONDS, failure.hang_seconds())
+    limit = timedelta(seconds=min(seconds, failure.LONGEST))
     _rejoin(decided.backend, limit)
     hook = DDPCommunicationHookType("no" if gradient_compression == "none" else gradient_compression)
     handlers = [

@@ -103,16 +103,16 @@ def _first(line: Line, count: int) -> Line:
     return tuple(part for part in kept if part.text)
 
 
-def write(image: Image.Image, place: tuple[int, int], line: Line, colour: str = "black") -> None:
+def write(image: Image.Image, place: tuple[int, int], line: Line) -> None:
     """Draws a line whose top left corner is at `place`."""
     draw, (across, down) = ImageDraw.Draw(image), place
     x = float(across)
     for part in line:
-        draw.text((x, down + SIZE), part.text, colour, _opened(part.font), anchor="ls")
+        draw.text((x, down + SIZE), part.text, "black", _opened(part.font), anchor="ls")
         x += _opened(part.font).getlength(part.text)
 
 
-def write_centred(image: Image.Image, middle: tuple[float, float], text: str, colour: str = "black") -> None:
+def write_centred(image: Image.Image, middle: tuple[float, float], text: str, colour: str) -> None:
     """Draws plain text around a place."""
     ImageDraw.Draw(image).text(middle, text, colour, _opened(OWN_FONT), anchor="mm")
 
@@ -156,10 +156,7 @@ def _joined(text: str) -> str:
 
 
 def _needs_shaping(text: str) -> bool:
-    return any(
-        unicodedata.bidirectional(letter) in {"R", "AL", "AN"} or unicodedata.category(letter) in {"Mn", "Mc"}
-        for letter in text
-    )
+    return any(names.from_the_right(letter) or unicodedata.category(letter) in {"Mn", "Mc"} for letter in text)
 
 
 @cache

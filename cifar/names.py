@@ -36,13 +36,13 @@ def on_pages(classes: Sequence[str]) -> list[str]:
     shown = []
     for number, name in enumerate(readable_names):
         cut = name if len(name) <= MOST else f"{name[:MOST]}\u2026"
-        isolated = f"\u2068{cut}\u2069" if any(map(_from_the_right, cut)) else cut
+        isolated = f"\u2068{cut}\u2069" if any(map(from_the_right, cut)) else cut
         needs_number = beginnings[name[:SEEN]] > 1 or not all(map(_is_everywhere, cut))
         shown.append(f"#{number} {isolated}" if needs_number and not name.startswith("#") else isolated)
     return shown
 
 
-def _from_the_right(letter: str) -> bool:
+def from_the_right(letter: str) -> bool:
     return unicodedata.bidirectional(letter) in {"R", "AL", "AN"}
 
 

@@ -92,11 +92,8 @@ class RunRecord:
                 with run.disk_errors_named():
                     self.history = History(self.attempt, chosen.step, data.test_labels)
                 number, token, evaluated = self.attempt.number, self.attempt.token, self.history.last_epoch()
-        agreed = broadcast_object_list([number, token, chosen, evaluated])
-        self.number: int = agreed[0]
-        self.token: str = agreed[1]
-        self.chosen: Chosen = agreed[2]
-        self.evaluated: int = agreed[3]  # epochs
+        number, token, chosen, evaluated = broadcast_object_list([number, token, chosen, evaluated])
+        self.number, self.token, self.chosen, self.evaluated = number, token, chosen, evaluated  # the last: epochs
         with raise_on_all_ranks(accelerator):
             attempts.wait_until_visible(self.run_dir, self.number)
         self.writer, self.drawer = Background("writer"), Background("drawer")

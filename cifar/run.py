@@ -50,11 +50,6 @@ class EpochMetrics:
     test_accuracy_tta: float | None = None  # with test-time augmentation (TTA)
 
 
-def read_status(directory: Path) -> dict[str, Any]:
-    """Returns status.json, or {} where there is none."""
-    return _read_json(directory / "status.json")
-
-
 def check(directory: Path, recipe: Recipe, resume: str) -> None:
     """Checks that the recipe may be trained in this directory.
 
@@ -85,8 +80,8 @@ def finished(directory: Path, recipe: Recipe) -> str:
 
     They are opened, and thus compared, only where --data has changed.
     """
-    result = read_result(directory)
-    if not result or read_status(directory).get("state") != "finished":
+    result = _read_json(directory / "result.json")
+    if not result or _read_json(directory / "status.json").get("state") != "finished":
         return ""
     before = _read_json(directory / "recipe.json")
     if before["recipe"]["data"] != recipe.data:
@@ -257,11 +252,6 @@ def disk_errors_named(attempt: Attempt | None = None) -> Iterator[None]:
             raise
         where = str(error.filename or "the run directory")
         raise disk_error(error, where, "make room there and start the same command again") from None
-
-
-def read_result(directory: Path) -> dict[str, Any]:
-    """Returns result.json, or {} where there is none."""
-    return _read_json(directory / "result.json")
 
 
 def write_result(attempt: Attempt, result: dict[str, Any]) -> None:

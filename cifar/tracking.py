@@ -125,7 +125,6 @@ class Tracker:
             self.writer.add_scalar(f"train/{name}", value, step, walltime=now)
 
     def say_epoch(self, metrics: EpochMetrics) -> None:
-        """Prints an epoch's line on the terminal."""
         speed = f"{metrics.images_per_second:.0f} images/s  " if metrics.images_per_second else ""  # no step was timed
         self.say(
             f"epoch {metrics.epoch}/{self.recipe.epochs}  "

@@ -683,7 +683,7 @@ def test_images_of_other_classes_are_refused(run: Path, shapes: Path) -> None:
 
 def test_only_runs_on_the_same_images_are_compared(run: Path, shapes: Path) -> None:
     with pytest.raises(UserError, match=r"--compare .* did not evaluate these images"):
-        runs.wrong_in([run], open_data(str(shapes)))
+        runs.wrong_in([runs.open_run(run)], open_data(str(shapes)))
 
 
 def test_a_run_is_compared_with_other_runs_alone(run: Path, explained: Path, tmp_path: Path) -> None:
@@ -696,7 +696,7 @@ def test_a_run_is_compared_with_other_runs_alone(run: Path, explained: Path, tmp
     config = json.loads((run / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "sha256": hashlib.sha256(weights).hexdigest()}))
     kept, lines = runs.others(runs.open_run(run), [run, other, link, copy, other])
-    assert kept == [other]
+    assert [each.path for each in kept] == [other]
     same = ((run, run), (link, run), (copy, run), (other, other))
     assert lines == [f"--compare {path} is the same run as {one}; left out" for path, one in same]
     assert f"--compare {run} is the same run as {run}; left out\n" in (explained / "output.txt").read_text()
@@ -830,7 +830,7 @@ def test_other_handwritings_are_no_near_duplicates_and_copies_are() -> None:
 
 def test_a_compared_run_is_wrong_where_its_predictions_were(run: Path) -> None:
     tensors = load_file(run / "predictions.safetensors")
-    (wrong,) = runs.wrong_in([run], open_data(runs.open_run(run).recipe["data"])).values()
+    (wrong,) = runs.wrong_in([runs.open_run(run)], open_data(runs.open_run(run).recipe["data"])).values()
     assert wrong.tolist() == (tensors["predictions"][-1] != tensors["labels"]).tolist()
 
 

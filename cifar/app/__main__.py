@@ -74,7 +74,6 @@ def check_new(folder: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line and serves."""
     with command_line("cifar.app"):
         start(parse_command_line(sys.argv[1:]))
 

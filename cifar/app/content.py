@@ -38,8 +38,7 @@ class EvaluatedImages:
 
     def row(self, row: int) -> tuple[int, UInt8, int, int, Float]:
         """Returns index, pixels [32, 32, 3], true and predicted class, probabilities [C] of one of them."""
-        numbers = (int(array[row]) for array in (self.indices, self.labels, self.predictions))
-        index, label, predicted = numbers
+        index, label, predicted = (int(array[row]) for array in (self.indices, self.labels, self.predictions))
         return index, self.pixels[row], label, predicted, self.probabilities[row]
 
 

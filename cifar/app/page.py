@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from markupsafe import escape
 from PIL import Image
 
 from cifar import names
@@ -61,7 +62,7 @@ def build(engine: Engine, content: AppContent, uploads: Path) -> gr.Blocks:
 
     page = _Page(title=name, analytics_enabled=False, delete_cache=KEPT)
     with page:
-        _html(f"<h1>{views.escaped(name)}</h1>")
+        _html(f"<h1>{escape(name)}</h1>")
         with gr.Tabs() as tabs:
             with gr.Tab("Classify", id="classify"), gr.Row(elem_id="classify"):
                 with gr.Column(elem_id="ask"):

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import escape
 
 from cifar import names, recipes, summary
 from cifar.app.content import AppContent, EvaluatedImages
@@ -68,14 +66,7 @@ def _long(pixels: int) -> str:
     return f"calc(var(--tile) * {pixels / SIDE})"
 
 
-_environment = Environment(
-    loader=PackageLoader("cifar.app", "."),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_environment.filters["percent"] = wording.percent
+_environment = wording.templates("cifar.app")
 _environment.globals |= {
     "uri": _uri,
     "overlay": figures.overlay,
@@ -88,18 +79,11 @@ _environment.globals |= {
 _macros: Any = _environment.get_template("views.html.j2").module
 
 
-def escaped(text: str) -> str:
-    """Returns HTML-escaped text."""
-    return str(escape(text))
-
-
 def hint(text: str) -> str:
-    """Returns a hint, as HTML."""
     return str(_macros.hint(text))
 
 
 def problem(text: str) -> str:
-    """Returns an error message, as HTML."""
     return str(_macros.problem(f"{text[:1].upper()}{text[1:]}."))
 
 

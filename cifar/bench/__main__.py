@@ -93,7 +93,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line and measures."""
     with command_line("bench"):
         arguments = parse_command_line(sys.argv[1:])
         try:

@@ -165,7 +165,6 @@ def parse_command_line() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, and prints a table."""
     with command_line("bench"):
         arguments = parse_command_line()
         found = measure(arguments.run, arguments.starts, arguments.answers, arguments.requests)

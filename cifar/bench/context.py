@@ -63,40 +63,22 @@ class Bench:
         self.limits[name] = unit * max(median(each.values) for each in measured)
         return measured
 
-    def steps_limit(self, metadata: Answer) -> tuple[str, float]:
-        """Returns the images per second if a step were only the matmuls of its forward and backward pass."""
-        return self._limit(metadata["step_multiply_adds"])
-
-    def forward_limit(self, metadata: Answer) -> tuple[str, float]:
-        """Returns the same for the forward pass only."""
-        return self._limit(metadata["multiply_adds"])
-
-    def _limit(self, multiply_adds: int) -> tuple[str, float]:
-        name = products("bf16" if self.precision == "bf16" else "float32")
+    def limit(self, multiply_adds: int, precision: str = "") -> tuple[str, float]:
+        """Returns the images per second if an image cost its matmuls alone, by default in the launcher's precision."""
+        name = products(precision or ("bf16" if self.precision == "bf16" else "float32"))
         return f"{name}, {multiply_adds:,} an image", self.limits[name] / multiply_adds
 
     # ---- programs
 
     def ours(
-        self,
-        name: str,
-        *arguments: object,
-        processes: int = 1,
-        run: str = "",
-        machines: Sequence[object] = (),
-        before: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        self, name: str, *arguments: object, run: str = "", environment: Mapping[str, str] | None = None, **more: Any
     ) -> Program:
         """Starts train.py with the bench's recipe, as the launcher starts it, under observation.
 
-        With several machines, `machines` are arguments of this machine's launcher, `before` is a command prefix, and
-        `run` names the common run directory.
+        `run` names the run directory where several machines have one in common; `more` is for `launch`.
         """
-        arguments = (*self._arguments(run or name), *arguments)
         environment = {**self._environment(), **(environment or {})}
-        return self.launch(
-            name, *arguments, processes=processes, machines=machines, before=before, environment=environment
-        )
+        return self.launch(name, *self._arguments(run or name), *arguments, environment=environment, **more)
 
     def launch(
         self,
@@ -107,7 +89,10 @@ class Bench:
         before: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Program:
-        """Starts train.py with these arguments."""
+        """Starts train.py with these arguments.
+
+        With several machines, `machines` are arguments of this machine's launcher; `before` is a command prefix.
+        """
         if processes > 1:
             config = "multi_gpu" if self.machine["gpus"] else "cpu_2proc"
         else:
@@ -119,7 +104,6 @@ class Bench:
         return Program(name, [str(word) for word in (*launcher, *arguments)], environment or {}, before)
 
     def plain(self, *arguments: object) -> Program:
-        """Starts the baseline."""
         words = ("-m", "cifar.bench.plain", *self._arguments("plain"), *arguments)
         return Program("plain", [str(word) for word in words], self._environment())
 

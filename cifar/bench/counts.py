@@ -27,25 +27,25 @@ def multiply_adds(function: Callable[[], object]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def forward_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
+def forward_multiply_adds(network: nn.Module) -> int:
     """Counts the multiply-adds of one image's forward pass. The network's mode and buffers are left as they were."""
     with torch.no_grad():
-        return _of_an_image(network, network, image_size)
+        return _of_an_image(network, network)
 
 
-def step_multiply_adds(network: nn.Module, image_size: int = 32) -> int:
+def step_multiply_adds(network: nn.Module) -> int:
     """Counts those of its forward and backward pass: gradients that no parameter needs are not computed."""
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
 
     def step(image: torch.Tensor) -> None:
         torch.autograd.grad(network(image).sum(), learning)  # not backward(), for which DDP has hooks
 
-    return _of_an_image(network, step, image_size)
+    return _of_an_image(network, step)
 
 
-def _of_an_image(network: nn.Module, function: Callable[[torch.Tensor], object], image_size: int) -> int:
+def _of_an_image(network: nn.Module, function: Callable[[torch.Tensor], object]) -> int:
     mode, weight = network.training, next(network.parameters())
-    image = torch.zeros(1, 3, image_size, image_size, device=weight.device)
+    image = torch.zeros(1, 3, 32, 32, device=weight.device)
     network.eval()
     try:
         return multiply_adds(lambda: function(image))

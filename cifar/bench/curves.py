@@ -91,7 +91,6 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Draws."""
     with command_line("bench"):
         arguments = parse_command_line(sys.argv[1:])
         runs: dict[str, list[Curve]] = {}

@@ -4,7 +4,7 @@ import sys
 import time
 
 from cifar.bench import interleave
-from cifar.bench.context import Bench, products
+from cifar.bench.context import Bench
 from cifar.bench.interleave import Answer, Program
 from cifar.bench.measurement import Measurement
 
@@ -22,8 +22,7 @@ def measure(bench: Bench) -> list[Measurement]:
         }
         answers = interleave.alternate(contestants, bench.repeats, bench.seconds, metadata["batch"])
     rates, single = interleave.rates(answers["batches"]), interleave.rates(answers["single"])
-    name = products("float32")
-    limit = (f"{name}, {metadata['multiply_adds']:,} an image", bench.limits[name] / metadata["multiply_adds"])
+    limit = bench.limit(metadata["multiply_adds"], "float32")
     return [
         Measurement("explain", f"maps in batches of {metadata['batch']}", "images/s", rates, limit, "one at a time",
                     interleave.quotients(rates, single)),

@@ -23,7 +23,6 @@ class Imports:
             if self.depth == 0:
                 self.seconds += time.perf_counter() - began
 
-    def end(self) -> float:
-        """Stops measuring; returns the seconds."""
+    def end(self) -> None:
+        """Stops measuring."""
         builtins.__import__ = self.original
-        return self.seconds

@@ -15,7 +15,7 @@ def measure(bench: Bench) -> list[Measurement]:
         makers = {"ours": (ours, {"do": "input"}), "plain": (plain, {"do": "input"})}
         made = interleave.alternate(makers, bench.repeats, bench.seconds, MADE)
     rates, plain_rates = interleave.rates(made["ours"]), interleave.rates(made["plain"])
-    limit = bench.steps_limit(metadata)
+    limit = bench.limit(metadata["step_multiply_adds"])
     return [
         Measurement("input", "training images from one core", "images/s", rates, limit, "plain",
                     interleave.quotients(rates, plain_rates)),

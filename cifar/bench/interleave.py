@@ -59,7 +59,6 @@ class Program:
         raise UserError(f"{self.name} ended with exit status {self.process.returncode}; its stderr is above")
 
     def close(self) -> None:
-        """Ends it."""
         self.process.communicate()
         self.errors.close()
 
@@ -113,6 +112,14 @@ def ask() -> Answer | None:
 def answer(given: Answer) -> None:
     """Answers the current request."""
     print(MARK + json.dumps(given), flush=True)
+
+
+def synchronize(device: str) -> None:
+    """Waits for a GPU to finish its work; nothing to do on a CPU."""
+    if device == "cuda":
+        import torch  # whose import is measured
+
+        torch.cuda.synchronize()
 
 
 def serve(abilities: Mapping[str, Callable[..., Answer]]) -> None:

@@ -55,10 +55,6 @@ def serve() -> None:
 
     device = torch.device(decide(1).kind)
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     def metadata() -> Answer:
         cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
         return {
@@ -75,11 +71,9 @@ def serve() -> None:
         }
 
     @cache  # created by the first, uncounted request
-    def operands(
-        precision: str, rows: int, inner: int, columns: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def operands(precision: str, inner: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kind = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}[precision]
-        left, right = (torch.randn(*size, device=device).to(kind) for size in ((rows, inner), (inner, columns)))
+        left, right = (torch.randn(*size, device=device).to(kind) for size in ((ROWS, inner), (inner, columns)))
         return left, right, torch.mm(left, right)
 
     @cache
@@ -87,15 +81,15 @@ def serve() -> None:
         return torch.ones(COPIED // 4, device=device), torch.ones(COPIED // 4, device=device)
 
     def repeated(function: Callable[[], object], amount: int) -> Answer:
-        synchronize()
+        interleave.synchronize(device.type)
         began = time.perf_counter()
         for _ in range(amount):
             function()
-        synchronize()
+        interleave.synchronize(device.type)
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
     def multiply(precision: str, shape: tuple[int, int], amount: int) -> Answer:
-        left, right, product = operands(precision, ROWS, *shape)
+        left, right, product = operands(precision, *shape)
         return repeated(lambda: torch.mm(left, right, out=product), amount)
 
     def copy(amount: int) -> Answer:

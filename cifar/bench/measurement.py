@@ -23,7 +23,6 @@ class Measurement(NamedTuple):
     ratios: Sequence[float] = ()
 
     def row(self) -> str:
-        """Returns one line of the table."""
         fraction = f"{short(median(self.values) / self.limit[1])}" if self.limit else ""
         ratio = spread(self.ratios) if self.ratios else ""
         cells = (self.part, self.what, spread(self.values), self.unit, fraction, ratio, self.baseline)
@@ -40,7 +39,6 @@ class Measurement(NamedTuple):
 
 
 def head() -> str:
-    """Returns the table's head."""
     return _line(HEAD[:-1], HEAD[-1])
 
 

@@ -93,7 +93,7 @@ class Plain:
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            self.synchronize()
+            interleave.synchronize(self.device.type)
             if step >= 0:
                 seconds += time.perf_counter() - began
                 input_seconds += made - began
@@ -130,7 +130,6 @@ class Plain:
         return {"amount": amount, "seconds": seconds}
 
     def save(self, amount: int) -> Answer:
-        """Writes network and optimizer `amount` times."""
         began = time.perf_counter()
         for _ in range(amount):
             torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, self.path)
@@ -145,14 +144,8 @@ class Plain:
             self.optimizer.load_state_dict(state["optimizer"])
         return {"amount": amount, "seconds": time.perf_counter() - began}
 
-    def synchronize(self) -> None:
-        """Waits for a GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
 
 def main() -> None:
-    """Answers requests."""
     with command_line("plain"):
         recipe, options = parse_command_line(sys.argv[1:])
         plain = Plain(recipe, options.run_dir)

@@ -102,7 +102,8 @@ class Observer:
         """Yields the batches, with requests answered between the steps."""
         while True:
             if self.asked and not self.uncounted + self.counted:
-                self.synchronize()  # the last steps belong to the request, though a GPU may still compute them
+                # The last steps belong to the request, though a GPU may still compute them.
+                interleave.synchronize(self.accelerator.device.type)
             self.passes("pause")
             self.between_steps()
             self.passes("input")
@@ -132,7 +133,7 @@ class Observer:
             self.uncounted -= 1
             return
         if self.counted == self.asked["amount"]:
-            self.synchronize()
+            interleave.synchronize(self.accelerator.device.type)
             self.spans, self.host = {}, time.thread_time()
             if self.asked["do"] == "profile":
                 from cifar.bench import counts
@@ -168,7 +169,7 @@ class Observer:
     def trained(self) -> Answer:
         """Returns what the requested steps took. `save` has the time from each save's beginning to the next step's."""
         assert self.asked is not None
-        self.synchronize()
+        interleave.synchronize(self.accelerator.device.type)
         spans, host = self.spans, time.thread_time() - self.host
         found = {
             "amount": self.asked["amount"],
@@ -185,13 +186,6 @@ class Observer:
             found |= counts.read(self.profiler, self.accelerator.device.type)._asdict()
             self.profiler = None
         return found
-
-    def synchronize(self) -> None:
-        """Synchronises with the GPU; nothing to do on a CPU."""
-        import torch
-
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
 
     # ---- other requests
 
@@ -236,12 +230,12 @@ class Observer:
         images = torch.randn(EVALUATION_BATCH, 3, 32, 32, device=self.accelerator.device)
         images = images.contiguous(memory_format=torch.channels_last)
         self.network.eval()
-        self.synchronize()
+        interleave.synchronize(self.accelerator.device.type)
         began = time.perf_counter()
         with torch.no_grad():
             for _ in range(amount // EVALUATION_BATCH):
                 self.network(images)
-        self.synchronize()
+        interleave.synchronize(self.accelerator.device.type)
         seconds = time.perf_counter() - began
         self.network.train()
         return {"amount": amount, "seconds": seconds}
@@ -283,7 +277,6 @@ class Observer:
 
 
 def main() -> None:
-    """Runs train.py with this process's arguments."""
     observer = Observer()
     sys.path.insert(0, str(interleave.ROOT))
     train: Any = importlib.import_module("train")

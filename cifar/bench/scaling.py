@@ -47,10 +47,11 @@ def measure(bench: Bench) -> list[Measurement]:
     bench.counts["collectives_per_step"] = profiles[0]["collectives"]
     gradient = ("the gradient in float32", 4 * metadata["parameters"] / 1e6)
     rates = {name: interleave.rates(answers[name], bench.batch) for name in answers}
+    limit = bench.limit(metadata["step_multiply_adds"])
     return [
-        Measurement("scaling", "training, 2 processes", "images/s", rates["two"], bench.steps_limit(metadata),
+        Measurement("scaling", "training, 2 processes", "images/s", rates["two"], limit,
                     "1 process", interleave.quotients(rates["two"], rates["one"])),
-        Measurement("scaling", "training, 1 process", "images/s", rates["one"], bench.steps_limit(metadata)),
+        Measurement("scaling", "training, 1 process", "images/s", rates["one"], limit),
         # In a ring all-reduce of n processes each sends 2(n-1)/n of the data: for two, all of it.
         Measurement("scaling", "summed over the processes, each", "MB a step", [b / 1e6 for b in reduced], gradient),
         Measurement("scaling", "sent from the first to the others", "MB a step", [b / 1e6 for b in others], gradient),

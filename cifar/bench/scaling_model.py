@@ -258,7 +258,6 @@ def parse_command_line() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prints the table, or the comparison."""
     with command_line("bench"):
         arguments = parse_command_line()
         print(check(arguments.repeats, arguments.steps) if arguments.measure else table())

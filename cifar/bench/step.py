@@ -31,7 +31,7 @@ def measure(bench: Bench) -> list[Measurement]:
 
     rates, plain_rates = (interleave.rates(trained[name], bench.batch) for name in ("ours", "plain"))
     evaluating, forward, plain_evaluating = (interleave.rates(evaluated[name]) for name in ("ours", "forward", "plain"))
-    limit, forward_limit = bench.steps_limit(metadata), bench.forward_limit(metadata)
+    limit, forward_limit = bench.limit(metadata["step_multiply_adds"]), bench.limit(metadata["multiply_adds"])
     per_image = metadata["step_multiply_adds"] / 1e9
     name = f"training, {bench.precision}"
     return [

@@ -224,7 +224,7 @@ def _put(temporary: Path, path: Path) -> None:
         aside = path.with_name(f".{path.name}.{uuid4().hex}")
         with suppress(FileNotFoundError):
             path.rename(aside)
-        sources.remove(aside)
+        files.remove(aside)
         try:
             temporary.rename(path)
         except OSError as error:

@@ -27,7 +27,7 @@ from cifar import cores, stop
 from cifar.data import image_files, pictures
 from cifar.data.image_files import SIZE
 from cifar.data.waiting import TURN_SECONDS, ProgressBar, in_thread, too_long
-from cifar.errors import LostError, UserError
+from cifar.errors import LostError, UserError, end_of
 
 PART = 256  # files that a process reads and decodes at a time
 FIT = 8  # a picture that is resized takes about as long as this many 32x32 images
@@ -285,11 +285,8 @@ class _Process:
 
     def _lost(self, part: Part) -> LostError:
         self.end()
-        code = self.process.returncode
-        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
-        why = ", most likely out of memory: request more for the job" if code == -signal.SIGKILL else ""
         which = f"the process that decoded {part.names[0]} to {part.names[-1]}"
-        return LostError(f"{part.where}: {which} {how}{why}; start the same command again")
+        return LostError(f"{part.where}: {which} {end_of(self.process.returncode)}; start the same command again")
 
     def end(self) -> None:
         """Waits for the process to exit, but not forever: a disk may not let it go."""

@@ -304,7 +304,7 @@ def decode_image(content: bytes, name: str) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             wrong = _misfit(image, content)
             if not wrong:
-                pixels = image.convert("RGBA") if _has_alpha(image) else image
+                pixels = image.convert("RGBA") if image.has_transparency_data else image
                 return np.asarray(upright(image, pixels if pixels.mode == "RGB" else pixels.convert("RGB")))
     except UnidentifiedImageError:
         wrong = f"is not an image ({', '.join(FORMATS)}); {REMOVE}"
@@ -333,13 +333,9 @@ def _misfit(image: Image.Image, content: bytes) -> str:
     compare_checksums(image, content)
     name_transparent_grey(image)
     image.load()
-    if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         return f"is partly transparent; {GIVE}"
     return ""
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def compare_checksums(image: Image.Image, content: bytes) -> None:

@@ -4,7 +4,6 @@ import atexit
 import itertools
 import multiprocessing
 import os
-import signal
 import socket
 import traceback
 from collections.abc import Iterator
@@ -25,13 +24,12 @@ from cifar.data.augment_device import Plan
 from cifar.data.cache import Data, open_cache, open_data
 from cifar.data.sampler import DistributedBatchSampler, Samples
 from cifar.data.sources import SIZE
-from cifar.errors import LostError, UserError
+from cifar.errors import LostError, UserError, end_of
 from cifar.profiling import IMAGES
 from cifar.ranks import raise_on_all_ranks
 from cifar.recipes import Recipe
 
 SAMPLE = 5000  # images, as airbench has for its whitening
-LONGEST = 2_000_000  # seconds: poll()'s limit, some 23 days
 PIXELS = SIZE * SIZE * 3
 
 # Images float32 [n, 3, 32, 32] (channels-last) and labels int64 [n], on the device that trains.
@@ -214,7 +212,7 @@ class _Worker:
 
     def receive(self, limit: int, content: torch.Tensor) -> None:
         """Fills `content` with the next batch. Raises UserError where none comes, or none within `limit` seconds."""
-        self.connection.settimeout(min(limit, LONGEST))
+        self.connection.settimeout(min(limit, failure.LONGEST))
         status = bytearray(1)
         try:
             self._fill(memoryview(status))
@@ -235,12 +233,9 @@ class _Worker:
             received = self.connection.recv_into(buffer)
             if not received:
                 self.process.join(1)
-                code = self.process.exitcode
-                how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended"
-                why = ", most likely out of memory: request more for the job" if code == -signal.SIGKILL else ""
                 raise LostError(
-                    f"{self.name} {how}{why}; the same command resumes from the last checkpoint, and "
-                    "--augmentation-backend device, in a new --run, needs no dataloader workers"
+                    f"{self.name} {end_of(self.process.exitcode)}; the same command resumes from the last checkpoint, "
+                    "and --augmentation-backend device, in a new --run, needs no dataloader workers"
                 )
             buffer = buffer[received:]
 

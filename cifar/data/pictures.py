@@ -5,7 +5,6 @@ UserError.
 """
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,6 @@ BYTES = 25 << 20  # of a file: the largest JPEG of a phone camera
 PIXELS = 64_000_000  # of a picture: a phone camera's 50 million, with a margin; 256 MB once decoded
 WHITE_IS_ZERO = 0  # TIFF photometric interpretation; Pillow inverts 8-bit images, not 16-bit ones
 TOO_MANY = f"the picture has more than {PIXELS // 1_000_000} million pixels; make it smaller"
-
-# Pillow checks the header, too: turn its warning into an error.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def read(file: Path | bytes) -> UInt8:

@@ -52,9 +52,9 @@ def batches(seed: int, steps: range, images: int, global_batch_size: int, rank: 
     return Samples(epochs, indices)
 
 
-def batch(seed: int, step: int, images: int, global_batch_size: int, rank: int = 0, ranks: int = 1) -> Samples:
-    """Returns the samples [n] of one step."""
-    epochs, indices = batches(seed, range(step, step + 1), images, global_batch_size, rank, ranks)
+def batch(seed: int, step: int, images: int, global_batch_size: int) -> Samples:
+    """Returns the samples [n] of one step, for all ranks together."""
+    epochs, indices = batches(seed, range(step, step + 1), images, global_batch_size)
     return Samples(epochs[0], indices[0])
 
 

@@ -8,7 +8,6 @@ import http.client
 import io
 import lzma
 import os
-import shutil
 import tarfile
 import time
 import urllib.error
@@ -216,15 +215,7 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
     for path in folder.glob(pattern):
         with suppress(OSError):  # somebody else's, or just renamed
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                remove(path)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, as far as that is allowed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                files.remove(path)
 
 
 def _decode_zip(path: Path, folder: Path, *, fit: bool) -> tuple[list[str], dict[str, Split]]:

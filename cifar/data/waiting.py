@@ -83,16 +83,15 @@ def raise_if_stopped(doing: str) -> None:
 def in_thread(work: Callable[[], T]) -> Future[T]:
     """Runs `work` in a daemon thread, which does not keep the process alive: a disk may never answer."""
     future: Future[T] = Future()
-    threading.Thread(target=complete, args=(future, work), daemon=True).start()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def complete(future: Future[T], work: Callable[[], T]) -> None:
-    """Runs `work`, and sets its result or exception."""
-    try:
-        future.set_result(work())
-    except BaseException as error:  # it is raised where the result is asked for
-        future.set_exception(error)
 
 
 def wait_for(future: Future[T], seconds: float, progress: ProgressBar) -> T:

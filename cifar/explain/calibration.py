@@ -31,7 +31,6 @@ class Reliability(NamedTuple):
 
 
 def measure(findings: Findings) -> Reliability:
-    """Measures calibration over all test images."""
     confidence = findings.probabilities.max(axis=1)
     right = (findings.predictions == findings.labels).astype(np.float64)
     number = bin_of(confidence)

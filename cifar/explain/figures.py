@@ -66,7 +66,8 @@ def draw(
     findings: Findings, rows: Int64, options: ExplainOptions
 ) -> tuple[dict[str, UInt8], Iterator[tuple[int, UInt8]]]:
     """Draws the pictures of an explanation by name, and for each mistake of `rows` its test image and its maps."""
-    strips, title = map_strips(findings, rows, options.opacity), map_title(findings, options.opacity)
+    labels, title = Labels(findings.classes), map_title(findings, options.opacity)
+    strips = [_map_strip(findings, int(row), options.opacity, labels) for row in rows]
     pictures = {
         "gallery": gallery(findings, rows, options),
         "cam": below(title, strips),
@@ -115,13 +116,8 @@ def _gallery_title(findings: Findings, count: int, options: ExplainOptions, labe
     return lettering.of(text, kind, f"; accuracy {findings.accuracy:.2%} {images}")
 
 
-def map_strips(findings: Findings, rows: Int64, opacity: float) -> list[UInt8]:
-    """Draws a strip per mistake of `rows`: picture, both maps on one scale, votes, a correct image with its map."""
-    labels = Labels(findings.classes)
-    return [_map_strip(findings, int(row), opacity, labels) for row in rows]
-
-
 def _map_strip(findings: Findings, row: int, opacity: float, labels: Labels) -> UInt8:
+    """Draws a mistake in a row: picture, both maps on one scale, votes, a correct image with its map."""
     failure.report_progress()
     shown, near, other = findings.mistakes, findings.companions, int(findings.companion_of[row])
     limit = max(float(shown.maps[row].max()), float(near.maps[other, 0].max()) if other >= 0 else 0.0)

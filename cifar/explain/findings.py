@@ -113,7 +113,6 @@ class Robustness:
         return {"corruptions": own, **({"corruptions_compared": compared} if compared else {})}
 
     def line(self) -> str:
-        """Returns a summary in one line."""
         of_kinds = self.means[0]
         return (
             f"under {len(self.kinds)} corruptions at {self.accuracy.shape[2]} severities: accuracy "

@@ -64,7 +64,5 @@ def contradicting(nearest_labels: UInt8, labels: UInt8) -> Float:
 
 def rank(doubt: Float) -> Int64:
     """Returns ranks from 1, greatest doubt [m] first (stable); 0 below LEAST."""
-    order = np.argsort(-doubt, kind="stable")
-    places = np.empty(len(doubt), np.int64)
-    places[order] = np.arange(1, len(doubt) + 1)
+    places = 1 + np.argsort(-doubt, kind="stable").argsort()
     return np.where(doubt >= np.float32(LEAST), places, 0)

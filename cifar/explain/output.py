@@ -61,7 +61,8 @@ def publish(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
         _clear_abandoned(folder)
         prefix, suffix = STAGING.split("*")
         staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder))
-        lock = _lock(staging)
+        lock = os.open(staging, os.O_RDONLY)
+        _taken(lock)  # marks it as in use for as long as the descriptor is open, or this process lives
     whole = True
     try:
         names = []
@@ -123,13 +124,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    """Returns a descriptor that marks the folder as in use for as long as it is open, or its process lives."""
-    lock = os.open(folder, os.O_RDONLY)
-    _taken(lock)
-    return lock
 
 
 def _taken(lock: int) -> bool:

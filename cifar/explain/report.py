@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -53,18 +52,11 @@ def render(findings: Findings) -> str:
     parts = ["report", *(["corruptions"] if findings.robustness else [])]
     script = "".join(package.joinpath(f"{part}.js").read_text(encoding="utf-8") for part in parts)
     style = "".join(package.joinpath(f"{part}.css").read_text(encoding="utf-8") for part in parts)
-    environment = Environment(
-        loader=PackageLoader("cifar.explain", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["counted"] = wording.counted
     count, reliability = len(findings.labels), calibration.measure(findings)
     sprite, lossless = _sprite(_joined(findings.mistakes.pictures, findings.companions.pictures))
     nearest = _neighbours(findings.neighbours) if findings.neighbours else None
-    return environment.get_template("report.html.j2").render(
+    template = wording.templates("cifar.explain").get_template("report.html.j2")
+    return template.render(
         findings=findings,
         count=count,
         mistakes=len(findings.mistakes.indices),
@@ -236,11 +228,11 @@ def _most_confused(findings: Findings) -> list[int]:
     return sorted(np.argsort(-involved, kind="stable")[:MATRIX_CLASSES].tolist())
 
 
-def _pairs(findings: Findings, most: int = 10) -> list[tuple[str, str, int]]:
+def _pairs(findings: Findings) -> list[tuple[str, str, int]]:
     """Returns the most frequent confusions (true, predicted, count), for readers without JavaScript."""
     matrix = confusion_matrix(findings)
     np.fill_diagonal(matrix, 0)
-    order = np.argsort(-matrix, axis=None, kind="stable")[:most]
+    order = np.argsort(-matrix, axis=None, kind="stable")[:10]
     cells = [(int(cell) // len(matrix), int(cell) % len(matrix)) for cell in order]
     shown = names.on_pages(findings.classes)
     pairs = [(shown[row], shown[column], int(matrix[row, column])) for row, column in cells]

@@ -5,7 +5,6 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,13 +34,12 @@ class ComparedNetwork(NamedTuple):
     data: Data
 
 
-def load(accelerator: Accelerator, others: list[Path], data: Data) -> list[ComparedNetwork]:
+def load(accelerator: Accelerator, others: list[runs.Run], data: Data) -> list[ComparedNetwork]:
     """Loads other runs' networks. Raises UserError where they were trained on other classes, or cannot be loaded."""
     with raise_on_all_ranks(accelerator):
-        opened = [runs.open_run(path) for path in others]
         loaded = [
             ComparedNetwork(str(run.path), runs.load(run, accelerator.device), runs.as_trained(data, run))
-            for run in opened
+            for run in others
         ]
     for one in loaded:
         accelerator.prepare_model(one.network, evaluation_mode=True)

@@ -55,7 +55,6 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """The run's directory."""
         return self.path if self.finished else self.path.absolute().parents[1]
 
     @property
@@ -293,12 +292,12 @@ def prediction_history(run: Run, data: "Data") -> tuple[Int64, UInt8]:
     return (np.array(list(kept)), np.stack(list(kept.values()))) if kept else none
 
 
-def others(run: Run, paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Returns those of the paths that are runs other than `run` and each other, and a line about each of the rest.
+def others(run: Run, paths: list[Path]) -> tuple[list[Run], list[str]]:
+    """Opens the paths. Returns those that are runs other than `run` and each other, and a line about each of the rest.
 
     Raises UserError for a run that is not finished.
     """
-    known, kept, lines = [run], [], []
+    known, lines = [run], []
     for path in paths:
         other = open_run(path)
         if not other.finished:
@@ -309,19 +308,18 @@ def others(run: Run, paths: list[Path]) -> tuple[list[Path], list[str]]:
                 break
         else:
             known.append(other)
-            kept.append(path)
-    return kept, lines
+    return known[1:], lines
 
 
-def wrong_in(paths: list[Path], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:
+def wrong_in(compared: list[Run], data: "Data") -> dict[str, npt.NDArray[np.bool_]]:
     """Returns for each run, by its path, which of the test images [n] its network got wrong at the end.
 
-    Raises UserError for a run that is not finished, or was trained and evaluated on other images.
+    Raises UserError for a run that was trained and evaluated on other images.
     """
     wrong = {}
-    for path in paths:
-        epochs, predictions = prediction_history(open_run(path), data)
+    for run in compared:
+        epochs, predictions = prediction_history(run, data)
         if not len(epochs):
-            raise UserError(f"--compare {path} did not evaluate these images; name finished runs on the same data")
-        wrong[str(path)] = predictions[epochs.argmax()] != data.test_labels
+            raise UserError(f"--compare {run.path} did not evaluate these images; name finished runs on the same data")
+        wrong[str(run.path)] = predictions[epochs.argmax()] != data.test_labels
     return wrong
