@@ -95,8 +95,9 @@ def start(gradient_compression: str = "none", deterministic: bool = False) -> Ac
 def collect_garbage() -> None:
     """Enables Python's garbage collection, which failure.command_line disables; call it again after further imports.
 
-    Collections leave out what is there already: to go through it takes 0.2 s, for which a step would stop.
+    Later collections leave out what is there already: to go through it takes 0.2 s, for which a step would stop.
     """
+    gc.collect()  # torch's imports leave an exception that keeps its callers' frames, and all that is in them, alive
     gc.freeze()
     gc.enable()
 

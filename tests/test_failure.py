@@ -492,8 +492,8 @@ def test_a_rank_that_hangs_before_its_first_step_is_named_with_the_place(
     )
     output = ended(processes, project(tmp_path, patch), shapes, tmp_path / "run", THREE, hang_seconds=8)
     assert len(set(lines(output))) == 1, output
-    assert f"rank 1 on {HOST} is in train.py:" in lines(output)[0]
-    assert "(train), the others in cifar/ranks.py:" in lines(output)[0]
+    assert f"rank 1 on {HOST} is in cifar/models/__init__.py:" in lines(output)[0]
+    assert "(create), the others in cifar/ranks.py:" in lines(output)[0]
     assert "(no step for 8 s)" in lines(output)[0]
 
 
