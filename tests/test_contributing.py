@@ -47,7 +47,7 @@ def test_the_examples_work_as_they_stand(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "cifar" / "data", project / "cifar" / "data", dirs_exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment["PYTHONPATH"] = str(project)
-    run = []
+    run, promised = [], []
     for language, code in re.findall(r"```(python|sh)\n(.*?)```", TEXT, re.DOTALL):
         if language == "python":
             put(code, project)
@@ -59,9 +59,11 @@ def test_the_examples_work_as_they_stand(tmp_path: Path) -> None:
                 capture_output=True, text=True, timeout=900, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-            assert "".join(re.findall(r"\d+ passed", comment)) in done.stdout
+            for promise in re.findall(r"\d+ passed", comment):
+                assert re.search(rf"\b{promise}\b", done.stdout), f"{line}\n{done.stdout}"
+                promised.append(promise)
             run.append(line)
-    assert len(run) == 10
+    assert (len(run), len(promised)) == (10, 4)
     assert (project / "runs" / "odd_or_even" / "result.json").is_file()
     assert (project / "runs" / "tiny" / "explain" / "report.html").is_file()
 

@@ -41,11 +41,9 @@ def main() -> None:
     accelerator = launch.start()
     name = recipes.RECIPES[sys.argv[1]]().network
     layer = layers.default(layers.resolutions(name))
-    torch.manual_seed(0)
-    network = models.build(name, 10, 0.0).eval()
-    network.to(device=accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(maps.BATCH, 3, 32, 32, device=accelerator.device)
     images = images.contiguous(memory_format=torch.channels_last)
+    network = models.create(name, 10, 0.0, 0, images).eval()
     classes = torch.tensor([[0, 1]] * maps.BATCH, device=accelerator.device)
     objectives = maps.one_hot(classes, 10)
 

@@ -46,7 +46,8 @@ def measure(bench: Bench) -> list[Measurement]:
     return measured
 
 
-def serve() -> None:
+@command_line("limit")
+def main() -> None:
     """Runs the program that is measured: torch alone, on the GPU or on all cores."""
     import torch
 
@@ -97,12 +98,6 @@ def serve() -> None:
         return repeated(lambda: target.copy_(source), amount)
 
     interleave.serve({"metadata": metadata, "multiply": multiply, "copy": copy})
-
-
-def main() -> None:
-    """Answers requests."""
-    with command_line("limit"):
-        serve()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Numbers as text, alike in pages, pictures and the app. The report's script has both functions, too."""
+"""Numbers as text, alike in pages, pictures and the app, and the templates of the pages.
+
+The report's script has `counted` and `percent`, too.
+"""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
